@@ -1,0 +1,1 @@
+//! foregate-harness

@@ -1,0 +1,58 @@
+//! A worker as the others see it in the store.
+
+use serde::{Deserialize, Serialize};
+
+use crate::ids::{Epoch, Rank};
+use crate::model::ModelSpec;
+
+/// Where a worker is in its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// Dense weights loaded, waiting for the first placement or fetching its experts.
+    Joining,
+    /// Serving.
+    Ready,
+    /// Finishes what it has, takes nothing new.
+    Draining,
+}
+
+/// One worker's registration, kept under its lease.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Member {
+    /// Its number.
+    pub rank: Rank,
+    /// A number drawn anew at every start of the process, so that a restart is told from a reconnect.
+    pub incarnation: u64,
+    /// `host:port` of its gRPC services (Generate, Experts).
+    pub rpc: String,
+    /// `host:port` of its exchange listener; the local fabric uses `local:<rank>`.
+    pub exchange: String,
+    /// Failure domain (host name, rack, zone: whatever the manifest said), empty if unknown.
+    pub domain: String,
+    /// Expert slots per MoE layer.
+    pub slots: u32,
+    /// Where it is in its life.
+    pub phase: Phase,
+    /// The model it loaded; members of one cluster agree on it.
+    pub model: ModelSpec,
+    /// Name of the instruction path its kernels chose, for example `avx512`.
+    pub cpu_path: String,
+    /// Pages of its KV cache and tokens per page.
+    pub kv_pages: u32,
+    /// Tokens per page.
+    pub page_tokens: u32,
+}
+
+/// A worker's progress in a rollover, under `placement/ack/<rank>`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Ack {
+    /// Highest epoch whose experts are all resident and verified here.
+    pub prepared: Epoch,
+    /// Epoch that this worker's engine uses for new steps.
+    pub serving: Epoch,
+    /// Highest epoch that no step of this worker uses any more and never will again.
+    pub drained: Epoch,
+}

@@ -1,0 +1,135 @@
+//! `NodeConfig`: the one document a role starts from. Nothing in it is optional by accident.
+
+use serde::{Deserialize, Serialize};
+
+use crate::ids::Rank;
+use crate::manifest::RoutingPolicy;
+
+/// What one instance is told. Written by `foregate_operator::launch`, read by exactly one role.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NodeConfig {
+    /// Name of the cluster; prefix of every store key.
+    pub cluster: String,
+    /// How to reach the store.
+    pub store: StoreConfig,
+    /// The role and its settings.
+    pub role: RoleConfig,
+    /// `host:port` for `/metrics`, `/healthz` and `/readyz` of operator and worker; port 0 lets the system choose.
+    pub status_listen: String,
+}
+
+/// How to reach the store.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum StoreConfig {
+    /// The store of this process, handed over by the composition root.
+    InProcess,
+    /// etcd's client URLs.
+    Etcd {
+        /// One or more `http://host:port`.
+        endpoints: Vec<String>,
+    },
+}
+
+/// A role and its settings.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum RoleConfig {
+    /// The planner's host.
+    Operator(OperatorConfig),
+    /// The HTTP side.
+    Gateway(GatewayConfig),
+    /// Attention and experts.
+    Worker(WorkerConfig),
+}
+
+/// Settings of the operator.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OperatorConfig {
+    /// Ranks the first placement waits for: all of `0..workers`.
+    pub workers: u32,
+    /// Whether copies may move after the first placement.
+    pub enabled: bool,
+    /// Length of a load window in milliseconds.
+    pub window_ms: u64,
+    /// Balance below which copies may move.
+    pub threshold: f64,
+    /// Most copies to move per layer and window.
+    pub max_moves_per_layer: u32,
+    /// Rows per layer below which a window says too little.
+    pub min_rows: u64,
+}
+
+/// Settings of a gateway.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GatewayConfig {
+    /// `host:port` of the HTTP API.
+    pub listen: String,
+    /// Local directory with tokenizer files (may lack them: then prompts are token ids).
+    pub model_dir: String,
+    /// Names of the model, the first is the main one.
+    pub served_names: Vec<String>,
+    /// Longest sequence in tokens.
+    pub max_model_len: u32,
+    /// Routing policy.
+    pub routing: RoutingPolicy,
+    /// Most requests in work.
+    pub max_in_flight: u32,
+    /// Most requests waiting for a permit.
+    pub max_queued: u32,
+    /// Longest wait for a permit in milliseconds.
+    pub queue_timeout_ms: u64,
+    /// Longest life of a request in milliseconds.
+    pub request_timeout_ms: u64,
+}
+
+/// Which exchange fabric a worker opens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FabricKind {
+    /// Channels inside one process.
+    Local,
+    /// Frames over TCP.
+    Tcp,
+}
+
+/// Settings of a worker.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WorkerConfig {
+    /// Its number.
+    pub rank: Rank,
+    /// Local directory with config.json and safetensors.
+    pub model_dir: String,
+    /// `host:port` of its gRPC listener; port 0 lets the system choose.
+    pub rpc_listen: String,
+    /// `host:port` of its exchange listener (TCP fabric only).
+    pub exchange_listen: String,
+    /// Which fabric.
+    pub fabric: FabricKind,
+    /// Expert slots per MoE layer.
+    pub slots: u32,
+    /// Compute threads.
+    pub threads: u32,
+    /// Most sequences in a batch.
+    pub max_num_seqs: u32,
+    /// Most tokens in a step.
+    pub max_num_batched_tokens: u32,
+    /// Most sequences waiting.
+    pub max_waiting: u32,
+    /// Longest sequence in tokens.
+    pub max_model_len: u32,
+    /// Tokens per KV page.
+    pub page_tokens: u32,
+    /// Bytes of the KV cache.
+    pub kv_bytes: u64,
+    /// Milliseconds after which a peer's rows count as late.
+    pub exchange_deadline_ms: u64,
+    /// Failure domain, empty if unknown.
+    pub domain: String,
+    /// Length of a load window in milliseconds.
+    pub window_ms: u64,
+}

@@ -1,0 +1,35 @@
+//! `foregate-wire`: what travels between gateway and workers, and between workers.
+//!
+//! In: `.proto` files (gRPC) and the exchange frame. Out: stubs, the frame codec, listeners and channels.
+//! Invariants: decoding never panics on any bytes; a frame carries epoch, deadline and checksum.
+
+pub mod frame;
+
+#[allow(
+    missing_docs,
+    missing_debug_implementations,
+    unreachable_pub,
+    unused_qualifications,
+    single_use_lifetimes,
+    rust_2018_idioms,
+    trivial_numeric_casts,
+    clippy::all,
+    clippy::pedantic,
+    clippy::allow_attributes,
+    clippy::wildcard_imports,
+    clippy::same_name_method,
+    clippy::large_enum_variant,
+    clippy::disallowed_types,
+    reason = "generated"
+)]
+mod generated {
+    pub mod generation {
+        tonic::include_proto!("foregate.generation.v1");
+    }
+    pub mod experts {
+        tonic::include_proto!("foregate.experts.v1");
+    }
+}
+
+pub use generated::{experts, generation};
+pub use tonic;
