@@ -1,0 +1,47 @@
+# The two commands are `make up` and `make test`; each first asks .ci/need for what is missing.
+
+SHELL := /usr/bin/env bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+# Extra arguments for `make up`, for example ARGS="--workers 4 --port 9000".
+ARGS ?=
+# Seconds per fuzz target.
+FUZZ_SECONDS ?= 60
+FUZZ_TARGETS := http_body exchange_frame safetensors_header
+
+# In CI a test that cannot run is a failure, not a skip.
+ifeq ($(CI),true)
+export FOREGATE_E2E_REQUIRE ?= 1
+endif
+
+.PHONY: help up test lint unit fuzz bench
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+up: ## install what is missing, build, serve the demonstration model on port 8000
+	@.ci/need build
+	cargo build --release --bin foregate
+	@exec target/release/foregate up $(ARGS)
+
+test: ## install what is missing, lint, every test, every fuzz target for a minute
+	@.ci/need test
+	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory unit
+	@$(MAKE) --no-print-directory fuzz
+
+lint: ## format check and clippy, warnings are errors
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+
+# Test programs run one after the other, so the end-to-end ones do not fight for the cores.
+unit:
+	cargo test --workspace
+
+fuzz: ## each fuzz target for FUZZ_SECONDS; a crash is a failure
+	@for target in $(FUZZ_TARGETS); do e2e/fuzz/run "$$target" "$(FUZZ_SECONDS)"; done
+
+bench: ## decode and prefill speed of the engine, with and without expert telemetry
+	cargo build --release --bin foregate
+	target/release/foregate bench engine --model e2e/models/demo
