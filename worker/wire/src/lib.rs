@@ -3,7 +3,9 @@
 //! In: `.proto` files (gRPC) and the exchange frame. Out: stubs, the frame codec, listeners and channels.
 //! Invariants: decoding never panics on any bytes; a frame carries epoch, deadline and checksum.
 
+pub mod connect;
 pub mod frame;
+pub mod serve;
 
 #[allow(
     missing_docs,
