@@ -1,1 +1,38 @@
-//! foregate-kernels
+//! Numbers on a processor: the operations a mixture-of-experts model is made of.
+//!
+//! An *op* is one method of the trait [`Ops`] with one argument struct. [`Cpu`] runs ops with the best
+//! instruction path the processor has; [`Oracle`] runs the same ops by their readable definition with
+//! float64 sums, to judge accuracy.
+//!
+//! **Determinism.** All arithmetic is float32. Each output element is defined by one fixed sequence of
+//! operations (see the documentation of each op), so a result has the same bits on every instruction
+//! path, for every number of threads, and for a row alone or inside any batch.
+//!
+//! This crate takes sizes, slices and plain integers: it does not know that there is a cluster.
+#![allow(
+    unsafe_code,
+    reason = "vector intrinsics, disjoint writes from several threads and mapped files need it"
+)]
+
+mod buffer;
+mod check;
+mod cpu;
+mod dtype;
+mod kv;
+mod matrix;
+mod ops;
+mod oracle;
+mod rope_table;
+mod sample;
+
+pub use buffer::MappedFile;
+pub use cpu::{Cpu, Path, PathError, UnknownPath};
+pub use dtype::Dtype;
+pub use kv::{KvCache, KvShape, PageMap};
+pub use matrix::{Matrix, PANEL};
+pub use ops::{
+    Add, Attention, Combine, Embed, ExpertFfn, ExpertGroup, Gate, KvWrite, LogSoftmax, MatMul,
+    Ops, RmsNorm, Rope, RopeTable, ShapeError, SigmoidScale, SiluMul,
+};
+pub use oracle::Oracle;
+pub use sample::{argmax, top_n};

@@ -1,0 +1,138 @@
+//! The instruction paths this processor has.
+
+use std::fmt;
+use std::str::FromStr;
+
+/// A set of vector instructions. All paths give the same bits; they differ in speed only.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Path {
+    /// Plain Rust, everywhere.
+    Portable,
+    /// AVX2 with FMA (x86-64).
+    Avx2,
+    /// AVX-512 F (x86-64).
+    Avx512,
+    /// NEON (aarch64).
+    Neon,
+}
+
+/// The processor does not have the path that was asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("this processor has no {path} instructions; choose one of: {}", names(&Path::present()))]
+pub struct PathError {
+    /// The path.
+    pub path: Path,
+}
+
+/// No path has this name.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("unknown instruction path {name:?}; known: {}", names(&Path::ALL))]
+pub struct UnknownPath {
+    /// The name that was asked for.
+    pub name: String,
+}
+
+fn names(paths: &[Path]) -> String {
+    paths
+        .iter()
+        .map(|p| p.name())
+        .collect::<Vec<_>>()
+        .join(", ")
+}
+
+impl Path {
+    /// All paths, slowest first.
+    pub const ALL: [Self; 4] = [Self::Portable, Self::Neon, Self::Avx2, Self::Avx512];
+
+    /// The paths of this processor, slowest first.
+    #[must_use]
+    pub fn present() -> Vec<Self> {
+        Self::ALL.into_iter().filter(|p| p.is_present()).collect()
+    }
+
+    /// The fastest path of this processor.
+    #[must_use]
+    pub fn best() -> Self {
+        Self::ALL
+            .into_iter()
+            .rev()
+            .find(|p| p.is_present())
+            .unwrap_or(Self::Portable)
+    }
+
+    /// Whether this processor has it.
+    #[must_use]
+    pub fn is_present(self) -> bool {
+        match self {
+            Self::Portable => true,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => is_x86_feature_detected!("avx512f"),
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => true,
+            #[cfg(not(target_arch = "x86_64"))]
+            Self::Avx2 | Self::Avx512 => false,
+            #[cfg(not(target_arch = "aarch64"))]
+            Self::Neon => false,
+        }
+    }
+
+    /// Its name in configuration and reports.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Portable => "portable",
+            Self::Avx2 => "avx2",
+            Self::Avx512 => "avx512",
+            Self::Neon => "neon",
+        }
+    }
+}
+
+impl fmt::Display for Path {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Path {
+    type Err = UnknownPath;
+
+    fn from_str(name: &str) -> Result<Self, UnknownPath> {
+        Self::ALL
+            .into_iter()
+            .find(|p| p.name() == name)
+            .ok_or_else(|| UnknownPath {
+                name: name.to_owned(),
+            })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_best_path_is_present_and_names_round_trip() {
+        assert!(Path::best().is_present());
+        assert_eq!(Path::present()[0], Path::Portable);
+        for path in Path::ALL {
+            assert_eq!(path.name().parse(), Ok(path));
+        }
+        let error = "sse9".parse::<Path>().unwrap_err();
+        assert!(error.to_string().contains("avx512"), "{error}");
+    }
+
+    #[test]
+    fn a_missing_path_is_refused_by_name() {
+        let missing = if cfg!(target_arch = "x86_64") {
+            Path::Neon
+        } else {
+            Path::Avx512
+        };
+        let error = crate::Cpu::with_path(missing, 1).unwrap_err();
+        assert!(error.to_string().contains(missing.name()), "{error}");
+        assert!(error.to_string().contains("portable"), "{error}");
+    }
+}

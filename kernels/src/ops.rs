@@ -1,0 +1,328 @@
+//! The list of operations: one method and one argument struct per op.
+//!
+//! Matrices of activations are row-major float32 slices. Every method checks the sizes of its slices and
+//! every index it is given before it computes, and returns a [`ShapeError`] instead of panicking.
+
+use std::fmt;
+
+use crate::kv::{KvCache, PageMap};
+use crate::matrix::Matrix;
+
+/// A slice or an index that does not fit the others.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ShapeError {
+    /// The operation.
+    pub op: &'static str,
+    /// The argument.
+    pub what: &'static str,
+    /// The size it must have, or the bound it must stay below.
+    pub want: usize,
+    /// The size or value it has.
+    pub got: usize,
+}
+
+impl ShapeError {
+    pub(crate) const fn new(
+        op: &'static str,
+        what: &'static str,
+        want: usize,
+        got: usize,
+    ) -> Self {
+        Self {
+            op,
+            what,
+            want,
+            got,
+        }
+    }
+
+    pub(crate) fn check(
+        op: &'static str,
+        what: &'static str,
+        want: usize,
+        got: usize,
+    ) -> Result<(), Self> {
+        if want == got {
+            Ok(())
+        } else {
+            Err(Self::new(op, what, want, got))
+        }
+    }
+
+    /// `want` is a product of sizes.
+    pub(crate) fn check_area(
+        op: &'static str,
+        what: &'static str,
+        want: (usize, usize),
+        got: usize,
+    ) -> Result<(), Self> {
+        Self::check(
+            op,
+            what,
+            want.0.checked_mul(want.1).unwrap_or(usize::MAX),
+            got,
+        )
+    }
+}
+
+impl fmt::Display for ShapeError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{}: {}: want {}, got {}",
+            self.op, self.what, self.want, self.got
+        )
+    }
+}
+
+impl std::error::Error for ShapeError {}
+
+/// `out[r][n] = chain + bias[n]`, where chain is `acc = fma(x[r][k], w[n][k], acc)` over ascending `k`
+/// from `acc = 0`.
+#[derive(Debug)]
+pub struct MatMul<'a> {
+    /// `rows × w.k()`.
+    pub x: &'a [f32],
+    /// Rows of `x` and `out`.
+    pub rows: usize,
+    /// The weight.
+    pub w: &'a Matrix,
+    /// `w.n()`, added after the chain.
+    pub bias: Option<&'a [f32]>,
+    /// `rows × w.n()`.
+    pub out: &'a mut [f32],
+}
+
+/// `out[r] = table[ids[r]]`.
+#[derive(Debug)]
+pub struct Embed<'a> {
+    /// One output per token id.
+    pub table: &'a Matrix,
+    /// Token ids, one per row.
+    pub ids: &'a [u32],
+    /// `ids.len() × table.k()`.
+    pub out: &'a mut [f32],
+}
+
+/// `out[r] = weight * (x[r] / sqrt(mean(x[r]²) + eps))`. The sum of squares runs in 16 lanes (lane =
+/// column mod 16, one fused multiply-add each, ascending) that are then added pairwise.
+#[derive(Debug)]
+pub struct RmsNorm<'a> {
+    /// `rows × width`.
+    pub x: &'a [f32],
+    /// Rows; a norm per head has `rows × heads` of them.
+    pub rows: usize,
+    /// Width of a row.
+    pub width: usize,
+    /// `width`.
+    pub weight: &'a [f32],
+    /// Added to the mean of squares.
+    pub eps: f32,
+    /// `rows × width`.
+    pub out: &'a mut [f32],
+}
+
+/// Cosines and sines of the angles `position as f32 * inv_freq[i]` (product in float32), one row per
+/// position. Built once per step and used by all layers.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct RopeTable {
+    pub(crate) half: usize,
+    pub(crate) cos: Vec<f32>,
+    pub(crate) sin: Vec<f32>,
+}
+
+/// Rotates pairs `(x[i], x[i + head_dim / 2])` of every head in place (the `rotate_half` layout).
+#[derive(Debug)]
+pub struct Rope<'a> {
+    /// `rows × heads × head_dim`, changed in place.
+    pub x: &'a mut [f32],
+    /// Rows.
+    pub rows: usize,
+    /// Heads of a row.
+    pub heads: usize,
+    /// Width of a head: twice the frequencies of the table.
+    pub head_dim: usize,
+    /// One row of angles per row of `x`.
+    pub table: &'a RopeTable,
+}
+
+/// Stores keys and values of each row at its position.
+#[derive(Debug)]
+pub struct KvWrite<'a> {
+    /// `rows × kv_heads × head_dim`.
+    pub k: &'a [f32],
+    /// `rows × kv_heads × head_dim`.
+    pub v: &'a [f32],
+    /// Position of each row in its sequence.
+    pub positions: &'a [u32],
+    /// Where each row's sequence lives.
+    pub pages: PageMap<'a>,
+    /// The cache.
+    pub kv: &'a mut KvCache,
+    /// Layer.
+    pub layer: usize,
+}
+
+/// Causal attention of each row over keys `0..=position` of its sequence, grouped: query head `h` reads
+/// key/value head `h / (heads / kv_heads)`.
+///
+/// Per query: keys in ascending blocks of 32 (counted from position 0 of the sequence, whatever the page
+/// size); a score is one chain of fused multiply-adds over the head's dimensions, times `scale`; online
+/// softmax per block; each output dimension one chain over the keys.
+#[derive(Debug)]
+pub struct Attention<'a> {
+    /// `rows × heads × head_dim`.
+    pub q: &'a [f32],
+    /// Query heads, a multiple of the cache's `kv_heads`.
+    pub heads: usize,
+    /// Factor of every score, usually `1 / sqrt(head_dim)`.
+    pub scale: f32,
+    /// Position of each row in its sequence.
+    pub positions: &'a [u32],
+    /// Where each row's sequence lives.
+    pub pages: PageMap<'a>,
+    /// The cache, with keys and values of positions `0..=position` written.
+    pub kv: &'a KvCache,
+    /// Layer.
+    pub layer: usize,
+    /// `rows × heads × head_dim`.
+    pub out: &'a mut [f32],
+}
+
+/// Softmax over all experts, then the `top_k` most probable (of equals the lower id), ascending by id.
+#[derive(Debug)]
+pub struct Gate<'a> {
+    /// `rows × experts`.
+    pub logits: &'a [f32],
+    /// Rows.
+    pub rows: usize,
+    /// Experts.
+    pub experts: usize,
+    /// Chosen per row, `1..=experts`.
+    pub top_k: usize,
+    /// Divide the chosen weights by their sum.
+    pub normalise: bool,
+    /// `rows × top_k`, ascending within a row.
+    pub out_experts: &'a mut [u32],
+    /// `rows × top_k`, in the order of `out_experts`.
+    pub out_weights: &'a mut [f32],
+}
+
+/// One expert and the rows that go through it.
+#[derive(Debug, Clone, Copy)]
+pub struct ExpertGroup<'a> {
+    /// `inner × hidden`.
+    pub gate: &'a Matrix,
+    /// `inner × hidden`.
+    pub up: &'a Matrix,
+    /// `hidden × inner`.
+    pub down: &'a Matrix,
+    /// Row indices into `x`.
+    pub rows: &'a [u32],
+    /// Row of `out` that takes the first result; the others follow.
+    pub out_offset: usize,
+}
+
+/// `out[offset + i] = down(silu(gate · x[rows[i]]) * (up · x[rows[i]]))` for every group, where each of
+/// the three products is as in [`MatMul`].
+#[derive(Debug)]
+pub struct ExpertFfn<'a> {
+    /// Rows of `hidden`.
+    pub x: &'a [f32],
+    /// Width of a row.
+    pub hidden: usize,
+    /// Experts with their rows; their ranges of `out` are ascending and do not overlap.
+    pub groups: &'a [ExpertGroup<'a>],
+    /// Rows of `hidden`.
+    pub out: &'a mut [f32],
+}
+
+/// `out[r]`: `acc = fma(weight, part, acc)` over the row's parts in the given order, from `acc = 0`.
+#[derive(Debug)]
+pub struct Combine<'a> {
+    /// `rows × top_k` rows of `width`; an empty one is left out of the sum.
+    pub parts: &'a [&'a [f32]],
+    /// `rows × top_k`.
+    pub weights: &'a [f32],
+    /// Parts of a row.
+    pub top_k: usize,
+    /// Width of a row.
+    pub width: usize,
+    /// `rows × width`.
+    pub out: &'a mut [f32],
+}
+
+/// `x += y`.
+#[derive(Debug)]
+pub struct Add<'a> {
+    /// Changed in place.
+    pub x: &'a mut [f32],
+    /// Same length.
+    pub y: &'a [f32],
+}
+
+/// `gate = silu(gate) * up`.
+#[derive(Debug)]
+pub struct SiluMul<'a> {
+    /// Changed in place.
+    pub gate: &'a mut [f32],
+    /// Same length.
+    pub up: &'a [f32],
+}
+
+/// `x[r] *= sigmoid(logits[r])`.
+#[derive(Debug)]
+pub struct SigmoidScale<'a> {
+    /// `logits.len() × width`, changed in place.
+    pub x: &'a mut [f32],
+    /// One per row.
+    pub logits: &'a [f32],
+    /// Width of a row.
+    pub width: usize,
+}
+
+/// `out[r][i] = logits[r][i] - max(logits[r]) - ln(Σ exp(logits[r] - max))`.
+#[derive(Debug)]
+pub struct LogSoftmax<'a> {
+    /// Rows of `width`.
+    pub logits: &'a [f32],
+    /// Width of a row.
+    pub width: usize,
+    /// Same size.
+    pub out: &'a mut [f32],
+}
+
+/// What a model's forward pass is made of. All methods return an error only when sizes or indices in
+/// their arguments do not fit each other; nothing is written then.
+#[expect(
+    clippy::missing_errors_doc,
+    reason = "the one cause is stated above for all"
+)]
+pub trait Ops: Send + Sync {
+    /// Linear layer: see [`MatMul`].
+    fn matmul(&self, op: MatMul<'_>) -> Result<(), ShapeError>;
+    /// Rows of a table: see [`Embed`].
+    fn embed(&self, op: Embed<'_>) -> Result<(), ShapeError>;
+    /// Root mean square norm: see [`RmsNorm`].
+    fn rms_norm(&self, op: RmsNorm<'_>) -> Result<(), ShapeError>;
+    /// Rotary position embedding: see [`Rope`].
+    fn rope(&self, op: Rope<'_>) -> Result<(), ShapeError>;
+    /// Keys and values into the cache: see [`KvWrite`].
+    fn kv_write(&self, op: KvWrite<'_>) -> Result<(), ShapeError>;
+    /// Causal attention over the cache: see [`Attention`].
+    fn attention(&self, op: Attention<'_>) -> Result<(), ShapeError>;
+    /// Choice of experts: see [`Gate`].
+    fn gate(&self, op: Gate<'_>) -> Result<(), ShapeError>;
+    /// Gated feed-forward of several experts: see [`ExpertFfn`].
+    fn expert_ffn(&self, op: ExpertFfn<'_>) -> Result<(), ShapeError>;
+    /// Weighted sum of experts' results: see [`Combine`].
+    fn combine(&self, op: Combine<'_>) -> Result<(), ShapeError>;
+    /// Residual: see [`Add`].
+    fn add(&self, op: Add<'_>) -> Result<(), ShapeError>;
+    /// Gated activation: see [`SiluMul`].
+    fn silu_mul(&self, op: SiluMul<'_>) -> Result<(), ShapeError>;
+    /// A shared expert's gate: see [`SigmoidScale`].
+    fn sigmoid_scale(&self, op: SigmoidScale<'_>) -> Result<(), ShapeError>;
+    /// Log-probabilities: see [`LogSoftmax`].
+    fn log_softmax(&self, op: LogSoftmax<'_>) -> Result<(), ShapeError>;
+}

@@ -1,0 +1,267 @@
+//! Every op by its readable definition, with float64 sums: what the fast paths are judged by.
+#![expect(
+    clippy::cast_possible_truncation,
+    reason = "results are rounded to float32 once"
+)]
+
+use crate::kv::{KEYS, KvCache, PageMap};
+use crate::matrix::Matrix;
+use crate::ops::{
+    Add, Attention, Combine, Embed, ExpertFfn, Gate, KvWrite, LogSoftmax, MatMul, Ops, RmsNorm,
+    Rope, ShapeError, SigmoidScale, SiluMul,
+};
+
+/// Runs ops slowly and exactly. Not bit-equal to [`crate::Cpu`]: equal within rounding.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Oracle;
+
+fn sigmoid(x: f64) -> f64 {
+    1.0 / (1.0 + (-x).exp())
+}
+
+fn product(x: &[f32], w: &Matrix, n: usize) -> f64 {
+    x.iter()
+        .enumerate()
+        .map(|(k, x)| f64::from(*x) * f64::from(w.at(n, k)))
+        .sum()
+}
+
+/// `exp(x - max)` of every element, and their sum.
+fn exponentials(x: &[f64]) -> (Vec<f64>, f64) {
+    let max = x.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let e: Vec<f64> = x.iter().map(|x| (x - max).exp()).collect();
+    let sum = e.iter().sum();
+    (e, sum)
+}
+
+/// Index of dimension 0 of the key and of the value at a position.
+fn place(
+    kv: &KvCache,
+    pages: PageMap<'_>,
+    row: usize,
+    position: usize,
+    layer: usize,
+    head: usize,
+) -> (usize, usize) {
+    let s = kv.shape();
+    let table = pages.tables[pages.sequence_of_row[row] as usize];
+    let (page, slot) = (
+        table[position / s.page_tokens] as usize,
+        position % s.page_tokens,
+    );
+    let key = kv.key_start(layer, page, head) + slot / KEYS * KEYS * s.head_dim + slot % KEYS;
+    (key, kv.value_start(layer, page, head) + slot * s.head_dim)
+}
+
+impl Ops for Oracle {
+    fn matmul(&self, op: MatMul<'_>) -> Result<(), ShapeError> {
+        op.check()?;
+        let (n, k) = (op.w.n(), op.w.k());
+        for row in 0..op.rows {
+            for output in 0..n {
+                let bias = op.bias.map_or(0.0, |b| f64::from(b[output]));
+                let sum = product(&op.x[row * k..(row + 1) * k], op.w, output) + bias;
+                op.out[row * n + output] = sum as f32;
+            }
+        }
+        Ok(())
+    }
+
+    fn embed(&self, op: Embed<'_>) -> Result<(), ShapeError> {
+        op.check()?;
+        let rows = op.out.chunks_exact_mut(op.table.k().max(1));
+        op.ids
+            .iter()
+            .zip(rows)
+            .try_for_each(|(id, row)| op.table.row(*id as usize, row))
+    }
+
+    fn rms_norm(&self, op: RmsNorm<'_>) -> Result<(), ShapeError> {
+        op.check()?;
+        let width = op.width.max(1);
+        for (x, out) in op.x.chunks_exact(width).zip(op.out.chunks_exact_mut(width)) {
+            let squares: f64 = x.iter().map(|x| f64::from(*x).powi(2)).sum();
+            let root = (squares / width as f64 + f64::from(op.eps)).sqrt();
+            for ((x, w), out) in x.iter().zip(op.weight).zip(out) {
+                *out = (f64::from(*x) / root * f64::from(*w)) as f32;
+            }
+        }
+        Ok(())
+    }
+
+    fn rope(&self, op: Rope<'_>) -> Result<(), ShapeError> {
+        op.check()?;
+        let half = op.table.half;
+        let row = (op.heads * op.head_dim).max(1);
+        for (r, x) in op.x.chunks_exact_mut(row).enumerate() {
+            for head in x.chunks_exact_mut(op.head_dim) {
+                for i in 0..half {
+                    let cos = f64::from(op.table.cos[r * half + i]);
+                    let sin = f64::from(op.table.sin[r * half + i]);
+                    let (a, b) = (f64::from(head[i]), f64::from(head[i + half]));
+                    head[i] = (a * cos - b * sin) as f32;
+                    head[i + half] = (b * cos + a * sin) as f32;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn kv_write(&self, op: KvWrite<'_>) -> Result<(), ShapeError> {
+        op.check()?;
+        let s = op.kv.shape();
+        for (row, position) in op.positions.iter().enumerate() {
+            for head in 0..s.kv_heads {
+                let from = (row * s.kv_heads + head) * s.head_dim;
+                let (key, value) =
+                    place(op.kv, op.pages, row, *position as usize, op.layer, head);
+                for d in 0..s.head_dim {
+                    op.kv.floats_mut()[key + d * KEYS] = op.k[from + d];
+                    op.kv.floats_mut()[value + d] = op.v[from + d];
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn attention(&self, op: Attention<'_>) -> Result<(), ShapeError> {
+        op.check()?;
+        let s = op.kv.shape();
+        let (dim, kv) = (s.head_dim, op.kv.floats());
+        for (row, position) in op.positions.iter().enumerate() {
+            for head in 0..op.heads {
+                let from = (row * op.heads + head) * dim;
+                let q = &op.q[from..from + dim];
+                let places: Vec<(usize, usize)> = (0..=*position as usize)
+                    .map(|p| {
+                        let kv_head = head / (op.heads / s.kv_heads);
+                        place(op.kv, op.pages, row, p, op.layer, kv_head)
+                    })
+                    .collect();
+                let score = |key: usize| -> f64 {
+                    (0..dim)
+                        .map(|d| f64::from(q[d]) * f64::from(kv[key + d * KEYS]))
+                        .sum()
+                };
+                let scores: Vec<f64> = places
+                    .iter()
+                    .map(|(key, _)| score(*key) * f64::from(op.scale))
+                    .collect();
+                let (e, sum) = exponentials(&scores);
+                for d in 0..dim {
+                    let total: f64 = places
+                        .iter()
+                        .zip(&e)
+                        .map(|(p, e)| e * f64::from(kv[p.1 + d]))
+                        .sum();
+                    op.out[from + d] = (total / sum) as f32;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn gate(&self, op: Gate<'_>) -> Result<(), ShapeError> {
+        op.check()?;
+        for row in 0..op.rows {
+            let logits: Vec<f64> = op.logits[row * op.experts..(row + 1) * op.experts]
+                .iter()
+                .map(|l| f64::from(*l))
+                .collect();
+            let (e, sum) = exponentials(&logits);
+            let mut order: Vec<usize> = (0..op.experts).collect();
+            order.sort_by(|a, b| e[*b].total_cmp(&e[*a]).then(a.cmp(b)));
+            order.truncate(op.top_k);
+            order.sort_unstable();
+            let chosen: f64 = order.iter().map(|i| e[*i]).sum();
+            for (slot, expert) in order.into_iter().enumerate() {
+                let weight = e[expert] / if op.normalise { chosen } else { sum };
+                op.out_experts[row * op.top_k + slot] = expert as u32;
+                op.out_weights[row * op.top_k + slot] = weight as f32;
+            }
+        }
+        Ok(())
+    }
+
+    fn expert_ffn(&self, op: ExpertFfn<'_>) -> Result<(), ShapeError> {
+        op.check()?;
+        for group in op.groups {
+            for (i, row) in group.rows.iter().enumerate() {
+                let x = &op.x[*row as usize * op.hidden..(*row as usize + 1) * op.hidden];
+                let inner: Vec<f32> = (0..group.gate.n())
+                    .map(|n| {
+                        let gate = product(x, group.gate, n);
+                        (gate * sigmoid(gate) * product(x, group.up, n)) as f32
+                    })
+                    .collect();
+                for n in 0..op.hidden {
+                    let at = (group.out_offset + i) * op.hidden + n;
+                    op.out[at] = product(&inner, group.down, n) as f32;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn combine(&self, op: Combine<'_>) -> Result<(), ShapeError> {
+        op.check()?;
+        for (row, out) in op.out.chunks_exact_mut(op.width).enumerate() {
+            let chosen = row * op.top_k..(row + 1) * op.top_k;
+            for (i, out) in out.iter_mut().enumerate() {
+                let term = |(part, weight): (&&[f32], &f32)| {
+                    part.get(i)
+                        .map_or(0.0, |p| f64::from(*p) * f64::from(*weight))
+                };
+                let parts = op.parts[chosen.clone()]
+                    .iter()
+                    .zip(&op.weights[chosen.clone()]);
+                *out = parts.map(term).sum::<f64>() as f32;
+            }
+        }
+        Ok(())
+    }
+
+    fn add(&self, op: Add<'_>) -> Result<(), ShapeError> {
+        op.check()?;
+        for (x, y) in op.x.iter_mut().zip(op.y) {
+            *x += y;
+        }
+        Ok(())
+    }
+
+    fn silu_mul(&self, op: SiluMul<'_>) -> Result<(), ShapeError> {
+        op.check()?;
+        for (gate, up) in op.gate.iter_mut().zip(op.up) {
+            let g = f64::from(*gate);
+            *gate = (g * sigmoid(g) * f64::from(*up)) as f32;
+        }
+        Ok(())
+    }
+
+    fn sigmoid_scale(&self, op: SigmoidScale<'_>) -> Result<(), ShapeError> {
+        op.check()?;
+        for (x, logit) in op.x.chunks_exact_mut(op.width.max(1)).zip(op.logits) {
+            for x in x {
+                *x = (f64::from(*x) * sigmoid(f64::from(*logit))) as f32;
+            }
+        }
+        Ok(())
+    }
+
+    fn log_softmax(&self, op: LogSoftmax<'_>) -> Result<(), ShapeError> {
+        op.check()?;
+        for (x, out) in op
+            .logits
+            .chunks_exact(op.width)
+            .zip(op.out.chunks_exact_mut(op.width))
+        {
+            let wide: Vec<f64> = x.iter().map(|x| f64::from(*x)).collect();
+            let max = wide.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let log_sum = exponentials(&wide).1.ln();
+            for (x, out) in wide.iter().zip(out) {
+                *out = (x - max - log_sum) as f32;
+            }
+        }
+        Ok(())
+    }
+}
