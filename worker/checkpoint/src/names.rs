@@ -95,6 +95,8 @@ pub const fn qk_norm_widths(spec: &ModelSpec) -> Option<(usize, usize)> {
 pub enum Kind {
     /// Packed for matrix products: must have the model's format.
     Matrix,
+    /// Matrix of a routed expert: likewise, but loaded only where a placement wants it.
+    Expert,
     /// Norm or bias: widened to single precision, so either format will do.
     Vector,
 }
@@ -124,7 +126,7 @@ pub fn expected(spec: &ModelSpec) -> Vec<Expected> {
         if *moe {
             list.mixture(spec, block);
         } else {
-            list.mlp(dense_mlp(block), spec.hidden, spec.dense_inner);
+            list.mlp(Kind::Matrix, dense_mlp(block), spec.hidden, spec.dense_inner);
         }
     }
     list.vector(FINAL_NORM.to_owned(), spec.hidden);
@@ -144,26 +146,22 @@ pub fn is_known_extra(spec: &ModelSpec, name: &str) -> bool {
 struct List(Vec<Expected>);
 
 impl List {
+    fn push(&mut self, kind: Kind, name: String, shape: Vec<usize>) {
+        self.0.push(Expected { name, shape, kind });
+    }
+
     fn matrix(&mut self, name: String, rows: usize, columns: usize) {
-        self.0.push(Expected {
-            name,
-            shape: vec![rows, columns],
-            kind: Kind::Matrix,
-        });
+        self.push(Kind::Matrix, name, vec![rows, columns]);
     }
 
     fn vector(&mut self, name: String, width: usize) {
-        self.0.push(Expected {
-            name,
-            shape: vec![width],
-            kind: Kind::Vector,
-        });
+        self.push(Kind::Vector, name, vec![width]);
     }
 
-    fn mlp(&mut self, names: MlpNames, hidden: usize, inner: usize) {
-        self.matrix(names.gate, inner, hidden);
-        self.matrix(names.up, inner, hidden);
-        self.matrix(names.down, hidden, inner);
+    fn mlp(&mut self, kind: Kind, names: MlpNames, hidden: usize, inner: usize) {
+        self.push(kind, names.gate, vec![inner, hidden]);
+        self.push(kind, names.up, vec![inner, hidden]);
+        self.push(kind, names.down, vec![hidden, inner]);
     }
 
     fn attention(&mut self, spec: &ModelSpec, block: usize) {
@@ -192,10 +190,10 @@ impl List {
         self.matrix(router(spec.family, block), spec.experts, spec.hidden);
         for number in 0..spec.experts {
             let names = expert(spec.family, block, number);
-            self.mlp(names, spec.hidden, spec.expert_inner);
+            self.mlp(Kind::Expert, names, spec.hidden, spec.expert_inner);
         }
         if let Some(inner) = spec.shared_inner {
-            self.mlp(shared_expert(block), spec.hidden, inner);
+            self.mlp(Kind::Matrix, shared_expert(block), spec.hidden, inner);
             self.matrix(
                 of_block(block, "mlp.shared_expert_gate.weight"),
                 1,

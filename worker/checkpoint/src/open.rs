@@ -159,7 +159,7 @@ fn check_tensors(
 
 fn fits(tensor: &Tensor<'_>, want: &Expected, format: WeightFormat) -> bool {
     let formats: &[Dtype] = match want.kind {
-        Kind::Matrix => match format {
+        Kind::Matrix | Kind::Expert => match format {
             WeightFormat::Float32 => &[Dtype::F32],
             WeightFormat::Bfloat16 => &[Dtype::BF16],
         },
@@ -170,8 +170,8 @@ fn fits(tensor: &Tensor<'_>, want: &Expected, format: WeightFormat) -> bool {
 
 fn describe_expected(want: &Expected, format: WeightFormat) -> String {
     let formats = match (want.kind, format) {
-        (Kind::Matrix, WeightFormat::Float32) => "F32",
-        (Kind::Matrix, WeightFormat::Bfloat16) => "BF16",
+        (Kind::Matrix | Kind::Expert, WeightFormat::Float32) => "F32",
+        (Kind::Matrix | Kind::Expert, WeightFormat::Bfloat16) => "BF16",
         (Kind::Vector, _) => "F32 or BF16",
     };
     format!("shape {:?} of {formats}", want.shape)

@@ -1,0 +1,169 @@
+//! One routed expert in memory, and the two halves of its work: rows through it (the callee's side)
+//! and the weighted sum of results (the home's side). Every implementation of `Experts` uses these two
+//! functions, so all of them have the same bits.
+
+use std::sync::Arc;
+
+use foregate_api::ids::{ExpertId, LayerId};
+use foregate_api::model::{ModelSpec, WeightFormat};
+use foregate_checkpoint::{Checkpoint, ExpertHash, ExpertParts};
+use foregate_kernels::{Combine, Dtype, ExpertFfn, ExpertGroup, Matrix, Ops, ShapeError};
+
+use crate::error::ModelError;
+
+/// An expert packed for matrix products.
+#[derive(Debug)]
+pub struct ExpertWeights {
+    gate: Matrix,
+    up: Matrix,
+    down: Matrix,
+    hash: ExpertHash,
+}
+
+/// The kernels' name of a weight format.
+pub(crate) const fn dtype(format: WeightFormat) -> Dtype {
+    match format {
+        WeightFormat::Float32 => Dtype::F32,
+        WeightFormat::Bfloat16 => Dtype::Bf16,
+    }
+}
+
+impl ExpertWeights {
+    /// Packs canonical bytes: the rows of gate, up and down as the checkpoint has them.
+    ///
+    /// # Errors
+    /// When there are more or fewer bytes than [`ModelSpec::expert_bytes`].
+    pub fn from_canonical(spec: &ModelSpec, bytes: &[u8]) -> Result<Self, ShapeError> {
+        let third = spec.expert_inner * spec.hidden * spec.format.bytes();
+        // A wrong length leaves one of the parts too short or too long, which packing refuses.
+        let (gate, rest) = bytes.split_at(third.min(bytes.len()));
+        let (up, down) = rest.split_at(third.min(rest.len()));
+        Self::from_parts(&ExpertParts {
+            gate,
+            up,
+            down,
+            format: spec.format,
+            hidden: spec.hidden,
+            inner: spec.expert_inner,
+        })
+    }
+
+    /// Packs an expert straight from the mapped checkpoint.
+    ///
+    /// # Errors
+    /// When the parts do not have the sizes they claim.
+    pub fn from_parts(parts: &ExpertParts<'_>) -> Result<Self, ShapeError> {
+        let dtype = dtype(parts.format);
+        let (hidden, inner) = (parts.hidden, parts.inner);
+        Ok(Self {
+            gate: Matrix::pack(dtype, inner, hidden, parts.gate)?,
+            up: Matrix::pack(dtype, inner, hidden, parts.up)?,
+            down: Matrix::pack(dtype, hidden, inner, parts.down)?,
+            hash: parts.hash(),
+        })
+    }
+
+    /// Loads one expert of a checkpoint.
+    ///
+    /// # Errors
+    /// When the model has no such expert.
+    pub fn load(
+        checkpoint: &Checkpoint,
+        layer: LayerId,
+        expert: ExpertId,
+    ) -> Result<Self, ModelError> {
+        Ok(Self::from_parts(&checkpoint.expert(layer, expert)?)?)
+    }
+
+    /// The bytes it was packed from: what a peer is sent.
+    #[must_use]
+    pub fn to_canonical(&self) -> Vec<u8> {
+        [self.gate.unpack(), self.up.unpack(), self.down.unpack()].concat()
+    }
+
+    /// BLAKE3 of the canonical bytes.
+    #[must_use]
+    pub const fn hash(&self) -> ExpertHash {
+        self.hash
+    }
+
+    /// Bytes of memory that the packed matrices take.
+    #[must_use]
+    pub const fn bytes(&self) -> usize {
+        self.gate.bytes() + self.up.bytes() + self.down.bytes()
+    }
+
+    /// As an argument of the grouped feed-forward op.
+    fn group<'a>(&'a self, rows: &'a [u32], out_offset: usize) -> ExpertGroup<'a> {
+        ExpertGroup {
+            gate: &self.gate,
+            up: &self.up,
+            down: &self.down,
+            rows,
+            out_offset,
+        }
+    }
+}
+
+/// An expert and the rows of the input that go through it.
+#[derive(Debug, Clone)]
+pub struct ExpertRows<'a> {
+    /// The expert.
+    pub expert: Arc<ExpertWeights>,
+    /// Row indices into the input.
+    pub rows: &'a [u32],
+}
+
+/// Sends rows of `input` (`any × hidden`) through their experts. The results stand one after the other
+/// in the order of `calls` and of the rows in each, so `out` has as many rows of `hidden` as the calls
+/// have together. A row's result does not depend on the other rows or calls.
+///
+/// # Errors
+/// When a size or a row index does not fit.
+pub fn run_expert_rows(
+    ops: &dyn Ops,
+    input: &[f32],
+    hidden: usize,
+    calls: &[ExpertRows<'_>],
+    out: &mut [f32],
+) -> Result<(), ShapeError> {
+    let mut offset = 0;
+    let groups: Vec<ExpertGroup<'_>> = calls
+        .iter()
+        .map(|call| {
+            let group = call.expert.group(call.rows, offset);
+            offset += call.rows.len();
+            group
+        })
+        .collect();
+    ops.expert_ffn(ExpertFfn {
+        x: input,
+        hidden,
+        groups: &groups,
+        out,
+    })
+}
+
+/// `out[row] = Σ weight · part` over a row's parts in ascending order of expert, each added with one
+/// fused multiply-add to an accumulator that starts at zero. `parts` is `rows × top_k`, in the order of
+/// [`ExpertBatch::experts`](crate::experts::ExpertBatch::experts); an empty part is left out (a late or
+/// dead row: its sum has no meaning).
+///
+/// # Errors
+/// When a size does not fit.
+pub fn combine(
+    ops: &dyn Ops,
+    parts: &[&[f32]],
+    weights: &[f32],
+    top_k: usize,
+    hidden: usize,
+    out: &mut [f32],
+) -> Result<(), ShapeError> {
+    ops.combine(Combine {
+        parts,
+        weights,
+        top_k,
+        width: hidden,
+        out,
+    })
+}

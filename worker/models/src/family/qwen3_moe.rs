@@ -1,0 +1,21 @@
+//! Qwen3-MoE: queries and keys are normalised head by head.
+
+use foregate_checkpoint::names::of_block;
+
+use crate::attention::{AfterProjection, QkNorm};
+use crate::error::ModelError;
+use crate::load::Loader;
+
+/// One norm of `head_dim`, used for every head.
+pub(super) fn after_projection(
+    loader: &mut Loader<'_>,
+    block: usize,
+) -> Result<AfterProjection, ModelError> {
+    Ok(AfterProjection {
+        norm: Some(QkNorm {
+            query: loader.vector(&of_block(block, "self_attn.q_norm.weight"))?,
+            key: loader.vector(&of_block(block, "self_attn.k_norm.weight"))?,
+        }),
+        clip: None,
+    })
+}

@@ -1,0 +1,174 @@
+//! All experts in one process: the oracle that every distributed implementation is compared with.
+
+use std::fmt;
+use std::sync::Arc;
+
+use foregate_api::ids::{ExpertId, LayerId};
+use foregate_checkpoint::Checkpoint;
+use foregate_kernels::Ops;
+
+use crate::error::ModelError;
+use crate::expert::{ExpertRows, ExpertWeights, combine, run_expert_rows};
+use crate::experts::{ExpertBatch, Experts, ExpertsError, LateRows};
+
+/// A batch's (row, choice) pairs, sorted by expert.
+///
+/// Results of [`run_expert_rows`] called with the groups in order stand in *places* `0..places`;
+/// `place[row · top_k + choice]` says which place is whose.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ExpertGroups {
+    /// Experts with at least one row, ascending, each with its range of `rows`.
+    pub groups: Vec<(ExpertId, std::ops::Range<usize>)>,
+    /// Rows in order of expert, then of row.
+    pub rows: Vec<u32>,
+    /// For each row and choice its place, or [`ExpertGroups::NOWHERE`] for a dead row.
+    pub place: Vec<u32>,
+}
+
+impl ExpertGroups {
+    /// Stands in `place` for a pair that is not computed.
+    pub const NOWHERE: u32 = u32::MAX;
+
+    /// Sorts a batch's pairs by counting. Dead rows, and experts from `experts` on, get no place.
+    pub fn sort(&mut self, batch: &ExpertBatch<'_>, experts: usize) {
+        let alive = |pair: usize| {
+            let row = pair / batch.top_k.max(1);
+            let dead = batch.dead.get(row).copied().unwrap_or(false);
+            !dead && (batch.experts[pair] as usize) < experts
+        };
+        let mut next = vec![0_usize; experts + 1];
+        for (pair, expert) in batch.experts.iter().enumerate() {
+            if alive(pair) {
+                next[*expert as usize + 1] += 1;
+            }
+        }
+        self.groups.clear();
+        for expert in 0..experts {
+            next[expert + 1] += next[expert];
+            if next[expert + 1] > next[expert] {
+                let range = next[expert]..next[expert + 1];
+                self.groups.push((ExpertId(id(expert)), range));
+            }
+        }
+        self.rows.clear();
+        self.rows.resize(next[experts], 0);
+        self.place.clear();
+        for (pair, expert) in batch.experts.iter().enumerate() {
+            if alive(pair) {
+                let place = &mut next[*expert as usize];
+                self.rows[*place] = id(pair / batch.top_k.max(1));
+                self.place.push(id(*place));
+                *place += 1;
+            } else {
+                self.place.push(Self::NOWHERE);
+            }
+        }
+    }
+
+    /// Places that results need.
+    #[must_use]
+    pub const fn places(&self) -> usize {
+        self.rows.len()
+    }
+}
+
+/// Counts of rows and experts fit 32 bits: a batch that large has no memory to stand in.
+#[expect(clippy::cast_possible_truncation, reason = "see above")]
+const fn id(number: usize) -> u32 {
+    number as u32
+}
+
+/// Every expert of a model, in this process.
+pub struct LocalExperts {
+    ops: Arc<dyn Ops>,
+    layers: Vec<Vec<Arc<ExpertWeights>>>,
+    groups: ExpertGroups,
+    results: Vec<f32>,
+}
+
+impl fmt::Debug for LocalExperts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LocalExperts")
+            .field("layers", &self.layers.len())
+            .finish_non_exhaustive()
+    }
+}
+
+impl LocalExperts {
+    /// Loads all experts of a checkpoint.
+    ///
+    /// # Errors
+    /// When an expert cannot be read.
+    pub fn load(checkpoint: &Checkpoint, ops: Arc<dyn Ops>) -> Result<Self, ModelError> {
+        let spec = checkpoint.spec();
+        let layers = (0..spec.moe_layers())
+            .map(|layer| {
+                (0..spec.experts)
+                    .map(|expert| {
+                        let (layer, expert) = (LayerId(id(layer)), ExpertId(id(expert)));
+                        ExpertWeights::load(checkpoint, layer, expert).map(Arc::new)
+                    })
+                    .collect()
+            })
+            .collect::<Result<_, ModelError>>()?;
+        Ok(Self {
+            ops,
+            layers,
+            groups: ExpertGroups::default(),
+            results: Vec::new(),
+        })
+    }
+
+    /// One expert.
+    #[must_use]
+    pub fn expert(&self, layer: LayerId, expert: ExpertId) -> Option<&Arc<ExpertWeights>> {
+        self.layers.get(layer.index())?.get(expert.index())
+    }
+}
+
+impl Experts for LocalExperts {
+    fn run(
+        &mut self,
+        batch: &ExpertBatch<'_>,
+        out: &mut [f32],
+    ) -> Result<LateRows, ExpertsError> {
+        let failed = |what: String| ExpertsError {
+            layer: batch.layer,
+            what,
+        };
+        let experts = self
+            .layers
+            .get(batch.layer.index())
+            .ok_or_else(|| failed("no such layer".to_owned()))?;
+        let groups = &mut self.groups;
+        groups.sort(batch, experts.len());
+        let calls: Vec<ExpertRows<'_>> = groups
+            .groups
+            .iter()
+            .map(|(expert, range)| ExpertRows {
+                expert: Arc::clone(&experts[expert.index()]),
+                rows: &groups.rows[range.clone()],
+            })
+            .collect();
+        let hidden = batch.hidden;
+        self.results.resize(groups.places() * hidden, 0.0);
+        let ops = self.ops.as_ref();
+        run_expert_rows(ops, batch.input, hidden, &calls, &mut self.results)
+            .map_err(|error| failed(error.to_string()))?;
+        let results = &self.results;
+        let parts: Vec<&[f32]> = groups
+            .place
+            .iter()
+            .map(|place| match *place {
+                ExpertGroups::NOWHERE => &[],
+                place => &results[place as usize * hidden..(place as usize + 1) * hidden],
+            })
+            .collect();
+        combine(ops, &parts, batch.weights, batch.top_k, hidden, out)
+            .map_err(|error| failed(error.to_string()))?;
+        Ok(LateRows::new())
+    }
+}
+
+#[cfg(test)]
+mod tests;
