@@ -1,0 +1,119 @@
+//! A plan as one forward pass.
+
+use std::ops::Range;
+
+use foregate_models::{ModelError, StepBatch, StepOutput};
+
+use super::Engine;
+use super::handle::StreamError;
+use crate::scheduler::{Plan, Scheduler};
+
+/// Whole steps that may fail in a row; with the pauses between them this is about two seconds.
+const MOST_FAILURES: u32 = 14;
+
+/// Memory of a step.
+#[derive(Debug, Default)]
+pub(super) struct Buffers {
+    tokens: Vec<u32>,
+    positions: Vec<u32>,
+    sequence_of_row: Vec<u32>,
+    logit_rows: Vec<u32>,
+    pub(super) output: StepOutput,
+    /// Where each chunk's rows and logits are, in the order of the plan.
+    pub(super) places: Vec<Place>,
+}
+
+/// Where a chunk's results are.
+#[derive(Debug, Clone)]
+pub(super) struct Place {
+    /// Rows of the batch.
+    pub(super) rows: Range<usize>,
+    /// First of its wanted logit rows: those of the prompt, then that of the sample.
+    pub(super) logits: usize,
+}
+
+impl Buffers {
+    fn fill(&mut self, plan: &Plan, scheduler: &Scheduler) {
+        self.tokens.clear();
+        self.positions.clear();
+        self.sequence_of_row.clear();
+        self.logit_rows.clear();
+        self.places.clear();
+        for (index, chunk) in plan.chunks.iter().enumerate() {
+            let first = self.tokens.len();
+            let end = chunk.start + chunk.len;
+            self.places.push(Place {
+                rows: first..first + chunk.len,
+                logits: self.logit_rows.len(),
+            });
+            if let Some(sequence) = scheduler.get(chunk.id) {
+                self.tokens
+                    .extend_from_slice(&sequence.tokens[chunk.start..end]);
+            }
+            self.positions.extend(chunk.start as u32..end as u32);
+            self.sequence_of_row
+                .extend(std::iter::repeat_n(index as u32, chunk.len));
+            let row = |position: usize| (first + position - chunk.start) as u32;
+            self.logit_rows.extend(chunk.prompt_logits.clone().map(row));
+            if chunk.sample {
+                self.logit_rows.push(row(end - 1));
+            }
+        }
+    }
+}
+
+impl Engine {
+    /// Computes a plan and hands out its results.
+    pub(super) fn step(&mut self, plan: &Plan) {
+        let contexts = |id| self.outlets.get(id)?.context();
+        let trace = plan.chunks.iter().find_map(|chunk| contexts(&chunk.id));
+        let epoch = self.experts.begin_step(trace);
+        let result = self.forward(plan);
+        self.experts.end_step();
+        self.shared.set_epoch(epoch);
+        self.counts.steps += 1;
+        match result {
+            Ok(()) => {
+                self.failures = 0;
+                self.settle(plan);
+            }
+            Err(error) => self.lose(plan, &error),
+        }
+    }
+
+    fn forward(&mut self, plan: &Plan) -> Result<(), ModelError> {
+        self.buffers.fill(plan, &self.scheduler);
+        let buffers = &mut self.buffers;
+        let tables: Vec<&[u32]> = plan
+            .chunks
+            .iter()
+            .map(|chunk| self.scheduler.get(chunk.id).map_or(&[][..], |s| &s.pages))
+            .collect();
+        let batch = StepBatch {
+            tokens: &buffers.tokens,
+            positions: &buffers.positions,
+            sequence_of_row: &buffers.sequence_of_row,
+            page_tables: &tables,
+            logit_rows: &buffers.logit_rows,
+        };
+        let output = &mut buffers.output;
+        self.model
+            .forward(&batch, &mut self.kv, &mut *self.experts, output)
+    }
+
+    /// A step that failed as a whole: its chunks are scheduled again after a pause, up to a number of
+    /// failures in a row.
+    fn lose(&mut self, plan: &Plan, error: &ModelError) {
+        self.failures += 1;
+        let give_up = self.failures >= MOST_FAILURES;
+        tracing::warn!(%error, failures = self.failures, "step failed");
+        let now = self.clock();
+        for chunk in &plan.chunks {
+            if give_up {
+                self.fail(chunk.id, StreamError::Step(error.to_string()));
+            } else {
+                self.scheduler.set_back(chunk.id, now);
+            }
+        }
+    }
+}
