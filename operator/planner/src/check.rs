@@ -1,0 +1,351 @@
+//! The linter for placements: called by the planner itself, by tests, and by the operator before it proposes.
+
+use std::fmt;
+
+use foregate_api::ids::{Epoch, ExpertId, LayerId, Rank};
+use foregate_api::placement::{LayerPlacement, Placement};
+use serde::Serialize;
+
+use crate::layer::Layer;
+use crate::problem::{Problem, Room};
+
+/// Whether a placement with a finding may be used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Severity {
+    /// Usable, but somebody should know.
+    Report,
+    /// Must not be proposed.
+    Refuse,
+}
+
+/// One thing that is wrong with a placement, or worth knowing about it.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(tag = "finding", rename_all = "snake_case")]
+pub enum Finding {
+    /// The ranks are not the problem's ranks with slots, ascending.
+    Ranks {
+        /// What the placement says.
+        found: Vec<Rank>,
+    },
+    /// The number of layers, or a layer's lists, have the wrong length.
+    Shape {
+        /// The layer, or the number of layers.
+        layer: LayerId,
+    },
+    /// An expert is nowhere.
+    NoCopy {
+        /// Layer.
+        layer: LayerId,
+        /// Expert.
+        expert: ExpertId,
+    },
+    /// A slot holds an expert that the model has not.
+    UnknownExpert {
+        /// Layer.
+        layer: LayerId,
+        /// Rank.
+        rank: Rank,
+        /// What the slot holds.
+        expert: ExpertId,
+    },
+    /// A rank is given more than it has room for.
+    TooManySlots {
+        /// Layer.
+        layer: LayerId,
+        /// Rank.
+        rank: Rank,
+        /// Slots used.
+        used: usize,
+        /// Slots it has.
+        slots: usize,
+    },
+    /// The list of copies does not say what the slots say.
+    CopiesDiffer {
+        /// Layer.
+        layer: LayerId,
+        /// Expert.
+        expert: ExpertId,
+    },
+    /// Shares are negative or do not sum to one within 1e-6.
+    Shares {
+        /// Layer.
+        layer: LayerId,
+        /// Expert.
+        expert: ExpertId,
+        /// What they sum to.
+        sum: f64,
+    },
+    /// The placement was made from another one than the one in force, or its number is not above it.
+    Parent {
+        /// The placement's number.
+        epoch: Epoch,
+        /// What it says it was made from.
+        parent: Epoch,
+        /// What is in force.
+        in_force: Epoch,
+    },
+    /// A rank holds an expert twice; the second copy is wasted.
+    Double {
+        /// Layer.
+        layer: LayerId,
+        /// Rank.
+        rank: Rank,
+        /// Expert.
+        expert: ExpertId,
+    },
+    /// Ranks hang together less than they could.
+    Components {
+        /// Layer.
+        layer: LayerId,
+        /// Components of ranks.
+        found: usize,
+        /// The least that these copies allow.
+        least: usize,
+    },
+    /// There are too few redundant copies to link all ranks.
+    FewCopies {
+        /// Copies per layer.
+        copies: usize,
+        /// Copies that would link all ranks.
+        needed: usize,
+    },
+    /// The prediction says that this placement is worse than its parent.
+    WorseThanParent {
+        /// Predicted balance of the parent.
+        before: f64,
+        /// Predicted balance of this placement.
+        after: f64,
+    },
+}
+
+impl Finding {
+    /// Whether the placement may be used nevertheless.
+    #[must_use]
+    pub const fn severity(&self) -> Severity {
+        match self {
+            Self::Ranks { .. }
+            | Self::Shape { .. }
+            | Self::NoCopy { .. }
+            | Self::UnknownExpert { .. }
+            | Self::TooManySlots { .. }
+            | Self::CopiesDiffer { .. }
+            | Self::Shares { .. }
+            | Self::Parent { .. } => Severity::Refuse,
+            Self::Double { .. }
+            | Self::Components { .. }
+            | Self::FewCopies { .. }
+            | Self::WorseThanParent { .. } => Severity::Report,
+        }
+    }
+}
+
+impl fmt::Display for Finding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Ranks { found } => write!(f, "ranks {found:?} are not the cluster's"),
+            Self::Shape { layer } => write!(f, "layer {layer} has the wrong shape"),
+            Self::NoCopy { layer, expert } => {
+                write!(f, "layer {layer}: expert {expert} has no copy")
+            }
+            Self::UnknownExpert { layer, rank, expert } => {
+                write!(f, "layer {layer}: rank {rank} holds expert {expert}, which does not exist")
+            }
+            Self::TooManySlots { layer, rank, used, slots } => {
+                write!(f, "layer {layer}: rank {rank} holds {used} experts in {slots} slots")
+            }
+            Self::CopiesDiffer { layer, expert } => {
+                write!(f, "layer {layer}: copies of expert {expert} are not those of the slots")
+            }
+            Self::Shares { layer, expert, sum } => {
+                write!(f, "layer {layer}: shares of expert {expert} sum to {sum}")
+            }
+            Self::Parent { epoch, parent, in_force } => {
+                write!(f, "placement {epoch} was made from {parent}, in force is {in_force}")
+            }
+            Self::Double { layer, rank, expert } => {
+                write!(f, "layer {layer}: rank {rank} holds expert {expert} twice")
+            }
+            Self::Components { layer, found, least } => {
+                write!(f, "layer {layer}: ranks form {found} components, {least} possible")
+            }
+            Self::FewCopies { copies, needed } => {
+                write!(f, "{copies} copies per layer do not link all ranks, {needed} would")
+            }
+            Self::WorseThanParent { before, after } => {
+                write!(f, "predicted balance falls from {before:.3} to {after:.3}")
+            }
+        }
+    }
+}
+
+/// All findings about a placement for this problem. `in_force` is the placement it would follow, if any.
+///
+/// Findings come in the order of layers; a layer of the wrong shape is looked at no further.
+#[must_use]
+pub fn check(
+    placement: &Placement,
+    problem: &Problem,
+    in_force: Option<&Placement>,
+) -> Vec<Finding> {
+    let room = Room::of(problem);
+    let mut findings = Vec::new();
+    let parent = in_force.map_or(Epoch(0), |p| p.epoch);
+    if placement.parent != parent || placement.epoch <= parent {
+        findings.push(Finding::Parent {
+            epoch: placement.epoch,
+            parent: placement.parent,
+            in_force: parent,
+        });
+    }
+    if placement.layers.len() != problem.layers {
+        findings.push(Finding::Shape { layer: LayerId(placement.layers.len() as u32) });
+    }
+    if placement.ranks != room.ranks {
+        findings.push(Finding::Ranks { found: placement.ranks.clone() });
+        return findings;
+    }
+    let needed = problem.experts + room.ranks.len() - 1;
+    if room.total() < needed {
+        findings.push(Finding::FewCopies { copies: room.total(), needed });
+    }
+    for (l, layer) in placement.layers.iter().enumerate() {
+        check_layer(LayerId(l as u32), layer, &room, problem.experts, &mut findings);
+    }
+    if in_force.is_some() && placement.balance_after < placement.balance_before - 1e-9 {
+        findings.push(Finding::WorseThanParent {
+            before: placement.balance_before,
+            after: placement.balance_after,
+        });
+    }
+    findings
+}
+
+/// Whether any finding forbids the placement.
+#[must_use]
+pub fn refused(findings: &[Finding]) -> bool {
+    findings.iter().any(|f| f.severity() == Severity::Refuse)
+}
+
+fn check_layer(
+    id: LayerId,
+    layer: &LayerPlacement,
+    room: &Room,
+    experts: usize,
+    findings: &mut Vec<Finding>,
+) {
+    if layer.slots.len() != room.ranks.len() || layer.copies.len() != experts {
+        findings.push(Finding::Shape { layer: id });
+        return;
+    }
+    let before = findings.len();
+    for (g, held) in layer.slots.iter().enumerate() {
+        check_rank(id, held, (room.ranks[g], room.slots[g]), experts, findings);
+    }
+    if findings[before..].iter().any(|f| matches!(f, Finding::UnknownExpert { .. })) {
+        return;
+    }
+    let slots: Vec<Vec<usize>> = layer
+        .slots
+        .iter()
+        .map(|held| held.iter().map(|e| e.index()).collect())
+        .collect();
+    let dense = Layer::from_slots(&slots, experts);
+    for (e, copies) in layer.copies.iter().enumerate() {
+        let expert = ExpertId(e as u32);
+        let homes = dense.hosts(e).iter().map(|g| room.ranks[*g]);
+        let sum: f64 = copies.iter().map(|copy| f64::from(copy.share)).sum();
+        if dense.count(e) == 0 {
+            findings.push(Finding::NoCopy { layer: id, expert });
+        } else if !copies.iter().map(|copy| copy.rank).eq(homes) {
+            findings.push(Finding::CopiesDiffer { layer: id, expert });
+        } else if copies.iter().any(|c| !(c.share >= 0.0)) || (sum - 1.0).abs() > 1e-6 {
+            findings.push(Finding::Shares { layer: id, expert, sum });
+        }
+    }
+    let (found, least) = (dense.components(), dense.least_components());
+    if found > least {
+        findings.push(Finding::Components { layer: id, found, least });
+    }
+}
+
+fn check_rank(
+    id: LayerId,
+    held: &[ExpertId],
+    (rank, slots): (Rank, usize),
+    experts: usize,
+    findings: &mut Vec<Finding>,
+) {
+    if held.len() > slots {
+        findings.push(Finding::TooManySlots { layer: id, rank, used: held.len(), slots });
+    }
+    let mut sorted = held.to_vec();
+    sorted.sort_unstable();
+    for expert in sorted.iter().filter(|e| e.index() >= experts) {
+        findings.push(Finding::UnknownExpert { layer: id, rank, expert: *expert });
+    }
+    for pair in sorted.windows(2).filter(|pair| pair[0] == pair[1]) {
+        findings.push(Finding::Double { layer: id, rank, expert: pair[0] });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{RankSlots, Settings, initial};
+
+    fn problem() -> Problem {
+        let rank = |r: u32| RankSlots { rank: Rank(r), slots: 3, domain: String::new() };
+        Problem::uniform(vec![rank(0), rank(1)], 1, 4)
+    }
+
+    fn good() -> Placement {
+        initial(&problem(), &Settings::default()).unwrap().0
+    }
+
+    #[test]
+    fn a_good_plan_has_no_findings() {
+        assert_eq!(check(&good(), &problem(), None), []);
+    }
+
+    #[test]
+    fn each_defect_is_found() {
+        let cases: Vec<(fn(&mut Placement), fn(&Finding) -> bool)> = vec![
+            (|p| p.ranks[1] = Rank(5), |f| matches!(f, Finding::Ranks { .. })),
+            (|p| p.layers.clear(), |f| matches!(f, Finding::Shape { .. })),
+            (|p| p.layers[0].copies.truncate(2), |f| matches!(f, Finding::Shape { .. })),
+            (|p| p.layers[0].slots[0].clear(), |f| matches!(f, Finding::NoCopy { .. })),
+            (|p| p.layers[0].slots[0][0] = ExpertId(9), |f| {
+                matches!(f, Finding::UnknownExpert { expert: ExpertId(9), .. })
+            }),
+            (|p| p.layers[0].slots[0] = (0..4).map(ExpertId).collect(), |f| {
+                matches!(f, Finding::TooManySlots { used: 4, slots: 3, .. })
+            }),
+            (|p| p.layers[0].copies[0].clear(), |f| matches!(f, Finding::CopiesDiffer { .. })),
+            (|p| p.layers[0].copies[0][0].share += 0.1, |f| matches!(f, Finding::Shares { .. })),
+            (|p| p.parent = Epoch(3), |f| matches!(f, Finding::Parent { .. })),
+            (|p| p.epoch = Epoch(0), |f| matches!(f, Finding::Parent { .. })),
+        ];
+        for (i, (spoil, expected)) in cases.iter().enumerate() {
+            let mut plan = good();
+            spoil(&mut plan);
+            let findings = check(&plan, &problem(), None);
+            assert!(findings.iter().any(expected), "case {i}: {findings:?}");
+            assert!(refused(&findings), "case {i}: {findings:?}");
+        }
+    }
+
+    #[test]
+    fn islands_and_doubles_are_reported_not_refused() {
+        let ids = |x: &[u32]| x.iter().copied().map(ExpertId).collect::<Vec<_>>();
+        let mut plan = good();
+        let slots = vec![ids(&[0, 1, 1]), ids(&[2, 3, 3])];
+        plan.layers[0] = LayerPlacement::from_slots(&plan.ranks, slots, 4);
+        let findings = check(&plan, &problem(), None);
+        assert!(!refused(&findings));
+        assert_eq!(findings.len(), 2, "two doubles; four real copies cannot link: {findings:?}");
+        let slots = vec![ids(&[0, 1]), ids(&[2, 3])];
+        plan.layers[0] = LayerPlacement::from_slots(&plan.ranks, slots, 4);
+        assert_eq!(check(&plan, &problem(), None), []);
+    }
+}

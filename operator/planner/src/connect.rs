@@ -1,0 +1,207 @@
+//! Swaps that join ranks into one component through experts with several copies.
+//!
+//! The link graph has ranks on one side, experts with two or more copies on the other, and an edge per copy. A
+//! *bridge* is an edge whose removal cuts its component. As long as there are more components than
+//! `max(1, G − (R − N))` some component has a cycle, so some edge is no bridge; swapping its copy with any slot of
+//! another component joins the two: exactly one component less for two copies, whatever the partner is.
+
+use crate::layer::{Layer, least};
+
+/// Joins components until the least possible number is reached or no swap fits: at most `limit` copies may differ
+/// from `origin`. Each time the swap with the least of the two new loads under even split. Returns the swaps made.
+pub(crate) fn connect(layer: &mut Layer, origin: &Layer, w: &[f64], limit: usize) -> usize {
+    let mut loads = layer.even_loads(w);
+    let mut swaps = 0;
+    loop {
+        let links = Links::of(layer);
+        if links.components <= 1 {
+            return swaps;
+        }
+        let room = limit as isize - layer.moved_from(origin) as isize;
+        let Some(swap) = best_swap(layer, origin, w, &loads, &links, room) else {
+            return swaps;
+        };
+        layer.swap(swap.0, swap.1);
+        loads = layer.even_loads(w);
+        swaps += 1;
+    }
+}
+
+type Place = (usize, usize);
+
+/// Among all pairs of a usable slot and a slot of another component, the one that leaves the least maximum on the
+/// two ranks; ties go to the lower (g, s, h, t).
+fn best_swap(
+    layer: &Layer,
+    origin: &Layer,
+    w: &[f64],
+    loads: &[f64],
+    links: &Links,
+    room: isize,
+) -> Option<(Place, Place)> {
+    let mut best: Option<(f64, (Place, Place))> = None;
+    for (g, s) in links.usable(layer) {
+        let e = layer.slots(g)[s];
+        for h in (0..layer.ranks()).filter(|h| links.component[*h] != links.component[g]) {
+            for (t, f) in layer.slots(h).iter().copied().enumerate() {
+                let d = layer.per_copy(w, e) - layer.per_copy(w, f);
+                let candidate = ((loads[g] - d).max(loads[h] + d), ((g, s), (h, t)));
+                let cost =
+                    Layer::move_cost(origin, g, e, f) + Layer::move_cost(origin, h, f, e);
+                if cost <= room && best.as_ref().is_none_or(|b| least(&candidate, b).is_lt()) {
+                    best = Some(candidate);
+                }
+            }
+        }
+    }
+    best.map(|(_, swap)| swap)
+}
+
+/// Components and bridges of the link graph.
+#[derive(Debug)]
+struct Links {
+    components: usize,
+    /// Component of each rank.
+    component: Vec<usize>,
+    /// `bridge[g][s]`: whether the edge of this slot is a bridge (false for experts with one copy).
+    bridge: Vec<Vec<bool>>,
+}
+
+/// A vertex on the way of the depth-first search. Vertices: ranks, then experts.
+#[derive(Debug)]
+struct Visit {
+    vertex: usize,
+    parent: usize,
+    next: usize,
+}
+
+const NONE: usize = usize::MAX;
+
+struct Search<'a> {
+    layer: &'a Layer,
+    entered: Vec<usize>,
+    lowest: Vec<usize>,
+    clock: usize,
+    links: Links,
+}
+
+impl Links {
+    /// One depth-first search over ranks and replicated experts, without recursion. O(R).
+    fn of(layer: &Layer) -> Self {
+        let ranks = layer.ranks();
+        let vertices = ranks + layer.experts();
+        let mut search = Search {
+            layer,
+            entered: vec![NONE; vertices],
+            lowest: vec![NONE; vertices],
+            clock: 0,
+            links: Self {
+                components: 0,
+                component: vec![0; ranks],
+                bridge: layer.all_slots().iter().map(|s| vec![false; s.len()]).collect(),
+            },
+        };
+        for rank in 0..ranks {
+            if search.entered[rank] == NONE {
+                search.walk(rank);
+                search.links.components += 1;
+            }
+        }
+        search.links
+    }
+
+    /// Slots whose copy may leave without cutting its component.
+    fn usable<'a>(&'a self, layer: &'a Layer) -> impl Iterator<Item = Place> + 'a {
+        (0..layer.ranks()).flat_map(move |g| {
+            layer
+                .slots(g)
+                .iter()
+                .enumerate()
+                .filter(move |(s, e)| layer.count(**e) > 1 && !self.bridge[g][*s])
+                .map(move |(s, _)| (g, s))
+        })
+    }
+}
+
+impl Search<'_> {
+    fn walk(&mut self, from: usize) {
+        let mut path = vec![self.enter(from, NONE)];
+        while let Some(top) = path.last_mut() {
+            let (vertex, parent) = (top.vertex, top.parent);
+            let Some(next) = self.neighbour(vertex, top.next) else {
+                path.pop();
+                if parent != NONE {
+                    self.leave(vertex, parent);
+                }
+                continue;
+            };
+            top.next += 1;
+            if next == parent {
+                continue;
+            }
+            if self.entered[next] == NONE {
+                path.push(self.enter(next, vertex));
+            } else {
+                self.lowest[vertex] = self.lowest[vertex].min(self.entered[next]);
+            }
+        }
+    }
+
+    fn enter(&mut self, vertex: usize, parent: usize) -> Visit {
+        self.entered[vertex] = self.clock;
+        self.lowest[vertex] = self.clock;
+        self.clock += 1;
+        if vertex < self.layer.ranks() {
+            self.links.component[vertex] = self.links.components;
+        }
+        Visit { vertex, parent, next: 0 }
+    }
+
+    fn leave(&mut self, vertex: usize, parent: usize) {
+        self.lowest[parent] = self.lowest[parent].min(self.lowest[vertex]);
+        if self.lowest[vertex] > self.entered[parent] {
+            let (rank, expert) = (vertex.min(parent), vertex.max(parent) - self.layer.ranks());
+            for (s, e) in self.layer.slots(rank).iter().enumerate() {
+                if *e == expert {
+                    self.links.bridge[rank][s] = true;
+                }
+            }
+        }
+    }
+
+    /// The i-th neighbour; an expert with one copy has no edge, and is its rank's own for the search.
+    fn neighbour(&self, vertex: usize, i: usize) -> Option<usize> {
+        let ranks = self.layer.ranks();
+        if vertex < ranks {
+            return self.layer.slots(vertex).get(i).map(|e| {
+                if self.layer.count(*e) > 1 { ranks + e } else { vertex }
+            });
+        }
+        self.layer.hosts(vertex - ranks).get(i).copied()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bridges_are_found_and_cycles_are_not() {
+        // Ranks 0 and 1 share experts 0 and 1 (a cycle); rank 2 hangs on expert 2 (a bridge on both sides).
+        let layer = Layer::from_slots(&[vec![0, 1], vec![0, 1, 2], vec![2, 3]], 4);
+        let links = Links::of(&layer);
+        assert_eq!(links.components, 1);
+        assert_eq!(links.bridge, [vec![false; 2], vec![false, false, true], vec![true, false]]);
+        assert_eq!(layer.components(), 1);
+    }
+
+    #[test]
+    fn two_islands_become_one_with_two_copies() {
+        let origin = Layer::from_slots(&[vec![0, 1], vec![0, 1], vec![2, 3], vec![2, 3]], 4);
+        let mut layer = origin.clone();
+        assert_eq!((layer.components(), layer.least_components()), (2, 1));
+        assert_eq!(connect(&mut layer, &origin, &[4.0, 3.0, 2.0, 1.0], 0), 0);
+        assert_eq!(connect(&mut layer, &origin, &[4.0, 3.0, 2.0, 1.0], 2), 1);
+        assert_eq!((layer.components(), layer.moved_from(&origin)), (1, 2));
+    }
+}

@@ -1,0 +1,207 @@
+//! Local search from a placement: swaps and overwrites around the most loaded rank, under a limit on copies.
+//!
+//! Judged under even split; shares are solved afterwards.
+
+use crate::layer::Layer;
+
+/// Weight of the tie-break on squared loads, which makes progress when several ranks are equally bad.
+const TIE_BREAK: f64 = 0.02;
+/// Least relative gain of an operation.
+const LEAST_GAIN: f64 = 1e-5;
+/// Most operations per call.
+const MOST_OPERATIONS: usize = 400;
+
+#[derive(Debug, Clone, Copy)]
+enum Kind {
+    /// Slot s of the worst rank and slot t of g change places: two copies.
+    Swap,
+    /// Slot t of g gets one more copy of what slot s of the worst rank holds: one copy.
+    Overwrite,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Candidate {
+    kind: Kind,
+    s: usize,
+    g: usize,
+    t: usize,
+}
+
+/// State of the search.
+struct Search<'a> {
+    layer: &'a mut Layer,
+    origin: &'a Layer,
+    w: &'a [f64],
+    loads: Vec<f64>,
+    /// Ranks by load, descending.
+    order: Vec<usize>,
+}
+
+/// Improves `layer` until its highest load is at most `target`, nothing helps, or more than `limit` copies would
+/// differ from `origin`.
+pub(crate) fn improve(layer: &mut Layer, origin: &Layer, w: &[f64], target: f64, limit: usize) {
+    let mut search = Search {
+        loads: Vec::new(),
+        order: (0..layer.ranks()).collect(),
+        layer,
+        origin,
+        w,
+    };
+    for _ in 0..MOST_OPERATIONS {
+        search.refresh();
+        let worst = search.order[0];
+        if search.loads[worst] <= target {
+            return;
+        }
+        let room = limit as isize - search.layer.moved_from(origin) as isize;
+        let Some(best) = search.best(worst, room) else {
+            return;
+        };
+        search.apply(worst, best);
+    }
+}
+
+impl Search<'_> {
+    fn refresh(&mut self) {
+        self.loads = self.layer.even_loads(self.w);
+        let loads = &self.loads;
+        self.order
+            .sort_by(|a, b| loads[*b].total_cmp(&loads[*a]).then(a.cmp(b)));
+    }
+
+    /// The operation with the least score that fits `room` more copies; ties go to the lower (s, g, t).
+    fn best(&self, h: usize, room: isize) -> Option<Candidate> {
+        let mut score = (self.loads[h] + TIE_BREAK * self.loads[h]) * (1.0 - LEAST_GAIN);
+        let mut found = None;
+        for s in 0..self.layer.slots(h).len() {
+            let e = self.layer.slots(h)[s];
+            for g in (0..self.layer.ranks()).filter(|g| *g != h && !self.layer.has(*g, e)) {
+                for t in 0..self.layer.slots(g).len() {
+                    for kind in [Kind::Swap, Kind::Overwrite] {
+                        let candidate = Candidate { kind, s, g, t };
+                        if let Some(v) = self.score(h, e, candidate, room, score) {
+                            (score, found) = (v, Some(candidate));
+                        }
+                    }
+                }
+            }
+        }
+        found
+    }
+
+    /// The score of an operation, if it is allowed and below `best`.
+    fn score(&self, h: usize, e: usize, c: Candidate, room: isize, best: f64) -> Option<f64> {
+        let f = self.layer.slots(c.g)[c.t];
+        let (on_h, on_g, others) = match c.kind {
+            Kind::Swap => {
+                let d = self.layer.per_copy(self.w, e) - self.layer.per_copy(self.w, f);
+                if d <= 0.0 || self.layer.has(h, f) {
+                    return None;
+                }
+                (self.loads[h] - d, self.loads[c.g] + d, None)
+            }
+            Kind::Overwrite => {
+                if self.layer.count(f) < 2 {
+                    return None;
+                }
+                let (de, df) = (self.relief(e), self.burden(f));
+                let gone = self.layer.per_copy(self.w, f);
+                let new = self.w[e] / (self.layer.count(e) + 1) as f64;
+                let on_h = self.loads[h] - de + if self.layer.has(h, f) { df } else { 0.0 };
+                (on_h, self.loads[c.g] + new - gone, Some((de, df)))
+            }
+        };
+        let tie = TIE_BREAK * (on_h * on_h + on_g * on_g - self.loads[c.g] * self.loads[c.g])
+            / self.loads[h];
+        let near = on_h.max(on_g);
+        if near + tie >= best || self.cost(h, e, f, c) > room {
+            return None;
+        }
+        let v = near.max(self.rest(h, c.g, e, f, others)) + tie;
+        (v < best).then_some(v)
+    }
+
+    /// What every host of e is relieved of by one more copy.
+    fn relief(&self, e: usize) -> f64 {
+        let c = self.layer.count(e) as f64;
+        self.w[e] / c - self.w[e] / (c + 1.0)
+    }
+
+    /// What every other host of f carries more with one copy less.
+    fn burden(&self, f: usize) -> f64 {
+        let c = self.layer.count(f) as f64;
+        self.w[f] / (c - 1.0) - self.w[f] / c
+    }
+
+    /// Copies more than before that would differ from the origin.
+    fn cost(&self, h: usize, e: usize, f: usize, c: Candidate) -> isize {
+        let there = Layer::move_cost(self.origin, c.g, f, e);
+        match c.kind {
+            Kind::Swap => there + Layer::move_cost(self.origin, h, e, f),
+            Kind::Overwrite => there,
+        }
+    }
+
+    /// The highest load of all ranks but h and g after the operation. `change` is what the hosts of e lose and
+    /// those of f gain; `None` if only h and g change.
+    fn rest(&self, h: usize, g: usize, e: usize, f: usize, change: Option<(f64, f64)>) -> f64 {
+        let mut max = 0.0_f64;
+        let Some((de, df)) = change else {
+            let next = self.order.iter().find(|q| **q != h && **q != g);
+            return next.map_or(0.0, |q| self.loads[*q]);
+        };
+        let eased = |q: usize| if self.layer.has(q, e) { de } else { 0.0 };
+        for q in self.layer.hosts(f).iter().filter(|q| **q != g && **q != h) {
+            max = max.max(self.loads[*q] - eased(*q) + df);
+        }
+        // Of the rest the first that does not shrink decides; nobody after it is above it.
+        for q in self.order.iter().copied() {
+            if q == h || q == g || self.layer.has(q, f) {
+                continue;
+            }
+            max = max.max(self.loads[q] - eased(q));
+            if !self.layer.has(q, e) {
+                break;
+            }
+        }
+        max
+    }
+
+    fn apply(&mut self, h: usize, c: Candidate) {
+        match c.kind {
+            Kind::Swap => self.layer.swap((h, c.s), (c.g, c.t)),
+            Kind::Overwrite => {
+                let e = self.layer.slots(h)[c.s];
+                self.layer.overwrite(c.g, c.t, e);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_copy_of_the_hot_expert_is_worth_more_than_a_cold_redundant_one() {
+        // Expert 0 is hot and alone; expert 1 has a copy that nobody needs.
+        let origin = Layer::from_slots(&[vec![0, 1], vec![1, 2]], 3);
+        let mut layer = origin.clone();
+        improve(&mut layer, &origin, &[90.0, 2.0, 10.0], 0.0, 1);
+        assert_eq!(layer.hosts(0), [0, 1]);
+        assert_eq!(layer.moved_from(&origin), 1);
+    }
+
+    #[test]
+    fn the_limit_counts_copies_that_differ() {
+        let origin = Layer::from_slots(&[vec![0, 1], vec![2, 3]], 4);
+        let w = [50.0, 40.0, 1.0, 2.0];
+        let mut layer = origin.clone();
+        improve(&mut layer, &origin, &w, 0.0, 1);
+        assert_eq!(layer, origin, "a swap costs two");
+        improve(&mut layer, &origin, &w, 0.0, 2);
+        assert_eq!(layer.moved_from(&origin), 2);
+        let loads = layer.even_loads(&w);
+        assert!(loads[0].max(loads[1]) <= 52.0, "{loads:?}");
+    }
+}

@@ -1,0 +1,202 @@
+//! The working set of one layer: slots and hosts over dense indices, kept in step with each other.
+
+use std::cmp::Ordering;
+
+use foregate_api::ids::ExpertId;
+use foregate_api::placement::{LayerPlacement, Placement};
+
+use crate::problem::Room;
+use crate::split::SplitTable;
+
+/// Which expert is in which slot. No rank holds an expert twice; a rank may have free slots.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Layer {
+    experts: usize,
+    /// `slots[g]`: experts on rank index g.
+    slots: Vec<Vec<usize>>,
+    /// `hosts[e]`: rank indices that hold e, ascending.
+    hosts: Vec<Vec<usize>>,
+    /// `has[g · experts + e]`.
+    has: Vec<bool>,
+}
+
+impl Layer {
+    pub(crate) fn empty(ranks: usize, experts: usize) -> Self {
+        Self {
+            experts,
+            slots: vec![Vec::new(); ranks],
+            hosts: vec![Vec::new(); experts],
+            has: vec![false; ranks * experts],
+        }
+    }
+
+    pub(crate) fn from_slots(slots: &[Vec<usize>], experts: usize) -> Self {
+        let mut layer = Self::empty(slots.len(), experts);
+        for (g, held) in slots.iter().enumerate() {
+            for e in held {
+                layer.add(g, *e);
+            }
+        }
+        layer
+    }
+
+    /// What is left of a layer of an earlier placement on the ranks of `room`: lost ranks' copies are gone, new
+    /// ranks are empty, doubled or unknown experts are dropped.
+    pub(crate) fn adopt(previous: &Placement, layer: usize, room: &Room, experts: usize) -> Self {
+        let mut adopted = Self::empty(room.ranks.len(), experts);
+        for (g, rank) in room.ranks.iter().enumerate() {
+            let Ok(at) = previous.ranks.binary_search(rank) else {
+                continue;
+            };
+            let held = previous.layers[layer].slots.get(at).map_or(&[][..], Vec::as_slice);
+            for expert in held.iter().filter(|e| e.index() < experts) {
+                adopted.add(g, expert.index());
+            }
+        }
+        adopted
+    }
+
+    pub(crate) fn ranks(&self) -> usize {
+        self.slots.len()
+    }
+
+    pub(crate) const fn experts(&self) -> usize {
+        self.experts
+    }
+
+    pub(crate) fn slots(&self, g: usize) -> &[usize] {
+        &self.slots[g]
+    }
+
+    pub(crate) fn all_slots(&self) -> &[Vec<usize>] {
+        &self.slots
+    }
+
+    pub(crate) fn hosts(&self, e: usize) -> &[usize] {
+        &self.hosts[e]
+    }
+
+    pub(crate) fn count(&self, e: usize) -> usize {
+        self.hosts[e].len()
+    }
+
+    pub(crate) fn has(&self, g: usize, e: usize) -> bool {
+        self.has[g * self.experts + e]
+    }
+
+    pub(crate) fn copies(&self) -> usize {
+        self.slots.iter().map(Vec::len).sum()
+    }
+
+    /// Puts e into a new slot of g; does nothing if g holds it.
+    pub(crate) fn add(&mut self, g: usize, e: usize) {
+        if !self.has(g, e) {
+            self.slots[g].push(e);
+            self.enter(g, e);
+        }
+    }
+
+    /// Empties slot s of g.
+    pub(crate) fn remove(&mut self, g: usize, s: usize) {
+        let e = self.slots[g].remove(s);
+        self.leave(g, e);
+    }
+
+    /// Puts e into slot s of g instead of what is there. The caller made sure that g lacks e.
+    pub(crate) fn overwrite(&mut self, g: usize, s: usize, e: usize) {
+        let old = std::mem::replace(&mut self.slots[g][s], e);
+        self.leave(g, old);
+        self.enter(g, e);
+    }
+
+    /// Exchanges slot s of g and slot t of h. The caller made sure that neither holds what it gets.
+    pub(crate) fn swap(&mut self, (g, s): (usize, usize), (h, t): (usize, usize)) {
+        let (e, f) = (self.slots[g][s], self.slots[h][t]);
+        self.overwrite(g, s, f);
+        self.overwrite(h, t, e);
+    }
+
+    fn enter(&mut self, g: usize, e: usize) {
+        self.has[g * self.experts + e] = true;
+        if let Err(at) = self.hosts[e].binary_search(&g) {
+            self.hosts[e].insert(at, g);
+        }
+    }
+
+    fn leave(&mut self, g: usize, e: usize) {
+        self.has[g * self.experts + e] = false;
+        if let Ok(at) = self.hosts[e].binary_search(&g) {
+            self.hosts[e].remove(at);
+        }
+    }
+
+    /// Load per copy under even split; the whole load for an expert without a copy.
+    pub(crate) fn per_copy(&self, w: &[f64], e: usize) -> f64 {
+        w[e] / self.count(e).max(1) as f64
+    }
+
+    /// Load of each rank under even split.
+    pub(crate) fn even_loads(&self, w: &[f64]) -> Vec<f64> {
+        let of = |held: &Vec<usize>| held.iter().map(|e| self.per_copy(w, *e)).sum();
+        self.slots.iter().map(of).collect()
+    }
+
+    /// Copies here that `origin` has not: what must be loaded to go from `origin` to this.
+    pub(crate) fn moved_from(&self, origin: &Self) -> usize {
+        (0..self.ranks()).map(|g| self.moved_on(origin, g)).sum()
+    }
+
+    pub(crate) fn moved_on(&self, origin: &Self, g: usize) -> usize {
+        self.slots[g].iter().filter(|e| !origin.has(g, **e)).count()
+    }
+
+    /// Change of [`Self::moved_from`] if slot content `old` of g is replaced by `new`.
+    pub(crate) fn move_cost(origin: &Self, g: usize, old: usize, new: usize) -> isize {
+        isize::from(!origin.has(g, new)) - isize::from(!origin.has(g, old))
+    }
+
+    /// Groups of ranks that hang together through experts with several copies.
+    pub(crate) fn components(&self) -> usize {
+        let mut parent: Vec<usize> = (0..self.ranks()).collect();
+        let mut left = self.ranks();
+        for hosts in &self.hosts {
+            for pair in hosts.windows(2) {
+                let (a, b) = (root(&mut parent, pair[0]), root(&mut parent, pair[1]));
+                if a != b {
+                    parent[a.max(b)] = a.min(b);
+                    left -= 1;
+                }
+            }
+        }
+        left
+    }
+
+    /// The least number of components that this many copies can have.
+    pub(crate) fn least_components(&self) -> usize {
+        crate::redundancy::least_components(self.experts, self.ranks(), self.copies())
+    }
+
+    pub(crate) fn table(&self, room: &Room) -> SplitTable {
+        SplitTable::even(&room.ranks, &self.hosts)
+    }
+
+    /// The canonical form with even shares.
+    pub(crate) fn placement(&self, room: &Room) -> LayerPlacement {
+        let ids = |held: &Vec<usize>| held.iter().map(|e| ExpertId(*e as u32)).collect();
+        let slots = self.slots.iter().map(ids).collect();
+        LayerPlacement::from_slots(&room.ranks, slots, self.experts)
+    }
+}
+
+fn root(parent: &mut [usize], mut at: usize) -> usize {
+    while parent[at] != at {
+        parent[at] = parent[parent[at]];
+        at = parent[at];
+    }
+    at
+}
+
+/// Least value first, then the lower key: every choice between candidates is made with this order.
+pub(crate) fn least<K: Ord>(a: &(f64, K), b: &(f64, K)) -> Ordering {
+    a.0.total_cmp(&b.0).then_with(|| a.1.cmp(&b.1))
+}

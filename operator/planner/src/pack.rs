@@ -1,0 +1,99 @@
+//! Copies to ranks: heaviest first, each to the least loaded rank with room that lacks the expert.
+
+use crate::layer::{Layer, least};
+
+/// A packed layer.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Packed {
+    pub(crate) layer: Layer,
+    /// Copies for which every rank with room already held the expert; their slots went to other experts.
+    pub(crate) deferred: usize,
+}
+
+/// Packs `counts[e]` copies of each expert into `slots[g]` slots of each rank. Every slot is used, as long as
+/// `slots[g]` is at most the number of experts; every expert with a count gets at least one.
+pub(crate) fn pack(w: &[f64], counts: &[usize], slots: &[usize]) -> Packed {
+    let mut layer = Layer::empty(slots.len(), w.len());
+    let mut loads = vec![0.0; slots.len()];
+    let mut deferred = 0;
+    let per_copy = |e: usize| w[e] / counts[e].max(1) as f64;
+    let mut order: Vec<usize> = (0..w.len()).collect();
+    order.sort_by(|a, b| per_copy(*b).total_cmp(&per_copy(*a)).then(a.cmp(b)));
+    for e in order {
+        for _ in 0..counts[e] {
+            match roomiest(&layer, slots, &loads, e) {
+                Some(g) => {
+                    layer.add(g, e);
+                    loads[g] += per_copy(e);
+                }
+                None => deferred += 1,
+            }
+        }
+    }
+    fill(&mut layer, w, slots);
+    Packed { layer, deferred }
+}
+
+/// The least loaded rank that has a free slot and lacks e.
+pub(crate) fn roomiest(layer: &Layer, slots: &[usize], loads: &[f64], e: usize) -> Option<usize> {
+    (0..slots.len())
+        .filter(|g| layer.slots(*g).len() < slots[*g] && !layer.has(*g, e))
+        .map(|g| (loads[g], g))
+        .min_by(least)
+        .map(|(_, g)| g)
+}
+
+/// Gives every free slot a copy: each time the expert with the largest load per copy that some rank with room
+/// lacks, on the least loaded of these. Returns the copies added.
+pub(crate) fn fill(layer: &mut Layer, w: &[f64], slots: &[usize]) -> usize {
+    let free: usize = (0..slots.len()).map(|g| slots[g].saturating_sub(layer.slots(g).len())).sum();
+    if free == 0 {
+        return 0;
+    }
+    let mut loads = layer.even_loads(w);
+    for added in 0..free {
+        let mut by_heat: Vec<usize> = (0..w.len()).collect();
+        by_heat.sort_by(|a, b| {
+            layer.per_copy(w, *b).total_cmp(&layer.per_copy(w, *a)).then(a.cmp(b))
+        });
+        let choice = by_heat
+            .into_iter()
+            .find_map(|e| roomiest(layer, slots, &loads, e).map(|g| (g, e)));
+        let Some((g, e)) = choice else {
+            return added;
+        };
+        layer.add(g, e);
+        loads = layer.even_loads(w);
+    }
+    free
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn heaviest_first_to_the_lightest() {
+        let packed = pack(&[5.0, 4.0, 3.0, 2.0], &[1; 4], &[2, 2]);
+        assert_eq!(packed.layer.all_slots(), [[0, 3], [1, 2]]);
+        assert_eq!(packed.deferred, 0);
+    }
+
+    #[test]
+    fn slots_of_different_sizes_are_all_used_without_doubles() {
+        // Rank 0 must hold everything; the two copies that are left go to the small ranks.
+        let packed = pack(&[9.0, 8.0, 1.0, 1.0], &[3, 1, 1, 1], &[4, 1, 1]);
+        assert_eq!(packed.layer.copies(), 6);
+        assert_eq!(packed.layer.slots(0).len(), 4);
+        let experts: Vec<usize> = (0..4).map(|e| packed.layer.count(e)).collect();
+        assert_eq!(experts, [3, 1, 1, 1]);
+    }
+
+    #[test]
+    fn a_copy_that_nobody_may_take_leaves_its_slot_to_another() {
+        // Expert 0 is wanted three times on two ranks.
+        let packed = pack(&[9.0, 1.0], &[3, 1], &[2, 2]);
+        assert_eq!((packed.deferred, packed.layer.copies()), (1, 4));
+        assert_eq!(packed.layer.count(1), 2);
+    }
+}

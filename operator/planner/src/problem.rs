@@ -1,0 +1,312 @@
+//! What is to be planned: ranks with slots, the model's shape, and the predicted demand.
+
+use foregate_api::ids::{Epoch, LayerId, Rank};
+use foregate_api::placement::Placement;
+
+use crate::check::Finding;
+
+/// Rows added to every expert's demand, so that an expert nobody asked for is placed like any other.
+pub(crate) const FLOOR: f64 = 1e-3;
+
+/// One rank's room for experts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RankSlots {
+    /// The rank.
+    pub rank: Rank,
+    /// Expert slots per MoE layer. A rank with none is left out of the plan.
+    pub slots: usize,
+    /// Failure domain, empty if unknown. The report says what traffic each domain's loss would orphan.
+    pub domain: String,
+}
+
+/// A planning problem. Layers are independent of each other.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Problem {
+    /// Ranks that may hold experts, ascending, each once.
+    pub ranks: Vec<RankSlots>,
+    /// MoE layers.
+    pub layers: usize,
+    /// Routed experts per layer.
+    pub experts: usize,
+    /// `demand[l][e]`: predicted rows of expert `e` in layer `l`, in any unit; all zero means "unknown".
+    pub demand: Vec<Vec<f64>>,
+    /// Highest epoch known anywhere (proposed, active or acknowledged); the plan's number is above it and
+    /// above its parent's. `Epoch(0)` if the parent is the highest.
+    pub above: Epoch,
+}
+
+/// Why no plan was made.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum PlanError {
+    /// Nobody can hold an expert.
+    #[error("no rank has expert slots: start at least one worker (workers.count)")]
+    NoRanks,
+    /// The model has no experts to place.
+    #[error("the model has {layers} MoE layers of {experts} experts: nothing to place")]
+    NoExperts {
+        /// MoE layers.
+        layers: usize,
+        /// Experts per layer.
+        experts: usize,
+    },
+    /// Ranks are not strictly ascending.
+    #[error("rank {rank} is listed twice or out of order: list each rank once, ascending")]
+    RankOrder {
+        /// The first rank that is not above its predecessor.
+        rank: Rank,
+    },
+    /// Not every expert finds a slot.
+    #[error(
+        "{experts} experts per layer need as many slots, {ranks} ranks offer {slots}: {missing} are missing per \
+         layer; raise workers.count or workers.redundantSlots in the manifest"
+    )]
+    TooFewSlots {
+        /// Experts per layer.
+        experts: usize,
+        /// Ranks with slots.
+        ranks: usize,
+        /// Usable slots per layer (a rank's slots beyond the number of experts hold nothing).
+        slots: usize,
+        /// Slots missing.
+        missing: usize,
+    },
+    /// The demand has not the model's shape.
+    #[error(
+        "demand of layer {layer} has {found} experts, expected {expected}, over {layers} layers"
+    )]
+    DemandShape {
+        /// The first wrong layer.
+        layer: usize,
+        /// Entries found there.
+        found: usize,
+        /// Experts per layer.
+        expected: usize,
+        /// Layers of the problem.
+        layers: usize,
+    },
+    /// A demand is negative, infinite or not a number.
+    #[error("demand of layer {layer}, expert {expert} is {value}: must be finite and not negative")]
+    DemandValue {
+        /// Layer.
+        layer: LayerId,
+        /// Expert.
+        expert: usize,
+        /// What was found.
+        value: f64,
+    },
+    /// The previous placement belongs to another model.
+    #[error(
+        "placement {epoch} is for {found_layers} layers of {found_experts} experts, the model has {layers} of \
+         {experts}: start the cluster under another name, or remove the old placement"
+    )]
+    OtherModel {
+        /// The previous placement's number.
+        epoch: Epoch,
+        /// Its layers.
+        found_layers: usize,
+        /// Its experts (of the first layer that differs).
+        found_experts: usize,
+        /// Layers of the model.
+        layers: usize,
+        /// Experts of the model.
+        experts: usize,
+    },
+    /// A setting is out of range.
+    #[error("{field} is {value}: must be in {range}")]
+    Setting {
+        /// Name of the manifest field.
+        field: &'static str,
+        /// What was found.
+        value: f64,
+        /// What is allowed.
+        range: &'static str,
+    },
+    /// The plan did not pass its own linter; a defect of the planner, and the plan is withheld.
+    #[error("the plan was withheld by its linter: {}", .findings.first().map_or_else(String::new, ToString::to_string))]
+    Refused {
+        /// All findings.
+        findings: Vec<Finding>,
+    },
+}
+
+impl Problem {
+    /// A problem whose demand is unknown: every expert counts the same.
+    #[must_use]
+    pub fn uniform(ranks: Vec<RankSlots>, layers: usize, experts: usize) -> Self {
+        Self {
+            ranks,
+            layers,
+            experts,
+            demand: vec![vec![0.0; experts]; layers],
+            above: Epoch(0),
+        }
+    }
+
+    /// Copies that fit into one layer: a rank holds an expert at most once.
+    #[must_use]
+    pub fn usable_slots(&self) -> usize {
+        self.ranks.iter().map(|r| r.slots.min(self.experts)).sum()
+    }
+
+    /// Checks everything that [`crate::plan`] relies on.
+    ///
+    /// # Errors
+    /// The first thing that is wrong, with its remedy.
+    pub fn validate(&self) -> Result<(), PlanError> {
+        if self.layers == 0 || self.experts == 0 {
+            return Err(PlanError::NoExperts {
+                layers: self.layers,
+                experts: self.experts,
+            });
+        }
+        if let Some(pair) = self.ranks.windows(2).find(|p| p[0].rank >= p[1].rank) {
+            return Err(PlanError::RankOrder { rank: pair[1].rank });
+        }
+        let ranks = self.ranks.iter().filter(|r| r.slots > 0).count();
+        if ranks == 0 {
+            return Err(PlanError::NoRanks);
+        }
+        let slots = self.usable_slots();
+        if slots < self.experts {
+            return Err(PlanError::TooFewSlots {
+                experts: self.experts,
+                ranks,
+                slots,
+                missing: self.experts - slots,
+            });
+        }
+        self.validate_demand()
+    }
+
+    fn validate_demand(&self) -> Result<(), PlanError> {
+        let wrong = (0..self.layers.max(self.demand.len()))
+            .map(|l| (l, self.demand.get(l).map_or(0, Vec::len)))
+            .find(|(l, found)| *l >= self.layers || *found != self.experts);
+        if let Some((layer, found)) = wrong {
+            return Err(PlanError::DemandShape {
+                layer,
+                found,
+                expected: self.experts,
+                layers: self.layers,
+            });
+        }
+        for (l, row) in self.demand.iter().enumerate() {
+            if let Some(expert) = row.iter().position(|x| !x.is_finite() || *x < 0.0) {
+                return Err(PlanError::DemandValue {
+                    layer: LayerId(l as u32),
+                    expert,
+                    value: row[expert],
+                });
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn validate_previous(&self, previous: &Placement) -> Result<(), PlanError> {
+        let odd = previous
+            .layers
+            .iter()
+            .map(|layer| layer.copies.len())
+            .find(|found| *found != self.experts);
+        if previous.layers.len() == self.layers && odd.is_none() {
+            return Ok(());
+        }
+        Err(PlanError::OtherModel {
+            epoch: previous.epoch,
+            found_layers: previous.layers.len(),
+            found_experts: odd.unwrap_or(self.experts),
+            layers: self.layers,
+            experts: self.experts,
+        })
+    }
+}
+
+/// The ranks that take part, by dense index: what the steps of the planner see.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Room {
+    /// Rank of each index, ascending.
+    pub(crate) ranks: Vec<Rank>,
+    /// Usable slots of each index, at least 1 and at most the number of experts.
+    pub(crate) slots: Vec<usize>,
+    /// Failure domain of each index.
+    pub(crate) domains: Vec<String>,
+}
+
+impl Room {
+    pub(crate) fn of(problem: &Problem) -> Self {
+        let taking: Vec<&RankSlots> = problem.ranks.iter().filter(|r| r.slots > 0).collect();
+        Self {
+            ranks: taking.iter().map(|r| r.rank).collect(),
+            slots: taking
+                .iter()
+                .map(|r| r.slots.min(problem.experts))
+                .collect(),
+            domains: taking.iter().map(|r| r.domain.clone()).collect(),
+        }
+    }
+
+    pub(crate) fn total(&self) -> usize {
+        self.slots.iter().sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ranks(slots: &[usize]) -> Vec<RankSlots> {
+        slots
+            .iter()
+            .enumerate()
+            .map(|(i, slots)| RankSlots {
+                rank: Rank(i as u32),
+                slots: *slots,
+                domain: String::new(),
+            })
+            .collect()
+    }
+
+    #[test]
+    fn missing_slots_are_counted_and_the_field_is_named() {
+        // The 40 slots of rank 0 count as 8: a rank holds each expert once.
+        let error = Problem::uniform(ranks(&[5, 2]), 1, 8).validate().unwrap_err();
+        assert_eq!(
+            error,
+            PlanError::TooFewSlots {
+                experts: 8,
+                ranks: 2,
+                slots: 7,
+                missing: 1
+            }
+        );
+        let text = error.to_string();
+        assert!(text.contains("1 are missing") && text.contains("workers.redundantSlots"));
+        assert_eq!(Problem::uniform(ranks(&[40]), 1, 8).usable_slots(), 8);
+    }
+
+    #[test]
+    fn shape_and_values_of_the_demand_are_checked() {
+        let mut p = Problem::uniform(ranks(&[4, 4]), 2, 4);
+        p.demand[1][2] = -1.0;
+        assert!(matches!(
+            p.validate(),
+            Err(PlanError::DemandValue { layer: LayerId(1), expert: 2, .. })
+        ));
+        p.demand[1] = vec![0.0; 3];
+        assert!(matches!(p.validate(), Err(PlanError::DemandShape { layer: 1, found: 3, .. })));
+        p.demand[1] = vec![0.0; 4];
+        p.demand.push(vec![0.0; 4]);
+        assert!(matches!(p.validate(), Err(PlanError::DemandShape { layer: 2, .. })));
+    }
+
+    #[test]
+    fn ranks_are_listed_once_and_somebody_has_slots() {
+        let mut p = Problem::uniform(ranks(&[4, 4]), 1, 4);
+        p.ranks[1].rank = Rank(0);
+        assert_eq!(p.validate(), Err(PlanError::RankOrder { rank: Rank(0) }));
+        assert_eq!(
+            Problem::uniform(ranks(&[0, 0]), 1, 4).validate(),
+            Err(PlanError::NoRanks)
+        );
+    }
+}

@@ -1,0 +1,572 @@
+//! Shares of copies by water-filling: exact minimisation over one expert at a time, in turn, until level.
+//!
+//! One routine, two callers. The planner solves shares from the prediction ([`solve`]). A worker splits the
+//! rows of a batch over the copies of each expert ([`Splitter`]), over the loads its peers last reported.
+//!
+//! Pouring one expert's rows onto its hosts, lowest level first, minimises the sum of squared loads over that
+//! expert and never raises the highest load; the sum is convex and the blocks independent, so the sweeps
+//! converge to its minimum, which for loads of this kind also has the least maximum.
+
+use foregate_api::ids::{ExpertId, LayerId, Rank};
+use foregate_api::placement::{Copy, LayerPlacement, Placement};
+
+/// Sweeps of the per-batch split: within a point of the optimum, and never a data-dependent number.
+pub const BATCH_SWEEPS: usize = 8;
+/// Rows per copy below which fewer copies are used: an activated copy costs its weights' bytes whatever its rows.
+pub const FEW_ROWS: u32 = 8;
+/// Most sweeps of the planner's solve; it stops earlier when the certificate says that nothing is left to gain.
+pub const SOLVE_SWEEPS: usize = 240;
+/// Relative gap to the certificate at which the planner's solve stops.
+pub const SOLVE_GAP: f64 = 1e-4;
+
+/// One layer's copies in dense form: who holds which expert, and the published shares.
+///
+/// A *copy index* counts the copies of expert 0, then of expert 1, …, ascending by rank within an expert.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SplitTable {
+    ranks: Vec<Rank>,
+    starts: Vec<u32>,
+    hosts: Vec<u32>,
+    shares: Vec<f32>,
+}
+
+impl SplitTable {
+    /// The table of one layer of a placement; `None` if it has no such layer or a copy lies outside its ranks.
+    #[must_use]
+    pub fn new(placement: &Placement, layer: LayerId) -> Option<Self> {
+        Self::of(&placement.ranks, placement.layers.get(layer.index())?)
+    }
+
+    pub(crate) fn of(ranks: &[Rank], layer: &LayerPlacement) -> Option<Self> {
+        let mut table = Self::empty(ranks.to_vec(), layer.copies.len());
+        for copies in &layer.copies {
+            for copy in copies {
+                let host = ranks.binary_search(&copy.rank).ok()?;
+                table.hosts.push(host as u32);
+                table.shares.push(copy.share);
+            }
+            table.starts.push(table.hosts.len() as u32);
+        }
+        Some(table)
+    }
+
+    /// The table with even shares; `hosts[e]` are dense rank indices, ascending.
+    pub(crate) fn even(ranks: &[Rank], hosts: &[Vec<usize>]) -> Self {
+        let mut table = Self::empty(ranks.to_vec(), hosts.len());
+        for list in hosts {
+            let share = 1.0 / list.len().max(1) as f32;
+            for host in list {
+                table.hosts.push(*host as u32);
+                table.shares.push(share);
+            }
+            table.starts.push(table.hosts.len() as u32);
+        }
+        table
+    }
+
+    fn empty(ranks: Vec<Rank>, experts: usize) -> Self {
+        let mut starts = Vec::with_capacity(experts + 1);
+        starts.push(0);
+        Self {
+            ranks,
+            starts,
+            hosts: Vec::new(),
+            shares: Vec::new(),
+        }
+    }
+
+    /// Ranks of the placement, ascending; the order of `base`.
+    #[must_use]
+    pub fn ranks(&self) -> &[Rank] {
+        &self.ranks
+    }
+
+    /// Experts of the layer; the length of `rows`.
+    #[must_use]
+    pub fn experts(&self) -> usize {
+        self.starts.len() - 1
+    }
+
+    /// Copies of the layer; the length of a split's answer.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.hosts.len()
+    }
+
+    /// Whether the layer has no copies at all.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.hosts.is_empty()
+    }
+
+    /// Copy indices of an expert; empty for an expert outside the layer.
+    #[must_use]
+    pub fn copies(&self, expert: ExpertId) -> std::ops::Range<usize> {
+        let at = expert.index();
+        if at >= self.experts() {
+            return 0..0;
+        }
+        self.span(at)
+    }
+
+    /// The rank that holds a copy.
+    #[must_use]
+    pub fn rank(&self, copy: usize) -> Option<Rank> {
+        self.hosts.get(copy).map(|host| self.ranks[*host as usize])
+    }
+
+    /// The dense index (into [`Self::ranks`] and `base`) of the rank that holds a copy.
+    #[must_use]
+    pub fn host(&self, copy: usize) -> Option<usize> {
+        self.hosts.get(copy).map(|host| *host as usize)
+    }
+
+    fn span(&self, expert: usize) -> std::ops::Range<usize> {
+        self.starts[expert] as usize..self.starts[expert + 1] as usize
+    }
+
+    /// Load of each rank when every copy takes its published share.
+    pub(crate) fn fixed_loads(&self, rows: &[f64]) -> Vec<f64> {
+        let mut loads = vec![0.0; self.ranks.len()];
+        for (e, rows) in rows.iter().enumerate() {
+            for copy in self.span(e) {
+                loads[self.hosts[copy] as usize] += rows * f64::from(self.shares[copy]);
+            }
+        }
+        loads
+    }
+}
+
+/// Takes the rows of one expert off its hosts and pours them anew, lowest level first.
+///
+/// `hosts` and `flow` run over the expert's copies; `order` is scratch.
+fn pour(loads: &mut [f64], hosts: &[u32], flow: &mut [f64], rows: f64, order: &mut Vec<f64>) {
+    for (host, y) in hosts.iter().zip(flow.iter()) {
+        loads[*host as usize] -= y;
+    }
+    order.clear();
+    for host in hosts {
+        let level = loads[*host as usize];
+        let at = order.iter().rposition(|x| *x <= level).map_or(0, |i| i + 1);
+        order.insert(at, level);
+    }
+    let (mut need, mut level, mut filled) = (rows, order[0], 1_usize);
+    for next in order.iter().skip(1) {
+        let step = (next - level) * filled as f64;
+        if step >= need {
+            break;
+        }
+        need -= step;
+        level = *next;
+        filled += 1;
+    }
+    level += need / filled as f64;
+    for (host, y) in hosts.iter().zip(flow.iter_mut()) {
+        let load = &mut loads[*host as usize];
+        *y = (level - *load).max(0.0);
+        *load += *y;
+    }
+}
+
+/// A solved split of real-valued rows.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Solved {
+    /// Load of each rank, in the order of [`SplitTable::ranks`].
+    pub loads: Vec<f64>,
+    /// Rows of each copy, by copy index.
+    pub flow: Vec<f64>,
+    /// Sweeps made.
+    pub sweeps: usize,
+    /// A lower bound on the maximum load of any split of this placement ([`crate::bound::certificate`]).
+    pub certificate: f64,
+}
+
+impl Solved {
+    /// The highest load.
+    #[must_use]
+    pub fn max(&self) -> f64 {
+        self.loads.iter().copied().fold(0.0, f64::max)
+    }
+
+    /// Mean over maximum load; 1 if there is no load.
+    #[must_use]
+    pub fn balance(&self) -> f64 {
+        balance(&self.loads)
+    }
+}
+
+/// Mean over maximum load; 1 if there is no load.
+#[must_use]
+pub fn balance(loads: &[f64]) -> f64 {
+    let max = loads.iter().copied().fold(0.0, f64::max);
+    if max <= 0.0 || loads.is_empty() {
+        return 1.0;
+    }
+    (loads.iter().sum::<f64>() / loads.len() as f64 / max).min(1.0)
+}
+
+/// Solves the least maximum load over all splits of `rows` over the table's copies, from even shares.
+///
+/// `rows[e]` is the load of expert `e`; missing entries count as zero. At most `sweeps` sweeps; every eighth
+/// tests whether the maximum is within `1 + gap` of the certificate.
+#[must_use]
+pub fn solve(table: &SplitTable, rows: &[f64], sweeps: usize, gap: f64) -> Solved {
+    let of = |e: usize| rows.get(e).copied().unwrap_or(0.0);
+    let mut loads = vec![0.0; table.ranks.len()];
+    let mut flow = vec![0.0; table.len()];
+    for e in 0..table.experts() {
+        let span = table.span(e);
+        let part = of(e) / span.len().max(1) as f64;
+        for copy in span {
+            flow[copy] = part;
+            loads[table.hosts[copy] as usize] += part;
+        }
+    }
+    let (mut order, mut done) = (Vec::new(), 0);
+    let mut certificate = crate::bound::certificate_of(table, rows, &loads);
+    while done < sweeps {
+        if done % 8 == 0 {
+            certificate = crate::bound::certificate_of(table, rows, &loads);
+            let max = loads.iter().copied().fold(0.0, f64::max);
+            if max <= (1.0 + gap) * certificate {
+                break;
+            }
+        }
+        for e in 0..table.experts() {
+            let span = table.span(e);
+            if span.len() < 2 || of(e) <= 0.0 {
+                continue;
+            }
+            let hosts = &table.hosts[span.clone()];
+            pour(&mut loads, hosts, &mut flow[span], of(e), &mut order);
+        }
+        done += 1;
+    }
+    Solved {
+        certificate: certificate.max(crate::bound::certificate_of(table, rows, &loads)),
+        loads,
+        flow,
+        sweeps: done,
+    }
+}
+
+/// The layer's copies with the shares of a solved split; an expert without load is shared evenly.
+pub(crate) fn shares(table: &SplitTable, solved: &Solved) -> Vec<Vec<Copy>> {
+    (0..table.experts())
+        .map(|e| {
+            let span = table.span(e);
+            let total: f64 = solved.flow[span.clone()].iter().sum();
+            let even = 1.0 / span.len().max(1) as f64;
+            span.map(|copy| Copy {
+                rank: table.ranks[table.hosts[copy] as usize],
+                share: if total > 0.0 { solved.flow[copy] / total } else { even } as f32,
+            })
+            .collect()
+        })
+        .collect()
+}
+
+/// Why a batch could not be split; the caller passed arrays of another layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum SplitError {
+    /// `rows` has another length than the layer has experts.
+    #[error("rows of {found} experts for a layer of {expected}")]
+    Experts {
+        /// Length of `rows`.
+        found: usize,
+        /// Experts of the layer.
+        expected: usize,
+    },
+    /// `base` has another length than the placement has ranks.
+    #[error("base loads of {found} ranks for a placement over {expected}")]
+    Ranks {
+        /// Length of `base`.
+        found: usize,
+        /// Ranks of the placement.
+        expected: usize,
+    },
+    /// An expert with rows has no copy.
+    #[error("expert {expert} has rows and no copy in this placement")]
+    NoCopy {
+        /// The expert.
+        expert: ExpertId,
+    },
+}
+
+/// An expert whose rows go to several copies in this batch.
+#[derive(Debug, Clone, Copy)]
+struct Item {
+    rows: u32,
+    start: usize,
+    end: usize,
+}
+
+/// Splits batches; keeps its buffers between calls, so that a warm call does not allocate.
+#[derive(Debug, Default)]
+pub struct Splitter {
+    loads: Vec<f64>,
+    items: Vec<Item>,
+    // Copies in play of all items, back to back: dense rank, copy index, rows.
+    hosts: Vec<u32>,
+    copies: Vec<u32>,
+    flow: Vec<f64>,
+    few: Vec<u32>,
+    level: Vec<f64>,
+    rank_order: Vec<(f64, u32)>,
+    rows: Vec<u32>,
+}
+
+impl Splitter {
+    /// An empty workspace; it grows to the largest layer it sees.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Splits whole rows over copies: the answer has one number per copy index, and an expert's numbers sum to
+    /// its rows.
+    ///
+    /// `rows[e]`: rows of this sender for expert `e`. `base[g]`: load of the g-th rank of the table without
+    /// these rows, in rows. A rank whose base is not finite is avoided: it gets rows only of experts that live
+    /// nowhere else. Starts from the published shares; the number of sweeps is fixed ([`BATCH_SWEEPS`]). An
+    /// expert with fewer than [`FEW_ROWS`] rows per copy uses ⌈rows/[`FEW_ROWS`]⌉ of them, those of the lowest
+    /// level. Rounding is by largest remainder, ties to the lower rank.
+    ///
+    /// # Errors
+    /// If the arrays are of another layer's size, or an expert with rows has no copy.
+    pub fn split(
+        &mut self,
+        table: &SplitTable,
+        rows: &[u32],
+        base: &[f64],
+    ) -> Result<&[u32], SplitError> {
+        if rows.len() != table.experts() {
+            return Err(SplitError::Experts {
+                found: rows.len(),
+                expected: table.experts(),
+            });
+        }
+        if base.len() != table.ranks.len() {
+            return Err(SplitError::Ranks {
+                found: base.len(),
+                expected: table.ranks.len(),
+            });
+        }
+        self.start(table, base);
+        for (e, count) in rows.iter().enumerate() {
+            if *count > 0 {
+                self.admit(table, e, *count, base)?;
+            }
+        }
+        for at in 0..self.few.len() {
+            let expert = self.few[at] as usize;
+            self.admit_few(table, expert, rows[expert], base);
+        }
+        self.sweep();
+        self.round();
+        Ok(&self.rows)
+    }
+
+    fn start(&mut self, table: &SplitTable, base: &[f64]) {
+        self.loads.clear();
+        let finite = |x: &f64| if x.is_finite() { *x } else { 0.0 };
+        self.loads.extend(base.iter().map(finite));
+        self.items.clear();
+        self.hosts.clear();
+        self.copies.clear();
+        self.flow.clear();
+        self.few.clear();
+        self.rows.clear();
+        self.rows.resize(table.len(), 0);
+    }
+
+    /// Enters one expert's rows at its published shares; experts with few rows wait until the levels are known.
+    fn admit(
+        &mut self,
+        table: &SplitTable,
+        expert: usize,
+        rows: u32,
+        base: &[f64],
+    ) -> Result<(), SplitError> {
+        let span = table.span(expert);
+        if span.is_empty() {
+            return Err(SplitError::NoCopy {
+                expert: ExpertId(expert as u32),
+            });
+        }
+        let copies = span.len();
+        if copies > 1 && u64::from(rows) < u64::from(FEW_ROWS) * copies as u64 {
+            self.few.push(expert as u32);
+            return Ok(());
+        }
+        let start = self.hosts.len();
+        let avoid = span.clone().any(|c| base[table.hosts[c] as usize].is_finite());
+        let mut total = 0.0;
+        for copy in span {
+            let host = table.hosts[copy];
+            if avoid && !base[host as usize].is_finite() {
+                continue;
+            }
+            self.hosts.push(host);
+            self.copies.push(copy as u32);
+            let share = f64::from(table.shares[copy]).max(0.0);
+            self.flow.push(share);
+            total += share;
+        }
+        self.enter(rows, start, total);
+        Ok(())
+    }
+
+    /// Turns the shares pushed since `start` into rows and adds them to the loads.
+    fn enter(&mut self, rows: u32, start: usize, total: f64) {
+        let end = self.hosts.len();
+        if end - start == 1 {
+            // Nothing to choose: the rows are final, the load is part of everybody else's base.
+            self.loads[self.hosts[start] as usize] += f64::from(rows);
+            self.rows[self.copies[start] as usize] = rows;
+            self.hosts.truncate(start);
+            self.copies.truncate(start);
+            self.flow.truncate(start);
+            return;
+        }
+        let even = 1.0 / (end - start) as f64;
+        for at in start..end {
+            let share = if total > 0.0 { self.flow[at] / total } else { even };
+            self.flow[at] = share * f64::from(rows);
+            self.loads[self.hosts[at] as usize] += self.flow[at];
+        }
+        self.items.push(Item { rows, start, end });
+    }
+
+    /// Enters an expert with few rows on as many copies as they fill, those of the lowest level.
+    fn admit_few(&mut self, table: &SplitTable, expert: usize, rows: u32, base: &[f64]) {
+        let span = table.span(expert);
+        let avoid = span.clone().any(|c| base[table.hosts[c] as usize].is_finite());
+        self.rank_order.clear();
+        for copy in span {
+            let host = table.hosts[copy] as usize;
+            if !avoid || base[host].is_finite() {
+                self.rank_order.push((self.loads[host], copy as u32));
+            }
+        }
+        // Copy indices ascend by rank, so a tie goes to the lower rank.
+        self.rank_order
+            .sort_unstable_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
+        self.rank_order.truncate(rows.div_ceil(FEW_ROWS) as usize);
+        self.rank_order.sort_unstable_by_key(|(_, copy)| *copy);
+        let start = self.hosts.len();
+        for (_, copy) in &self.rank_order {
+            self.hosts.push(table.hosts[*copy as usize]);
+            self.copies.push(*copy);
+            self.flow.push(0.0);
+        }
+        self.enter(rows, start, 0.0);
+    }
+
+    fn sweep(&mut self) {
+        for _ in 0..BATCH_SWEEPS {
+            for item in &self.items {
+                let (hosts, flow) =
+                    (&self.hosts[item.start..item.end], &mut self.flow[item.start..item.end]);
+                let rows = f64::from(item.rows);
+                if let ([a, b], [x, y]) = (hosts, &mut *flow) {
+                    // Two copies, the common case: half the rows plus half the gap of the levels.
+                    let (a, b) = (*a as usize, *b as usize);
+                    let (low, high) = (self.loads[a] - *x, self.loads[b] - *y);
+                    let first = ((rows + high - low) * 0.5).clamp(0.0, rows);
+                    (*x, *y) = (first, rows - first);
+                    self.loads[a] = low + *x;
+                    self.loads[b] = high + *y;
+                } else {
+                    pour(&mut self.loads, hosts, flow, rows, &mut self.level);
+                }
+            }
+        }
+    }
+
+    fn round(&mut self) {
+        for item in &self.items {
+            self.rank_order.clear();
+            let mut left = item.rows;
+            for at in item.start..item.end {
+                let whole = (self.flow[at].floor() as u32).min(left);
+                left -= whole;
+                let copy = self.copies[at];
+                self.rows[copy as usize] = whole;
+                self.rank_order.push((self.flow[at] - f64::from(whole), copy));
+            }
+            self.rank_order
+                .sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+            for (_, copy) in self.rank_order.iter().cycle().take(left as usize) {
+                self.rows[*copy as usize] += 1;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn table(ranks: u32, hosts: &[&[usize]]) -> SplitTable {
+        let ranks: Vec<Rank> = (0..ranks).map(Rank).collect();
+        let hosts: Vec<Vec<usize>> = hosts.iter().map(|h| h.to_vec()).collect();
+        SplitTable::even(&ranks, &hosts)
+    }
+
+    #[test]
+    fn rows_flow_to_the_lower_level() {
+        // Expert 0 lives on ranks 0 and 1, experts 1 and 2 alone on them.
+        let t = table(2, &[&[0, 1], &[0], &[1]]);
+        let mut splitter = Splitter::new();
+        assert_eq!(splitter.split(&t, &[100, 80, 20], &[0.0, 0.0]).unwrap(), [20, 80, 80, 20]);
+        assert_eq!(splitter.split(&t, &[100, 0, 0], &[60.0, 0.0]).unwrap(), [20, 80, 0, 0]);
+    }
+
+    #[test]
+    fn a_chain_of_links_levels_all_ranks() {
+        // 0-1-2: rank 0 has an excess of 60, it leaves through both links.
+        let t = table(3, &[&[0, 1], &[1, 2], &[0], &[1], &[2]]);
+        let solved = solve(&t, &[60.0, 60.0, 60.0, 0.0, 0.0], 1000, 1e-9);
+        assert!(solved.loads.iter().all(|load| (load - 60.0).abs() < 1e-3), "{solved:?}");
+        assert!((solved.certificate - 60.0).abs() < 1e-3);
+    }
+
+    #[test]
+    fn few_rows_use_few_copies() {
+        let t = table(4, &[&[0, 1, 2, 3]]);
+        let mut splitter = Splitter::new();
+        // 8 rows fill one copy: the one with the least load; 9 rows fill two.
+        assert_eq!(splitter.split(&t, &[8], &[3.0, 2.0, 1.0, 4.0]).unwrap(), [0, 0, 8, 0]);
+        assert_eq!(splitter.split(&t, &[9], &[0.0; 4]).unwrap(), [5, 4, 0, 0]);
+        assert_eq!(splitter.split(&t, &[32], &[0.0; 4]).unwrap(), [8, 8, 8, 8]);
+    }
+
+    #[test]
+    fn an_avoided_rank_gets_only_what_lives_nowhere_else() {
+        let t = table(2, &[&[0, 1], &[1]]);
+        let mut splitter = Splitter::new();
+        let base = [0.0, f64::INFINITY];
+        assert_eq!(splitter.split(&t, &[100, 5], &base).unwrap(), [100, 0, 5]);
+        assert_eq!(splitter.split(&t, &[3, 0], &base).unwrap(), [3, 0, 0]);
+        assert_eq!(splitter.split(&t, &[40, 0], &[f64::NAN; 2]).unwrap(), [20, 20, 0]);
+    }
+
+    #[test]
+    fn arrays_of_another_layer_are_refused() {
+        let t = table(2, &[&[0, 1], &[]]);
+        let mut splitter = Splitter::new();
+        assert_eq!(
+            splitter.split(&t, &[1], &[0.0; 2]),
+            Err(SplitError::Experts { found: 1, expected: 2 })
+        );
+        assert_eq!(
+            splitter.split(&t, &[1, 0], &[0.0]),
+            Err(SplitError::Ranks { found: 1, expected: 2 })
+        );
+        assert_eq!(
+            splitter.split(&t, &[1, 1], &[0.0; 2]),
+            Err(SplitError::NoCopy { expert: ExpertId(1) })
+        );
+    }
+}
