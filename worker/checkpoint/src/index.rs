@@ -289,11 +289,10 @@ impl Shard {
             path: path.clone(),
             source,
         })?;
-        let entries =
-            parse_header(&file).map_err(|source| CheckpointError::Header {
-                path: path.clone(),
-                source,
-            })?;
+        let entries = parse_header(&file).map_err(|source| CheckpointError::Header {
+            path: path.clone(),
+            source,
+        })?;
         Ok(Self {
             path,
             file: Arc::new(file),
@@ -324,7 +323,9 @@ impl ShardList {
     fn files(&self, path: &Path) -> Result<Vec<&str>, CheckpointError> {
         let files: BTreeSet<&str> = self.weight_map.values().map(String::as_str).collect();
         for file in &files {
-            let plain = Path::new(file).file_name().is_some_and(|name| name == *file);
+            let plain = Path::new(file)
+                .file_name()
+                .is_some_and(|name| name == *file);
             if !plain {
                 return Err(CheckpointError::ShardList {
                     path: path.to_owned(),

@@ -126,7 +126,12 @@ pub fn expected(spec: &ModelSpec) -> Vec<Expected> {
         if *moe {
             list.mixture(spec, block);
         } else {
-            list.mlp(Kind::Matrix, dense_mlp(block), spec.hidden, spec.dense_inner);
+            list.mlp(
+                Kind::Matrix,
+                dense_mlp(block),
+                spec.hidden,
+                spec.dense_inner,
+            );
         }
     }
     list.vector(FINAL_NORM.to_owned(), spec.hidden);

@@ -59,14 +59,12 @@ impl Checkpoint {
     /// # Errors
     /// When the checkpoint has none of that name.
     pub fn tensor(&self, name: &str) -> Result<Tensor<'_>, CheckpointError> {
-        self.index
-            .get(name)
-            .ok_or_else(|| CheckpointError::Tensor {
-                dir: self.dir.clone(),
-                name: name.to_owned(),
-                expected: "a tensor".to_owned(),
-                found: "none".to_owned(),
-            })
+        self.index.get(name).ok_or_else(|| CheckpointError::Tensor {
+            dir: self.dir.clone(),
+            name: name.to_owned(),
+            expected: "a tensor".to_owned(),
+            found: "none".to_owned(),
+        })
     }
 
     /// One routed expert, borrowed from the mapped file.
@@ -125,11 +123,7 @@ pub fn read_spec(dir: &Path) -> Result<ModelSpec, CheckpointError> {
     })
 }
 
-fn check_tensors(
-    dir: &Path,
-    spec: &ModelSpec,
-    index: &Index,
-) -> Result<(), CheckpointError> {
+fn check_tensors(dir: &Path, spec: &ModelSpec, index: &Index) -> Result<(), CheckpointError> {
     let expected = names::expected(spec);
     for want in &expected {
         let found = index.get(&want.name);

@@ -41,7 +41,11 @@ impl StepBatch<'_> {
         if let Some(token) = self.tokens.iter().find(|token| **token as usize >= vocab) {
             return wrong(format!("token {token} is not in a vocabulary of {vocab}"));
         }
-        if let Some(at) = self.positions.iter().find(|at| **at as usize >= max_positions) {
+        if let Some(at) = self
+            .positions
+            .iter()
+            .find(|at| **at as usize >= max_positions)
+        {
             return wrong(format!("position {at} is not below {max_positions}"));
         }
         if let Some(row) = self.logit_rows.iter().find(|row| **row as usize >= rows) {

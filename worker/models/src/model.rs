@@ -153,7 +153,11 @@ impl Weights {
         let mut blocks = Vec::with_capacity(spec.layers);
         let embedding = loader.matrix(names::EMBEDDING, spec.vocab, spec.hidden)?;
         for (number, moe) in spec.moe_blocks.iter().enumerate() {
-            let layer = if *moe { layers.next().map(LayerId) } else { None };
+            let layer = if *moe {
+                layers.next().map(LayerId)
+            } else {
+                None
+            };
             blocks.push(Block::load(loader, number, layer)?);
         }
         Ok(Self {

@@ -126,7 +126,9 @@ impl Shape {
             rope_theta: rope::theta(fields, defaults.rope_theta)?,
             norm_eps: narrow(
                 "rms_norm_eps",
-                fields.positive("rms_norm_eps")?.unwrap_or(defaults.norm_eps),
+                fields
+                    .positive("rms_norm_eps")?
+                    .unwrap_or(defaults.norm_eps),
             )?,
             qkv_bias: family == Family::Qwen2Moe && fields.flag("qkv_bias", true)?,
             clip_qkv: match family {
@@ -251,17 +253,11 @@ fn experts(fields: &mut Fields<'_>) -> Result<usize, SpecError> {
             format!("{one}, but `num_local_experts` says {other}"),
             "keep the number of experts that the weights have",
         )),
-        (one, other) => one
-            .or(other)
-            .ok_or_else(|| fields.missing("num_experts")),
+        (one, other) => one.or(other).ok_or_else(|| fields.missing("num_experts")),
     }
 }
 
-fn head_dim(
-    fields: &mut Fields<'_>,
-    hidden: usize,
-    heads: usize,
-) -> Result<usize, SpecError> {
+fn head_dim(fields: &mut Fields<'_>, hidden: usize, heads: usize) -> Result<usize, SpecError> {
     if let Some(given) = fields.size("head_dim", MOST_WIDTH)? {
         return Ok(given);
     }
@@ -314,11 +310,7 @@ fn layer_types(fields: &mut Fields<'_>, layers: usize) -> Result<(), SpecError> 
 
 /// A window as long as the longest sequence cuts nothing off; a shorter one is refused. The Qwen
 /// families have a switch, and without it `sliding_window` says nothing.
-fn window(
-    fields: &mut Fields<'_>,
-    qwen: bool,
-    max_positions: usize,
-) -> Result<(), SpecError> {
+fn window(fields: &mut Fields<'_>, qwen: bool, max_positions: usize) -> Result<(), SpecError> {
     let switch = fields.flag("use_sliding_window", !qwen)?;
     let Some(value) = fields.value("sliding_window") else {
         return Ok(());

@@ -109,9 +109,7 @@ impl<'a> Fields<'a> {
             .and_then(|number| usize::try_from(number).ok())
             .filter(|number| (1..=most).contains(number))
             .map(Some)
-            .ok_or_else(|| {
-                self.wrong(name, value, &format!("a whole number from 1 to {most}"))
-            })
+            .ok_or_else(|| self.wrong(name, value, &format!("a whole number from 1 to {most}")))
     }
 
     /// A whole number in `1..=most` that must be there.

@@ -108,7 +108,11 @@ fn format(fields: &mut Fields<'_>) -> Result<WeightFormat, SpecError> {
         "float32" => Ok(WeightFormat::Float32),
         "bfloat16" => Ok(WeightFormat::Bfloat16),
         other => Err(fields::refuse(
-            if new.is_some() { "dtype" } else { "torch_dtype" },
+            if new.is_some() {
+                "dtype"
+            } else {
+                "torch_dtype"
+            },
             format!("weights in `{other}` are not supported"),
             "convert the checkpoint to bfloat16 or float32",
         )),

@@ -46,10 +46,7 @@ fn ids(name: &str, value: Option<&Value>, vocab: usize) -> Result<Vec<u32>, Spec
                 .ok_or_else(|| {
                     refuse(
                         name,
-                        format!(
-                            "{} is no token of a vocabulary of {vocab}",
-                            shorten(value)
-                        ),
+                        format!("{} is no token of a vocabulary of {vocab}", shorten(value)),
                         "give one token id or a list of them",
                     )
                 })
