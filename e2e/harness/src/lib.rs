@@ -1,1 +1,52 @@
-//! foregate-harness
+//! `foregate-harness`: what the end-to-end tests drive the real binary with.
+//!
+//! In: the path of the binary, arguments, a model. Out: a running cluster and its URL, an HTTP and SSE
+//! client, faults, an etcd that can be stopped, a hub and an OTLP receiver that speak the real protocols.
+//! Invariants: every wait has a deadline and says what it waited for; whatever was started ends with its
+//! owner; ports are chosen by the system. A failure here is the failure of the test that called, so this
+//! crate panics with a message instead of returning errors.
+#![forbid(unsafe_code)]
+#![expect(
+    clippy::expect_used,
+    clippy::panic,
+    clippy::disallowed_methods,
+    clippy::print_stdout,
+    reason = "support for tests: a failure here is the test's failure, its clock is the real one"
+)]
+
+pub mod binary;
+pub mod client;
+pub mod etcd;
+pub mod faults;
+pub mod golden;
+pub mod hub;
+pub mod otlp;
+
+use std::path::PathBuf;
+
+/// A path of the repository.
+#[must_use]
+pub fn repository(path: &str) -> PathBuf {
+    let root = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
+    PathBuf::from(root)
+        .join(path)
+        .canonicalize()
+        .unwrap_or_else(|error| panic!("{path} of the repository: {error}"))
+}
+
+/// Says that a test cannot run here. Under `FOREGATE_E2E_REQUIRE=1` that is a failure.
+///
+/// # Panics
+/// Under `FOREGATE_E2E_REQUIRE=1`.
+pub fn skip(reason: &str) {
+    let required = std::env::var("FOREGATE_E2E_REQUIRE").is_ok_and(|value| value == "1");
+    assert!(!required, "cannot run and must: {reason}");
+    println!("skipped: {reason}");
+}
+
+/// Whether a program is on PATH.
+#[must_use]
+pub fn on_path(program: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|directory| directory.join(program).is_file())
+}
