@@ -8,10 +8,27 @@
 mod support;
 
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
 use safetensors::SafeTensors;
 
-use support::{Rig, argmax, bits, fixture, table};
+use support::{Rig, bits, table};
+
+fn fixture(family: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/fixtures")
+        .join(family)
+}
+
+fn argmax(values: &[f32]) -> u32 {
+    let mut best = 0;
+    for (at, value) in values.iter().enumerate() {
+        if *value > values[best] {
+            best = at;
+        }
+    }
+    best as u32
+}
 
 struct Golden {
     ids: Vec<u32>,

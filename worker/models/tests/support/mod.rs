@@ -1,6 +1,6 @@
 //! A model with all its experts in one process, driven step by step over a paged cache.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use foregate_checkpoint::Checkpoint;
@@ -8,32 +8,30 @@ use foregate_kernels::{Cpu, KvCache};
 use foregate_models::experts::Experts;
 use foregate_models::{LocalExperts, Model, StepBatch, StepOutput};
 
-pub const PAGE_TOKENS: usize = 4;
+pub(crate) const PAGE_TOKENS: usize = 4;
 const PAGES: usize = 64;
 
-pub struct Rig {
-    pub model: Model,
-    pub experts: LocalExperts,
-    pub kv: KvCache,
+pub(crate) struct Rig {
+    pub(crate) model: Model,
+    pub(crate) experts: LocalExperts,
+    pub(crate) kv: KvCache,
 }
 
 /// What a walk over a prompt gave, row by row.
 #[derive(Debug, Default, Clone, PartialEq)]
-pub struct Walk {
-    pub logits: Vec<f32>,
-    pub routes: Vec<u32>,
-}
-
-pub fn fixture(family: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/fixtures")
-        .join(family)
+pub(crate) struct Walk {
+    pub(crate) logits: Vec<f32>,
+    pub(crate) routes: Vec<u32>,
 }
 
 impl Rig {
-    pub fn open(dir: &Path) -> Self {
+    pub(crate) fn open(dir: &Path) -> Self {
+        Self::on(dir, Cpu::new(2))
+    }
+
+    pub(crate) fn on(dir: &Path, cpu: Cpu) -> Self {
         let checkpoint = Checkpoint::open(dir).unwrap();
-        let cpu = Arc::new(Cpu::new(2));
+        let cpu = Arc::new(cpu);
         let experts = LocalExperts::load(&checkpoint, cpu.clone()).unwrap();
         let model = Model::load(&checkpoint, cpu, |_, _| {}).unwrap();
         let kv = KvCache::new(model.kv_shape(PAGES, PAGE_TOKENS)).unwrap();
@@ -41,7 +39,7 @@ impl Rig {
     }
 
     /// Runs `tokens` in chunks of the given sizes (repeated), each chunk as one step.
-    pub fn walk(&mut self, tokens: &[u32], chunks: &[usize], table: &[u32]) -> Walk {
+    pub(crate) fn walk(&mut self, tokens: &[u32], chunks: &[usize], table: &[u32]) -> Walk {
         let mut walk = Walk::default();
         let mut sizes = chunks.iter().cycle();
         let mut start = 0;
@@ -56,13 +54,13 @@ impl Rig {
     }
 
     /// One step over several sequences: tokens, first position, page table. All logits wanted.
-    pub fn step(&mut self, parts: &[(&[u32], usize, &[u32])]) -> StepOutput {
+    pub(crate) fn step(&mut self, parts: &[(&[u32], usize, &[u32])]) -> StepOutput {
         let (model, kv) = (&mut self.model, &mut self.kv);
         step_with(model, kv, &mut self.experts, parts)
     }
 }
 
-pub fn step_with(
+pub(crate) fn step_with(
     model: &mut Model,
     kv: &mut KvCache,
     experts: &mut dyn Experts,
@@ -89,21 +87,11 @@ pub fn step_with(
 }
 
 /// Pages for a sequence, deliberately not in order.
-pub fn table(first: u32, tokens: usize) -> Vec<u32> {
+pub(crate) fn table(first: u32, tokens: usize) -> Vec<u32> {
     let pages = tokens.div_ceil(PAGE_TOKENS) as u32;
     (first..first + pages).rev().collect()
 }
 
-pub fn bits(values: &[f32]) -> Vec<u32> {
+pub(crate) fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|value| value.to_bits()).collect()
-}
-
-pub fn argmax(values: &[f32]) -> u32 {
-    let mut best = 0;
-    for (at, value) in values.iter().enumerate() {
-        if *value > values[best] {
-            best = at;
-        }
-    }
-    best as u32
 }
