@@ -67,7 +67,7 @@ pub struct PageMap<'a> {
 /// Paged keys and values, float32.
 pub struct KvCache {
     shape: KvShape,
-    /// `None` when there is no byte to hold.
+    /// All pages, then one vector that may be read beyond the last value. `None` when there is no page.
     data: Option<memmap2::MmapMut>,
 }
 
@@ -83,12 +83,13 @@ impl KvCache {
             .page_bytes()
             .and_then(|b| b.checked_mul(shape.pages))
             .ok_or_else(refused)?;
+        let padded = bytes.checked_add(KEYS * 4).ok_or_else(refused)?;
         let data = if bytes == 0 {
             None
         } else {
             Some(
                 memmap2::MmapOptions::new()
-                    .len(bytes)
+                    .len(padded)
                     .no_reserve_swap()
                     .map_anon()
                     .map_err(|_| refused())?,
@@ -180,8 +181,8 @@ mod tests {
     #[test]
     fn pages_do_not_overlap() {
         let kv = KvCache::new(SHAPE).unwrap();
-        assert_eq!(kv.floats().len() * 4, SHAPE.page_bytes().unwrap() * 3);
-        assert_eq!(kv.value_start(1, 2, 1) + 4 * 8, kv.floats().len());
+        assert_eq!(kv.floats().len() * 4, SHAPE.page_bytes().unwrap() * 3 + 64);
+        assert_eq!(kv.value_start(1, 2, 1) + 4 * 8, kv.floats().len() - KEYS);
         assert_eq!(kv.key_start(0, 1, 0), kv.value_start(1, 0, 1) + 4 * 8);
     }
 
@@ -193,9 +194,9 @@ mod tests {
             *value = i as f32;
         }
         kv.copy_page(0, 2).unwrap();
-        let (first, rest) = kv.floats().split_at(floats);
-        assert_eq!(first, &rest[floats..]);
-        assert!(rest[..floats].iter().all(|v| *v == 0.0));
+        let pages: Vec<&[f32]> = kv.floats().chunks_exact(floats).collect();
+        assert_eq!(pages[0], pages[2]);
+        assert!(pages[1].iter().all(|v| *v == 0.0));
         assert!(kv.copy_page(0, 3).is_err());
     }
 

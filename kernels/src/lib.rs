@@ -9,7 +9,7 @@
 //! path, for every number of threads, and for a row alone or inside any batch.
 //!
 //! This crate takes sizes, slices and plain integers: it does not know that there is a cluster.
-#![allow(
+#![expect(
     unsafe_code,
     reason = "vector intrinsics, disjoint writes from several threads and mapped files need it"
 )]
@@ -22,7 +22,6 @@ mod kv;
 mod matrix;
 mod ops;
 mod oracle;
-mod rope_table;
 mod sample;
 
 pub use buffer::MappedFile;

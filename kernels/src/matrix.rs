@@ -78,7 +78,7 @@ impl Matrix {
         })
     }
 
-    fn panels_mut(&mut self) -> impl Iterator<Item = &mut [u8]> {
+    pub(crate) fn panels_mut(&mut self) -> impl Iterator<Item = &mut [u8]> {
         let (bytes, panels) = (self.panel_bytes.max(1), self.panels());
         self.data.as_mut_slice().chunks_mut(bytes).take(panels)
     }
@@ -154,6 +154,12 @@ impl Matrix {
         }
         out
     }
+}
+
+/// The row-major bytes of the rows of one panel.
+pub(crate) fn panel_rows(dtype: Dtype, k: usize, bytes: &[u8], panel: usize) -> &[u8] {
+    let size = PANEL * k * dtype.size();
+    &bytes[panel * size..bytes.len().min((panel + 1) * size)]
 }
 
 /// Lays up to 16 rows side by side.

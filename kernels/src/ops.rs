@@ -56,12 +56,7 @@ impl ShapeError {
         want: (usize, usize),
         got: usize,
     ) -> Result<(), Self> {
-        Self::check(
-            op,
-            what,
-            want.0.checked_mul(want.1).unwrap_or(usize::MAX),
-            got,
-        )
+        Self::check(op, what, want.0.saturating_mul(want.1), got)
     }
 }
 

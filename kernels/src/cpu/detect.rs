@@ -109,6 +109,26 @@ impl FromStr for Path {
     }
 }
 
+/// A path that this processor was found to have.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Isa(Path);
+
+impl Isa {
+    /// `None` when the processor does not have the path.
+    pub(crate) fn of(path: Path) -> Option<Self> {
+        path.is_present().then_some(Self(path))
+    }
+
+    /// The fastest path of this processor.
+    pub(crate) fn best() -> Self {
+        Self(Path::best())
+    }
+
+    pub(crate) const fn path(self) -> Path {
+        self.0
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

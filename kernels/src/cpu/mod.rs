@@ -1,16 +1,29 @@
 //! Ops on the processor: the instruction path is chosen once, at the start.
 
+mod activation;
+mod attention;
+mod combine;
 mod detect;
+mod exp;
+mod gate;
+mod gemm;
+mod lanes;
+mod norm;
+mod rope;
+mod softmax;
+mod threads;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use crate::dtype::Dtype;
-use crate::matrix::Matrix;
+use crate::matrix::{Matrix, pack_panel, panel_rows};
 use crate::ops::{
     Add, Attention, Combine, Embed, ExpertFfn, Gate, KvWrite, LogSoftmax, MatMul, Ops, RmsNorm,
     Rope, ShapeError, SigmoidScale, SiluMul,
 };
-use crate::oracle::Oracle;
+
+use detect::Isa;
+use threads::Threads;
 
 pub use detect::{Path, PathError, UnknownPath};
 
@@ -22,15 +35,17 @@ pub struct Cpu {
 
 #[derive(Debug)]
 struct Shared {
-    path: Path,
-    threads: usize,
+    isa: Isa,
+    threads: Threads,
+    /// Inner activations of experts, kept from call to call.
+    scratch: Mutex<Vec<f32>>,
 }
 
 impl Cpu {
     /// The best path of this processor, with `threads` threads (at least one), the caller's included.
     #[must_use]
     pub fn new(threads: usize) -> Self {
-        Self::build(Path::best(), threads)
+        Self::build(Isa::best(), threads)
     }
 
     /// A given path.
@@ -38,18 +53,18 @@ impl Cpu {
     /// # Errors
     /// When this processor does not have it.
     pub fn with_path(path: Path, threads: usize) -> Result<Self, PathError> {
-        if path.is_present() {
-            Ok(Self::build(path, threads))
-        } else {
-            Err(PathError { path })
-        }
+        let isa = Isa::of(path).ok_or(PathError { path })?;
+        Ok(Self::build(isa, threads))
     }
 
-    fn build(path: Path, threads: usize) -> Self {
+    fn build(isa: Isa, threads: usize) -> Self {
+        let threads = Threads::new(threads);
+        tracing::debug!(path = %isa.path(), threads = threads.count(), "kernels ready");
         Self {
             shared: Arc::new(Shared {
-                path,
-                threads: threads.max(1),
+                isa,
+                threads,
+                scratch: Mutex::default(),
             }),
         }
     }
@@ -57,13 +72,13 @@ impl Cpu {
     /// The instruction path in use.
     #[must_use]
     pub fn path(&self) -> Path {
-        self.shared.path
+        self.shared.isa.path()
     }
 
     /// Threads that take part, the caller's included.
     #[must_use]
     pub fn threads(&self) -> usize {
-        self.shared.threads
+        self.shared.threads.count()
     }
 
     /// As [`Matrix::pack`], on all threads.
@@ -77,48 +92,102 @@ impl Cpu {
         k: usize,
         bytes: &[u8],
     ) -> Result<Matrix, ShapeError> {
-        Matrix::pack(dtype, n, k, bytes)
+        let mut matrix = Matrix::empty(dtype, n, k, bytes.len())?;
+        // Each panel is a lock that one thread takes once.
+        let panels: Vec<_> = matrix.panels_mut().map(Mutex::new).collect();
+        self.shared.threads.run(panels.len(), &|panel| {
+            if let Ok(mut out) = panels[panel].lock() {
+                pack_panel(dtype, k, panel_rows(dtype, k, bytes, panel), &mut out);
+            }
+        });
+        drop(panels);
+        Ok(matrix)
     }
 }
 
 impl Ops for Cpu {
     fn matmul(&self, op: MatMul<'_>) -> Result<(), ShapeError> {
-        Oracle.matmul(op)
+        op.check()?;
+        gemm::matmul(self.shared.isa, &self.shared.threads, op);
+        Ok(())
     }
+
     fn embed(&self, op: Embed<'_>) -> Result<(), ShapeError> {
-        Oracle.embed(op)
+        op.check()?;
+        let rows = op.out.chunks_exact_mut(op.table.k().max(1));
+        op.ids
+            .iter()
+            .zip(rows)
+            .try_for_each(|(id, row)| op.table.row(*id as usize, row))
     }
+
     fn rms_norm(&self, op: RmsNorm<'_>) -> Result<(), ShapeError> {
-        Oracle.rms_norm(op)
+        op.check()?;
+        norm::rms_norm(self.shared.isa, &self.shared.threads, op);
+        Ok(())
     }
+
     fn rope(&self, op: Rope<'_>) -> Result<(), ShapeError> {
-        Oracle.rope(op)
+        op.check()?;
+        rope::rope(self.shared.isa, op);
+        Ok(())
     }
+
     fn kv_write(&self, op: KvWrite<'_>) -> Result<(), ShapeError> {
-        Oracle.kv_write(op)
+        op.check()?;
+        attention::kv_write(op);
+        Ok(())
     }
+
     fn attention(&self, op: Attention<'_>) -> Result<(), ShapeError> {
-        Oracle.attention(op)
+        op.check()?;
+        attention::attention(self.shared.isa, &self.shared.threads, op);
+        Ok(())
     }
+
     fn gate(&self, op: Gate<'_>) -> Result<(), ShapeError> {
-        Oracle.gate(op)
+        op.check()?;
+        gate::gate(self.shared.isa, &self.shared.threads, op);
+        Ok(())
     }
+
     fn expert_ffn(&self, op: ExpertFfn<'_>) -> Result<(), ShapeError> {
-        Oracle.expert_ffn(op)
+        op.check()?;
+        // A second caller at the same time takes memory of its own.
+        let mut own = Vec::new();
+        let mut kept = self.shared.scratch.try_lock();
+        let scratch = kept.as_deref_mut().unwrap_or(&mut own);
+        gemm::expert_ffn(self.shared.isa, &self.shared.threads, op, scratch);
+        Ok(())
     }
+
     fn combine(&self, op: Combine<'_>) -> Result<(), ShapeError> {
-        Oracle.combine(op)
+        op.check()?;
+        combine::combine(self.shared.isa, &self.shared.threads, op);
+        Ok(())
     }
+
     fn add(&self, op: Add<'_>) -> Result<(), ShapeError> {
-        Oracle.add(op)
+        op.check()?;
+        activation::add(self.shared.isa, &self.shared.threads, op);
+        Ok(())
     }
+
     fn silu_mul(&self, op: SiluMul<'_>) -> Result<(), ShapeError> {
-        Oracle.silu_mul(op)
+        op.check()?;
+        activation::silu_mul(self.shared.isa, &self.shared.threads, op);
+        Ok(())
     }
+
     fn sigmoid_scale(&self, op: SigmoidScale<'_>) -> Result<(), ShapeError> {
-        Oracle.sigmoid_scale(op)
+        op.check()?;
+        activation::sigmoid_scale(self.shared.isa, op);
+        Ok(())
     }
+
     fn log_softmax(&self, op: LogSoftmax<'_>) -> Result<(), ShapeError> {
-        Oracle.log_softmax(op)
+        op.check()?;
+        softmax::log_softmax(self.shared.isa, &self.shared.threads, op);
+        Ok(())
     }
 }

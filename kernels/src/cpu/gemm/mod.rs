@@ -1,0 +1,209 @@
+//! Products with packed weights. Work is cut into blocks of rows × panels; how it is cut never shows in a
+//! result, because every element is one chain of its own.
+
+mod expert;
+mod tile;
+
+pub(super) use expert::expert_ffn;
+
+use super::detect::Isa;
+use super::lanes::{Lanes, WIDTH, on_path};
+use super::threads::{Parts, Threads};
+use crate::matrix::{Matrix, PANEL};
+use crate::ops::MatMul;
+use tile::{MAX_PANELS, MAX_ROWS, Panels, Results, multiply};
+
+/// Rows of a block: their inputs should stay in the second-level cache beside the block's panels.
+const BLOCK_ROWS: usize = 16 * MAX_ROWS;
+/// Multiply-adds below which a product is not worth a second thread.
+const SMALL: usize = 1 << 16;
+
+/// Rows of activations, or some of them by index.
+#[derive(Clone, Copy)]
+struct Rows<'a> {
+    x: &'a [f32],
+    width: usize,
+    chosen: Option<&'a [u32]>,
+}
+
+impl Rows<'_> {
+    #[inline(always)]
+    fn row(&self, index: usize) -> *const f32 {
+        let row = self.chosen.map_or(index, |c| c[index] as usize);
+        self.x[row * self.width..(row + 1) * self.width].as_ptr()
+    }
+}
+
+/// Panels from `first` on.
+fn panels(w: &Matrix, first: usize) -> Panels {
+    let bytes = w.panel(first);
+    Panels {
+        dtype: w.dtype(),
+        first: bytes.as_ptr(),
+        bytes: bytes.len(),
+        k: w.k(),
+    }
+}
+
+/// `R` rows from `row` on, times `count` panels.
+#[inline(always)]
+unsafe fn rows_by_panels<L: Lanes, const R: usize>(
+    x: &Rows<'_>,
+    row: usize,
+    w: Panels,
+    count: usize,
+    out: &mut Results,
+) {
+    let mut rows = [std::ptr::null(); R];
+    for (i, pointer) in rows.iter_mut().enumerate() {
+        *pointer = x.row(row + i);
+    }
+    // SAFETY: the caller promises the instructions and the panels; `row` checked the rows.
+    unsafe {
+        if L::WIDE || R == 1 {
+            match count {
+                4 => multiply::<L, R, 4>(&rows, w, out),
+                3 => multiply::<L, R, 3>(&rows, w, out),
+                2 => multiply::<L, R, 2>(&rows, w, out),
+                _ => multiply::<L, R, 1>(&rows, w, out),
+            }
+        } else {
+            // Sixteen registers hold one panel's sums for six rows.
+            for p in 0..count {
+                let mut one = [[0.0; MAX_PANELS * WIDTH]; MAX_ROWS];
+                multiply::<L, R, 1>(&rows, w.skip(p), &mut one);
+                for r in 0..R {
+                    out[r][p * WIDTH..(p + 1) * WIDTH].copy_from_slice(&one[r][..WIDTH]);
+                }
+            }
+        }
+    }
+}
+
+/// `rows` (at most [`MAX_ROWS`]) rows from `row` on, times `count` (at most [`MAX_PANELS`]) panels.
+///
+/// # Safety
+/// The processor has the instructions of `L`; there are `count` panels of `x.width` inputs.
+#[inline(always)]
+unsafe fn product<L: Lanes>(
+    x: &Rows<'_>,
+    row: usize,
+    rows: usize,
+    w: Panels,
+    count: usize,
+    out: &mut Results,
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match rows {
+            1 => rows_by_panels::<L, 1>(x, row, w, count, out),
+            2 => rows_by_panels::<L, 2>(x, row, w, count, out),
+            3 => rows_by_panels::<L, 3>(x, row, w, count, out),
+            4 => rows_by_panels::<L, 4>(x, row, w, count, out),
+            5 => rows_by_panels::<L, 5>(x, row, w, count, out),
+            _ => rows_by_panels::<L, 6>(x, row, w, count, out),
+        }
+    }
+}
+
+/// A block of rows × panels of one product.
+#[derive(Clone, Copy)]
+struct Block<'a> {
+    x: Rows<'a>,
+    rows: (usize, usize),
+    w: &'a Matrix,
+    panels: (usize, usize),
+    bias: Option<&'a [f32]>,
+    /// `rows × w.n()`, counted from row 0 of `x`.
+    out: Parts,
+}
+
+/// # Safety
+/// The processor has the instructions of `L`; nobody else uses this block's part of `out`.
+#[inline(always)]
+unsafe fn block_kernel<L: Lanes>(block: &Block<'_>) {
+    let n = block.w.n();
+    let mut results = [[0.0; MAX_PANELS * WIDTH]; MAX_ROWS];
+    let mut panel = block.panels.0;
+    while panel < block.panels.1 {
+        let count = MAX_PANELS.min(block.panels.1 - panel);
+        let w = panels(block.w, panel);
+        let from = panel * PANEL;
+        let columns = (count * PANEL).min(n - from);
+        let mut row = block.rows.0;
+        while row < block.rows.1 {
+            let rows = MAX_ROWS.min(block.rows.1 - row);
+            // SAFETY: the caller's promise; the panels are in range.
+            unsafe { product::<L>(&block.x, row, rows, w, count, &mut results) };
+            for (r, result) in results.iter_mut().take(rows).enumerate() {
+                if let Some(bias) = block.bias {
+                    for (value, bias) in result.iter_mut().zip(&bias[from..from + columns]) {
+                        *value += bias;
+                    }
+                }
+                // SAFETY: this block's rows and columns only.
+                let out = unsafe { block.out.slice((row + r) * n + from, columns) };
+                out.copy_from_slice(&result[..columns]);
+            }
+            row += rows;
+        }
+        panel += count;
+    }
+}
+
+on_path! {
+    /// Computes one block.
+    fn block(block: &Block<'_>) = block_kernel
+}
+
+/// Panels of a block, a multiple of [`MAX_PANELS`], so that there are several blocks per thread but each
+/// has enough to do.
+fn panels_per_block(panels: usize, row_blocks: usize, threads: usize) -> usize {
+    let blocks = (threads * 6).div_ceil(row_blocks).max(1);
+    panels.div_ceil(blocks).div_ceil(MAX_PANELS).clamp(1, 4) * MAX_PANELS
+}
+
+/// Runs a checked product.
+pub(super) fn matmul(isa: Isa, threads: &Threads, op: MatMul<'_>) {
+    let MatMul {
+        x,
+        rows,
+        w,
+        bias,
+        out,
+    } = op;
+    let x = Rows {
+        x,
+        width: w.k(),
+        chosen: None,
+    };
+    let out = Parts::of(out);
+    let whole = Block {
+        x,
+        rows: (0, rows),
+        w,
+        panels: (0, w.panels()),
+        bias,
+        out,
+    };
+    if threads.count() == 1 || rows * w.n() * w.k() < SMALL {
+        // SAFETY: `out` is borrowed here and used by this call only.
+        return unsafe { block(isa, &whole) };
+    }
+    let row_blocks = rows.div_ceil(BLOCK_ROWS);
+    let per_block = panels_per_block(w.panels(), row_blocks, threads.count());
+    // Blocks of the same panels follow each other, so that these stay in a cache.
+    threads.run(w.panels().div_ceil(per_block) * row_blocks, &|item| {
+        let (panel, row) = (
+            item / row_blocks * per_block,
+            item % row_blocks * BLOCK_ROWS,
+        );
+        let part = Block {
+            rows: (row, rows.min(row + BLOCK_ROWS)),
+            panels: (panel, w.panels().min(panel + per_block)),
+            ..whole
+        };
+        // SAFETY: blocks do not overlap.
+        unsafe { block(isa, &part) }
+    });
+}

@@ -1,0 +1,127 @@
+//! The innermost product: a few rows times a few panels, each element one chain over the inputs.
+#![expect(
+    clippy::needless_range_loop,
+    reason = "indices of tiles with constant bounds unroll"
+)]
+
+use crate::cpu::lanes::{Lanes, WIDTH};
+use crate::dtype::Dtype;
+
+/// Rows of the largest tile, and its panels.
+pub(super) const MAX_ROWS: usize = 6;
+pub(super) const MAX_PANELS: usize = 4;
+/// Bytes ahead of the running position of each panel that are asked for.
+const AHEAD: usize = 1024;
+
+/// Where a tile's results go: `MAX_ROWS` rows of `MAX_PANELS` panels.
+pub(super) type Results = [[f32; MAX_PANELS * WIDTH]; MAX_ROWS];
+
+/// Panels of a weight: their first byte, the bytes of one, and the inputs.
+#[derive(Clone, Copy)]
+pub(super) struct Panels {
+    pub(super) dtype: Dtype,
+    pub(super) first: *const u8,
+    pub(super) bytes: usize,
+    pub(super) k: usize,
+}
+
+impl Panels {
+    /// Those that follow.
+    ///
+    /// # Safety
+    /// There are at least `count` panels.
+    #[inline(always)]
+    pub(super) unsafe fn skip(self, count: usize) -> Self {
+        // SAFETY: the caller's promise.
+        let first = unsafe { self.first.add(count * self.bytes) };
+        Self { first, ..self }
+    }
+}
+
+/// Multiplies `R` rows by `P` panels; `out[r][16 p + lane]` is the chain `acc = fma(x[k], w[k], acc)`.
+///
+/// # Safety
+/// The processor has the instructions of `L`; each row has `w.k` values; there are `P` panels.
+#[inline(always)]
+pub(super) unsafe fn multiply<L: Lanes, const R: usize, const P: usize>(
+    x: &[*const f32; R],
+    w: Panels,
+    out: &mut Results,
+) {
+    // SAFETY: the caller's promise; all reads stay within `k` values of a row and the bytes of a panel.
+    unsafe {
+        let mut acc = [[L::splat(0.0); P]; R];
+        match w.dtype {
+            Dtype::F32 => singles(x, w, &mut acc),
+            Dtype::Bf16 => pairs(x, w, &mut acc),
+        }
+        for r in 0..R {
+            for p in 0..P {
+                acc[r][p].store(out[r].as_mut_ptr().add(p * WIDTH));
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn singles<L: Lanes, const R: usize, const P: usize>(
+    x: &[*const f32; R],
+    w: Panels,
+    acc: &mut [[L; P]; R],
+) {
+    // SAFETY: the promise of `multiply`.
+    unsafe {
+        for k in 0..w.k {
+            let line = w.first.add(k * WIDTH * 4);
+            for p in 0..P {
+                let at = line.add(p * w.bytes);
+                L::prefetch(at.wrapping_add(AHEAD));
+                let weight = L::load(at.cast());
+                for r in 0..R {
+                    acc[r][p] = L::splat(*x[r].add(k)).fma(weight, acc[r][p]);
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn pairs<L: Lanes, const R: usize, const P: usize>(
+    x: &[*const f32; R],
+    w: Panels,
+    acc: &mut [[L; P]; R],
+) {
+    // SAFETY: the promise of `multiply`.
+    unsafe {
+        for pair in 0..w.k / 2 {
+            let line = w.first.add(pair * WIDTH * 4);
+            let mut odd = [L::splat(0.0); P];
+            let mut even = [L::splat(0.0); P];
+            for p in 0..P {
+                let at = line.add(p * w.bytes);
+                L::prefetch(at.wrapping_add(AHEAD));
+                (even[p], odd[p]) = L::load_pairs(at);
+            }
+            for r in 0..R {
+                let x = L::splat(*x[r].add(2 * pair));
+                for p in 0..P {
+                    acc[r][p] = x.fma(even[p], acc[r][p]);
+                }
+            }
+            for r in 0..R {
+                let x = L::splat(*x[r].add(2 * pair + 1));
+                for p in 0..P {
+                    acc[r][p] = x.fma(odd[p], acc[r][p]);
+                }
+            }
+        }
+        if w.k % 2 == 1 {
+            for p in 0..P {
+                let (weight, _) = L::load_pairs(w.first.add(w.k / 2 * WIDTH * 4 + p * w.bytes));
+                for r in 0..R {
+                    acc[r][p] = L::splat(*x[r].add(w.k - 1)).fma(weight, acc[r][p]);
+                }
+            }
+        }
+    }
+}

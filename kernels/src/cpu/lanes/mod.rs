@@ -1,0 +1,168 @@
+//! Sixteen float32 lanes: the one vocabulary in which every kernel is written.
+//!
+//! A kernel is a generic function over [`Lanes`], compiled once per instruction path. Each lane operation
+//! is a single IEEE 754 operation with the same rounding everywhere, so that paths cannot differ in bits.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+mod portable;
+
+#[cfg(target_arch = "x86_64")]
+pub(super) use avx2::Avx2;
+#[cfg(target_arch = "x86_64")]
+pub(super) use avx512::Avx512;
+#[cfg(target_arch = "aarch64")]
+pub(super) use neon::Neon;
+pub(super) use portable::Portable;
+
+/// Lanes of a vector.
+pub(super) const WIDTH: usize = 16;
+
+/// Adding and subtracting this rounds a small float32 to an integer (to nearest, ties to even), and the
+/// sum has that integer in its low bits.
+pub(super) const ROUND: f32 = 12_582_912.0;
+
+/// A vector of sixteen float32.
+///
+/// # Safety
+/// Every function must only be called on a processor with the instructions of the implementing path;
+/// pointers must be valid for the stated number of elements, of any alignment.
+pub(super) trait Lanes: Copy {
+    /// Whether 32 vectors fit the registers; else tiles are cut smaller.
+    const WIDE: bool;
+
+    /// `x` in all lanes.
+    unsafe fn splat(x: f32) -> Self;
+    /// Sixteen values.
+    unsafe fn load(from: *const f32) -> Self;
+    /// Sixteen values.
+    unsafe fn store(self, to: *mut f32);
+    /// 64 bytes of bfloat16 pairs: the even inputs and the odd inputs, widened.
+    unsafe fn load_pairs(from: *const u8) -> (Self, Self);
+    /// Asks for the cache line at an address that need not be valid.
+    unsafe fn prefetch(from: *const u8);
+    /// `self * b + c`, rounded once.
+    unsafe fn fma(self, b: Self, c: Self) -> Self;
+    /// Sum.
+    unsafe fn add(self, b: Self) -> Self;
+    /// Difference.
+    unsafe fn sub(self, b: Self) -> Self;
+    /// Product.
+    unsafe fn mul(self, b: Self) -> Self;
+    /// Quotient.
+    unsafe fn div(self, b: Self) -> Self;
+    /// `if self > b { self } else { b }`.
+    unsafe fn max(self, b: Self) -> Self;
+    /// `if self < b { self } else { b }`.
+    unsafe fn min(self, b: Self) -> Self;
+    /// For lanes `n + ROUND` with integer `n` in `-252..=254`: two powers of two whose product is `2^n`.
+    unsafe fn powers_of_two(self) -> (Self, Self);
+
+    /// The lanes as an array.
+    #[inline(always)]
+    unsafe fn array(self) -> [f32; WIDTH] {
+        let mut lanes = [0.0; WIDTH];
+        // SAFETY: the array has 16 elements; the instructions are the caller's promise.
+        unsafe { self.store(lanes.as_mut_ptr()) }
+        lanes
+    }
+
+    /// The first `count` (at most 16) values, the other lanes `fill`.
+    #[inline(always)]
+    unsafe fn load_first(from: *const f32, count: usize, fill: f32) -> Self {
+        let mut lanes = [fill; WIDTH];
+        // SAFETY: `from` has `count` elements by the caller's promise, the array has 16.
+        unsafe {
+            std::ptr::copy_nonoverlapping(from, lanes.as_mut_ptr(), count);
+            Self::load(lanes.as_ptr())
+        }
+    }
+
+    /// Stores the first `count` (at most 16) lanes.
+    #[inline(always)]
+    unsafe fn store_first(self, to: *mut f32, count: usize) {
+        // SAFETY: `to` has room for `count` elements by the caller's promise.
+        unsafe { std::ptr::copy_nonoverlapping(self.array().as_ptr(), to, count) }
+    }
+
+    /// Sum of all lanes, as a tree: lane `i` and `i + 8`, then `i + 4`, `i + 2`, `i + 1`.
+    #[inline(always)]
+    unsafe fn sum(self) -> f32 {
+        // SAFETY: the caller's promise.
+        let mut lanes = unsafe { self.array() };
+        let mut half = WIDTH / 2;
+        while half > 0 {
+            let mut i = 0;
+            while i < half {
+                lanes[i] += lanes[i + half];
+                i += 1;
+            }
+            half /= 2;
+        }
+        lanes[0]
+    }
+
+    /// Greatest of all lanes, as a tree.
+    #[inline(always)]
+    unsafe fn greatest(self) -> f32 {
+        // SAFETY: the caller's promise.
+        let mut lanes = unsafe { self.array() };
+        let mut half = WIDTH / 2;
+        while half > 0 {
+            let mut i = 0;
+            while i < half {
+                if lanes[i + half] > lanes[i] {
+                    lanes[i] = lanes[i + half];
+                }
+                i += 1;
+            }
+            half /= 2;
+        }
+        lanes[0]
+    }
+}
+
+/// Defines `fn $name(isa, …)` that runs the generic kernel `$kernel::<L>(…)` compiled for the path of `isa`.
+macro_rules! on_path {
+    ($(#[$doc:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) = $kernel:ident) => {
+        $(#[$doc])*
+        ///
+        /// # Safety
+        /// What the kernel asks of its pointers.
+        $vis unsafe fn $name(isa: $crate::cpu::detect::Isa, $($arg: $ty),*) {
+            use $crate::cpu::lanes;
+
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma")]
+            unsafe fn avx2($($arg: $ty),*) {
+                // SAFETY: the instructions are enabled here, the pointers are the caller's promise.
+                unsafe { $kernel::<lanes::Avx2>($($arg),*) }
+            }
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f,avx2,fma")]
+            unsafe fn avx512($($arg: $ty),*) {
+                // SAFETY: as above.
+                unsafe { $kernel::<lanes::Avx512>($($arg),*) }
+            }
+
+            match isa.path() {
+                // SAFETY: an `Isa` exists only for a path that this processor has.
+                #[cfg(target_arch = "x86_64")]
+                $crate::Path::Avx2 => unsafe { avx2($($arg),*) },
+                // SAFETY: as above.
+                #[cfg(target_arch = "x86_64")]
+                $crate::Path::Avx512 => unsafe { avx512($($arg),*) },
+                // SAFETY: NEON is part of every aarch64.
+                #[cfg(target_arch = "aarch64")]
+                $crate::Path::Neon => unsafe { $kernel::<lanes::Neon>($($arg),*) },
+                // SAFETY: plain Rust; the pointers are the caller's promise.
+                _ => unsafe { $kernel::<lanes::Portable>($($arg),*) },
+            }
+        }
+    };
+}
+pub(super) use on_path;

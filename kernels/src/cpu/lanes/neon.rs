@@ -1,0 +1,114 @@
+//! Sixteen lanes in four NEON registers.
+#![expect(clippy::cast_possible_wrap, reason = "bit patterns of floats")]
+
+use std::arch::aarch64::{
+    float32x4_t, vaddq_f32, vaddq_s32, vandq_u32, vbslq_f32, vcgtq_f32, vcltq_f32, vdivq_f32,
+    vdupq_n_f32, vdupq_n_s32, vdupq_n_u32, vfmaq_f32, vld1q_f32, vld1q_u8, vmulq_f32,
+    vreinterpretq_f32_s32, vreinterpretq_f32_u32, vreinterpretq_s32_f32, vreinterpretq_u32_u8,
+    vshlq_n_s32, vshlq_n_u32, vshrq_n_s32, vst1q_f32, vsubq_f32, vsubq_s32,
+};
+
+use super::{Lanes, ROUND};
+
+/// Lanes 0–3, 4–7, 8–11, 12–15.
+#[derive(Clone, Copy)]
+pub(in crate::cpu) struct Neon([float32x4_t; 4]);
+
+macro_rules! lane_by_lane {
+    ($($name:ident($a:ident, $b:ident) = $value:expr;)*) => {$(
+        #[inline(always)]
+        unsafe fn $name(self, b: Self) -> Self {
+            let mut out = self;
+            for (out, $b) in out.0.iter_mut().zip(b.0) {
+                let $a = *out;
+                // SAFETY: NEON is part of every aarch64.
+                *out = unsafe { $value };
+            }
+            out
+        }
+    )*};
+}
+
+impl Lanes for Neon {
+    const WIDE: bool = false;
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self {
+        // SAFETY: NEON is part of every aarch64.
+        Self([unsafe { vdupq_n_f32(x) }; 4])
+    }
+
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: 16 elements are the caller's promise.
+        unsafe {
+            Self([
+                vld1q_f32(from),
+                vld1q_f32(from.add(4)),
+                vld1q_f32(from.add(8)),
+                vld1q_f32(from.add(12)),
+            ])
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        for (i, lanes) in self.0.into_iter().enumerate() {
+            // SAFETY: 16 elements are the caller's promise.
+            unsafe { vst1q_f32(to.add(4 * i), lanes) }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_pairs(from: *const u8) -> (Self, Self) {
+        // SAFETY: 64 bytes are the caller's promise.
+        unsafe {
+            let (mut even, mut odd) = (Self::splat(0.0), Self::splat(0.0));
+            for i in 0..4 {
+                let pairs = vreinterpretq_u32_u8(vld1q_u8(from.add(16 * i)));
+                even.0[i] = vreinterpretq_f32_u32(vshlq_n_u32::<16>(pairs));
+                odd.0[i] = vreinterpretq_f32_u32(vandq_u32(pairs, vdupq_n_u32(0xffff_0000)));
+            }
+            (even, odd)
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn prefetch(_from: *const u8) {}
+
+    #[inline(always)]
+    unsafe fn fma(self, b: Self, c: Self) -> Self {
+        let mut out = c;
+        for i in 0..4 {
+            // SAFETY: NEON is part of every aarch64.
+            out.0[i] = unsafe { vfmaq_f32(c.0[i], self.0[i], b.0[i]) };
+        }
+        out
+    }
+
+    lane_by_lane! {
+        add(a, b) = vaddq_f32(a, b);
+        sub(a, b) = vsubq_f32(a, b);
+        mul(a, b) = vmulq_f32(a, b);
+        div(a, b) = vdivq_f32(a, b);
+        max(a, b) = vbslq_f32(vcgtq_f32(a, b), a, b);
+        min(a, b) = vbslq_f32(vcltq_f32(a, b), a, b);
+    }
+
+    #[inline(always)]
+    unsafe fn powers_of_two(self) -> (Self, Self) {
+        let (mut first, mut second) = (self, self);
+        for i in 0..4 {
+            // SAFETY: NEON is part of every aarch64.
+            unsafe {
+                let round = vdupq_n_s32(ROUND.to_bits() as i32);
+                let n = vsubq_s32(vreinterpretq_s32_f32(self.0[i]), round);
+                let (half, bias) = (vshrq_n_s32::<1>(n), vdupq_n_s32(127));
+                let rest = vaddq_s32(vsubq_s32(n, half), bias);
+                first.0[i] = vreinterpretq_f32_s32(vshlq_n_s32::<23>(vaddq_s32(half, bias)));
+                second.0[i] = vreinterpretq_f32_s32(vshlq_n_s32::<23>(rest));
+            }
+        }
+        (first, second)
+    }
+}

@@ -1,0 +1,152 @@
+//! Rotary position embedding and its angles.
+#![expect(
+    clippy::cast_possible_truncation,
+    reason = "float64 results are rounded to float32"
+)]
+
+use super::detect::Isa;
+use super::lanes::{Lanes, WIDTH, on_path};
+use crate::ops::{Rope, RopeTable};
+
+impl RopeTable {
+    /// One row of `inv_freq.len()` angles per position, so for heads of `2 * inv_freq.len()`.
+    ///
+    /// The angle is `position * inv_freq` in float32; its cosine and sine are computed in float64 and
+    /// rounded once.
+    #[must_use]
+    pub fn new(inv_freq: &[f32], positions: &[u32]) -> Self {
+        let angles = inv_freq.len() * positions.len();
+        let (mut cos, mut sin) = (Vec::with_capacity(angles), Vec::with_capacity(angles));
+        for position in positions {
+            for frequency in inv_freq {
+                let (s, c) = sin_cos(f64::from(*position as f32 * frequency));
+                sin.push(s as f32);
+                cos.push(c as f32);
+            }
+        }
+        Self {
+            half: inv_freq.len(),
+            cos,
+            sin,
+        }
+    }
+}
+
+/// π/2 in three parts of which the first two have 33 bits: exact products with a quadrant below 2²⁰.
+const HALF_PI: [f64; 3] = [
+    1.570_796_326_734_125_6,
+    6.077_100_506_303_966e-11,
+    2.022_266_248_795_950_6e-21,
+];
+/// Rounds to an integer by adding and subtracting.
+const ROUND: f64 = 6_755_399_441_055_744.0;
+
+/// Sine and cosine by plain float64 operations, so that they do not depend on a system library.
+///
+/// Taylor polynomials on `[-π/4, π/4]`, whose first missing terms are below 2⁻⁵³.
+fn sin_cos(angle: f64) -> (f64, f64) {
+    let quadrant = (angle * std::f64::consts::FRAC_2_PI + ROUND) - ROUND;
+    let r = ((angle - quadrant * HALF_PI[0]) - quadrant * HALF_PI[1]) - quadrant * HALF_PI[2];
+    let r2 = r * r;
+    let (mut sin, mut cos) = (1.0, 1.0);
+    // sin = r (1 - r²/(2·3) (1 - r²/(4·5) (…))), cos = 1 - r²/(1·2) (1 - r²/(3·4) (…))
+    for i in (1..=9).rev() {
+        let even = f64::from(2 * i);
+        sin = 1.0 - r2 / (even * (even + 1.0)) * sin;
+        cos = 1.0 - r2 / ((even - 1.0) * even) * cos;
+    }
+    sin *= r;
+    match (quadrant as i64).rem_euclid(4) {
+        0 => (sin, cos),
+        1 => (cos, -sin),
+        2 => (-sin, -cos),
+        _ => (-cos, sin),
+    }
+}
+
+/// # Safety
+/// The processor has the instructions of `L`; `x` has `2 * cos.len()` values, `sin` as many as `cos`.
+#[inline(always)]
+unsafe fn head_kernel<L: Lanes>(x: &mut [f32], cos: &[f32], sin: &[f32]) {
+    let half = cos.len();
+    let (low, high) = x.split_at_mut(half);
+    let mut i = 0;
+    while i < half {
+        let count = WIDTH.min(half - i);
+        // SAFETY: `count` values from `i` on are in range; the rest is the caller's promise.
+        unsafe {
+            let a = L::load_first(low.as_ptr().add(i), count, 0.0);
+            let b = L::load_first(high.as_ptr().add(i), count, 0.0);
+            let c = L::load_first(cos.as_ptr().add(i), count, 0.0);
+            let s = L::load_first(sin.as_ptr().add(i), count, 0.0);
+            // As the products and the sum are written in the definition: each is rounded.
+            a.mul(c)
+                .sub(b.mul(s))
+                .store_first(low.as_mut_ptr().add(i), count);
+            b.mul(c)
+                .add(a.mul(s))
+                .store_first(high.as_mut_ptr().add(i), count);
+        }
+        i += WIDTH;
+    }
+}
+
+/// # Safety
+/// As for one head; `x` has whole heads.
+#[inline(always)]
+unsafe fn row_kernel<L: Lanes>(x: &mut [f32], cos: &[f32], sin: &[f32]) {
+    for head in x.chunks_exact_mut(2 * cos.len()) {
+        // SAFETY: the caller's promise.
+        unsafe { head_kernel::<L>(head, cos, sin) }
+    }
+}
+
+on_path! {
+    /// Rotates all heads of one row.
+    fn rotate(x: &mut [f32], cos: &[f32], sin: &[f32]) = row_kernel
+}
+
+/// Runs a checked rotation.
+pub(super) fn rope(isa: Isa, op: Rope<'_>) {
+    let Rope {
+        x,
+        heads,
+        head_dim,
+        table,
+        ..
+    } = op;
+    let half = table.half;
+    if half == 0 || heads == 0 {
+        return;
+    }
+    let angles = table
+        .cos
+        .chunks_exact(half)
+        .zip(table.sin.chunks_exact(half));
+    for (row, (cos, sin)) in x.chunks_exact_mut(heads * head_dim).zip(angles) {
+        // SAFETY: a row has heads of twice `half` values.
+        unsafe { rotate(isa, row, cos, sin) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sine_and_cosine_are_those_of_the_library() {
+        for i in 0..200_000_u32 {
+            let angle = f64::from((i as f32) * 5.37);
+            let (sin, cos) = sin_cos(angle);
+            assert!((sin - angle.sin()).abs() < 1e-13, "sin({angle}) = {sin}");
+            assert!((cos - angle.cos()).abs() < 1e-13, "cos({angle}) = {cos}");
+        }
+    }
+
+    #[test]
+    fn position_zero_turns_nothing() {
+        let table = RopeTable::new(&[1.0, 0.5], &[0]);
+        assert_eq!(table.cos, [1.0, 1.0]);
+        assert_eq!(table.sin, [0.0, 0.0]);
+    }
+}

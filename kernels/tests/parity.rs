@@ -1,0 +1,110 @@
+//! Every op: against its definition within a tolerance, and with equal bits on every instruction path, for
+//! every number of threads, and for a row alone or in any batch.
+
+#[path = "parity/attention.rs"]
+mod attention;
+#[path = "parity/elementwise.rs"]
+mod elementwise;
+#[path = "parity/experts.rs"]
+mod experts;
+#[path = "parity/matmul.rs"]
+mod matmul;
+#[path = "parity/refused.rs"]
+mod refused;
+
+use std::sync::OnceLock;
+
+use foregate_kernels::{Cpu, Dtype, Matrix, Path};
+
+/// Every path of this processor with 1 to 4 threads; the first is the reference for bits.
+fn cpus() -> &'static [Cpu] {
+    static CPUS: OnceLock<Vec<Cpu>> = OnceLock::new();
+    CPUS.get_or_init(|| {
+        Path::present()
+            .into_iter()
+            .enumerate()
+            .flat_map(|(i, path)| [(path, 1), (path, 2 + i % 3)])
+            .map(|(path, threads)| Cpu::with_path(path, threads).unwrap())
+            .chain((3..=4).map(Cpu::new))
+            .collect()
+    })
+}
+
+/// Numbers from a seed, roughly normal, of standard deviation 1.
+fn numbers(seed: u64, count: usize) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut uniform = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 40) as f32 / (1_u64 << 24) as f32
+    };
+    (0..count)
+        .map(|_| (uniform() + uniform() + uniform() + uniform() - 2.0) * 1.7)
+        .collect()
+}
+
+fn weight_bytes(dtype: Dtype, values: &[f32]) -> Vec<u8> {
+    match dtype {
+        Dtype::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+        Dtype::Bf16 => values
+            .iter()
+            .flat_map(|v| v.to_bits().to_le_bytes()[2..].to_vec())
+            .collect(),
+    }
+}
+
+/// A weight of deviation `1 / sqrt(k)`.
+fn weight(dtype: Dtype, seed: u64, n: usize, k: usize) -> Matrix {
+    let scale = 1.0 / (k.max(1) as f32).sqrt();
+    let values: Vec<f32> = numbers(seed, n * k).iter().map(|v| v * scale).collect();
+    Matrix::pack(dtype, n, k, &weight_bytes(dtype, &values)).unwrap()
+}
+
+#[track_caller]
+fn assert_same_bits(want: &[f32], got: &[f32], what: &str) {
+    assert_eq!(want.len(), got.len(), "{what}");
+    for (i, (want, got)) in want.iter().zip(got).enumerate() {
+        assert_eq!(
+            want.to_bits(),
+            got.to_bits(),
+            "{what}: element {i}: {want} and {got}"
+        );
+    }
+}
+
+#[track_caller]
+fn assert_close(want: &[f32], got: &[f32], tolerance: f32, what: &str) {
+    assert_eq!(want.len(), got.len(), "{what}");
+    for (i, (want, got)) in want.iter().zip(got).enumerate() {
+        let limit = tolerance * (1.0 + want.abs());
+        assert!(
+            (want - got).abs() <= limit,
+            "{what}: element {i}: {want} and {got}"
+        );
+    }
+}
+
+/// Runs `op` on the oracle and on every processor: close to the first, equal among the others. Returns the
+/// common result.
+#[track_caller]
+fn judge(
+    tolerance: f32,
+    what: &str,
+    mut op: impl FnMut(&dyn foregate_kernels::Ops) -> Vec<f32>,
+) -> Vec<f32> {
+    let definition = op(&foregate_kernels::Oracle);
+    let mut reference: Option<Vec<f32>> = None;
+    for cpu in cpus() {
+        let got = op(cpu);
+        let named = format!("{what} on {} with {} threads", cpu.path(), cpu.threads());
+        match &reference {
+            None => {
+                assert_close(&definition, &got, tolerance, &named);
+                reference = Some(got);
+            }
+            Some(reference) => assert_same_bits(reference, &got, &named),
+        }
+    }
+    reference.unwrap()
+}

@@ -1,0 +1,163 @@
+use foregate_kernels::{Combine, Cpu, Dtype, ExpertFfn, ExpertGroup, Gate, Matrix, Ops};
+use proptest::prelude::*;
+
+use super::{assert_same_bits, cpus, judge, numbers, weight};
+
+struct Expert {
+    gate: Matrix,
+    up: Matrix,
+    down: Matrix,
+}
+
+fn experts(dtype: Dtype, count: u64, hidden: usize, inner: usize) -> Vec<Expert> {
+    let one = |i: u64| Expert {
+        gate: weight(dtype, 3 * i, inner, hidden),
+        up: weight(dtype, 3 * i + 1, inner, hidden),
+        down: weight(dtype, 3 * i + 2, hidden, inner),
+    };
+    (0..count).map(one).collect()
+}
+
+fn run(
+    ops: &dyn Ops,
+    experts: &[Expert],
+    x: &[f32],
+    hidden: usize,
+    rows: &[Vec<u32>],
+) -> Vec<f32> {
+    let mut groups = Vec::new();
+    let mut out_offset = 0;
+    for (expert, rows) in experts.iter().zip(rows) {
+        let (gate, up, down) = (&expert.gate, &expert.up, &expert.down);
+        groups.push(ExpertGroup {
+            gate,
+            up,
+            down,
+            rows,
+            out_offset,
+        });
+        out_offset += rows.len();
+    }
+    let mut out = vec![f32::NAN; out_offset * hidden];
+    ops.expert_ffn(ExpertFfn {
+        x,
+        hidden,
+        groups: &groups,
+        out: &mut out,
+    })
+    .unwrap();
+    out
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(32))]
+
+    #[test]
+    fn any_groups(
+        bf16: bool,
+        hidden in 1_usize..50,
+        inner in 1_usize..90,
+        rows in prop::collection::vec(prop::collection::vec(0_u32..9, 0..20), 1..5),
+        seed: u64,
+    ) {
+        let dtype = if bf16 { Dtype::Bf16 } else { Dtype::F32 };
+        let experts = experts(dtype, rows.len() as u64, hidden, inner);
+        let x = numbers(seed, 9 * hidden);
+        let all = judge(1e-5, "experts", |ops| run(ops, &experts, &x, hidden, &rows));
+        let mut out = all.chunks_exact(hidden);
+        let cpu = Cpu::new(1);
+        for (expert, rows) in experts.iter().zip(&rows) {
+            for row in rows {
+                let alone = run(&cpu, std::slice::from_ref(expert), &x, hidden, &[vec![*row]]);
+                assert_same_bits(out.next().unwrap(), &alone, "a row alone");
+            }
+        }
+    }
+
+    #[test]
+    fn any_gate(
+        rows in 1_usize..80,
+        experts in 1_usize..130,
+        k in 1_usize..9,
+        normalise: bool,
+        coarse: bool,
+        seed: u64,
+    ) {
+        let top_k = k.min(experts);
+        let mut logits = numbers(seed, rows * experts);
+        if coarse {
+            // Many ties.
+            logits.iter_mut().for_each(|l| *l = l.round());
+        }
+        let mut ids: Vec<Vec<u32>> = Vec::new();
+        judge(1e-5, "gate", |ops| {
+            let (mut chosen, mut weights) = (vec![0; rows * top_k], vec![0.0; rows * top_k]);
+            let op = Gate {
+                logits: &logits, rows, experts, top_k, normalise,
+                out_experts: &mut chosen, out_weights: &mut weights,
+            };
+            ops.gate(op).unwrap();
+            for row in chosen.chunks_exact(top_k) {
+                assert!(row.is_sorted_by(|a, b| a < b), "ascending, each once: {row:?}");
+            }
+            ids.push(chosen);
+            weights
+        });
+        // Logits that differ may have equal probabilities in float32; among paths there is no difference.
+        prop_assert!(ids[1..].windows(2).all(|w| w[0] == w[1]));
+        if coarse {
+            prop_assert_eq!(&ids[0], &ids[1]);
+        }
+    }
+}
+
+/// Large enough for several threads: one busy expert beside idle ones.
+#[test]
+fn threads_and_batches_do_not_show() {
+    let (hidden, inner) = (160, 208);
+    let experts = experts(Dtype::Bf16, 4, hidden, inner);
+    let x = numbers(7, 128 * hidden);
+    let rows = [(0..128).collect(), vec![5], vec![], vec![6, 5, 127]];
+    let want = run(&Cpu::new(1), &experts, &x, hidden, &rows);
+    for cpu in cpus().iter().skip(2) {
+        assert_same_bits(
+            &want,
+            &run(cpu, &experts, &x, hidden, &rows),
+            cpu.path().name(),
+        );
+    }
+    let alone = run(&Cpu::new(2), &experts[..1], &x, hidden, &[vec![77]]);
+    assert_same_bits(&want[77 * hidden..78 * hidden], &alone, "a row alone");
+}
+
+#[test]
+fn a_combined_row_is_one_chain_in_the_given_order() {
+    let (rows, top_k, width) = (5, 3, 37);
+    let data = numbers(8, rows * top_k * width);
+    let weights = numbers(9, rows * top_k);
+    let mut parts: Vec<&[f32]> = data.chunks_exact(width).collect();
+    parts[4] = &[];
+    let got = judge(1e-6, "combine", |ops| {
+        let mut out = vec![f32::NAN; rows * width];
+        let op = Combine {
+            parts: &parts,
+            weights: &weights,
+            top_k,
+            width,
+            out: &mut out,
+        };
+        ops.combine(op).unwrap();
+        out
+    });
+    for row in 0..rows {
+        for i in 0..width {
+            let mut acc = 0.0_f32;
+            for p in row * top_k..(row + 1) * top_k {
+                if let Some(part) = parts[p].get(i) {
+                    acc = weights[p].mul_add(*part, acc);
+                }
+            }
+            assert_eq!(acc.to_bits(), got[row * width + i].to_bits());
+        }
+    }
+}
