@@ -59,3 +59,72 @@ impl Keys {
         format!("{}operator/leader", self.root)
     }
 }
+
+/// What a key is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Subject {
+    /// A worker's registration.
+    Member(Rank),
+    /// A worker's last load window.
+    Load(Rank),
+    /// A worker's progress.
+    Ack(Rank),
+    /// The placement that is wanted.
+    Target,
+    /// The placement that new steps use.
+    Active,
+    /// The operator that leads.
+    Leader,
+}
+
+impl Keys {
+    /// What `key` is about; `None` for a key of another cluster or one that this version does not know.
+    #[must_use]
+    pub fn subject(&self, key: &str) -> Option<Subject> {
+        let path = key.strip_prefix(&self.root)?;
+        match path {
+            "placement/target" => return Some(Subject::Target),
+            "placement/active" => return Some(Subject::Active),
+            "operator/leader" => return Some(Subject::Leader),
+            _ => {}
+        }
+        let (kind, rank) = path.rsplit_once('/')?;
+        let rank = Rank(rank.parse().ok()?);
+        match kind {
+            "member" => Some(Subject::Member(rank)),
+            "load" => Some(Subject::Load(rank)),
+            "placement/ack" => Some(Subject::Ack(rank)),
+            _ => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_key_is_found_again_and_no_other() {
+        let keys = Keys::new("a");
+        let known = [
+            (keys.member(Rank(3)), Subject::Member(Rank(3))),
+            (keys.load(Rank(12)), Subject::Load(Rank(12))),
+            (keys.ack(Rank(0)), Subject::Ack(Rank(0))),
+            (keys.target(), Subject::Target),
+            (keys.active(), Subject::Active),
+            (keys.leader(), Subject::Leader),
+        ];
+        for (key, subject) in known {
+            assert!(key.starts_with(keys.root()));
+            assert_eq!(keys.subject(&key), Some(subject), "{key}");
+        }
+        for other in [
+            "/foregate/b/member/3",
+            "/foregate/a/member/x",
+            "/foregate/a/x/1",
+            "",
+        ] {
+            assert_eq!(keys.subject(other), None, "{other}");
+        }
+    }
+}

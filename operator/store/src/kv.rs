@@ -79,6 +79,11 @@ pub trait Lease: Send + Sync + std::fmt::Debug {
     fn revoke(&self) -> BoxFuture<'_, Result<(), StoreError>>;
 }
 
+/// Deadline of every store call.
+pub const CALL_DEADLINE: Duration = Duration::from_secs(5);
+/// Events that a watch keeps for a slow reader before it falls back to a snapshot.
+pub const WATCH_QUEUE: usize = 1024;
+
 /// A key-value store. Every call has a deadline of its own (five seconds) and fails with
 /// [`StoreError::Unavailable`] after it.
 pub trait Store: Send + Sync + std::fmt::Debug {
@@ -91,6 +96,15 @@ pub trait Store: Send + Sync + std::fmt::Debug {
         value: Bytes,
         lease: Option<&'a dyn Lease>,
     ) -> BoxFuture<'a, Result<u64, StoreError>>;
+    /// Writes `key` if every condition holds, in one transaction. `None`: one did not hold and nothing was
+    /// written. Conditions may name other keys.
+    fn put_if<'a>(
+        &'a self,
+        conditions: &'a [(&'a str, Expect)],
+        key: &'a str,
+        value: Bytes,
+        lease: Option<&'a dyn Lease>,
+    ) -> BoxFuture<'a, Result<Option<u64>, StoreError>>;
     /// Writes if `expect` holds. `None`: it did not hold and nothing was written.
     fn compare_and_put<'a>(
         &'a self,
@@ -98,7 +112,12 @@ pub trait Store: Send + Sync + std::fmt::Debug {
         expect: Expect,
         value: Bytes,
         lease: Option<&'a dyn Lease>,
-    ) -> BoxFuture<'a, Result<Option<u64>, StoreError>>;
+    ) -> BoxFuture<'a, Result<Option<u64>, StoreError>> {
+        Box::pin(async move {
+            let conditions = [(key, expect)];
+            self.put_if(&conditions, key, value, lease).await
+        })
+    }
     /// Deletes one key; absent keys are no error.
     fn delete<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<(), StoreError>>;
     /// Everything under a prefix.

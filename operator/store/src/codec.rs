@@ -1,0 +1,310 @@
+//! Values as bytes: JSON with a format number, `{"format":1,"value":…}`.
+//!
+//! A reader meets values of other versions and of broken writers; both are [`StoreError::Corrupt`]. Placements
+//! have a form of their own: slots, and shares only of experts with several copies. 61 layers of 640 slots stay
+//! below 600 KB of JSON, less than half of etcd's request limit of 1.5 MiB.
+
+use bytes::Bytes;
+use foregate_api::ids::{Epoch, ExpertId, Rank};
+use foregate_api::placement::{LayerPlacement, Placement, Reason};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::kv::StoreError;
+
+/// The format that this version writes, and the only one it reads.
+pub const FORMAT: u32 = 1;
+
+/// Longest excerpt of a bad value in an error.
+const EXCERPT: usize = 60;
+
+#[derive(Serialize)]
+struct Outgoing<'a, T> {
+    format: u32,
+    value: &'a T,
+}
+
+#[derive(Deserialize)]
+struct FormatOnly {
+    format: u32,
+}
+
+#[derive(Deserialize)]
+struct Incoming<T> {
+    value: T,
+}
+
+/// A value as bytes.
+///
+/// # Errors
+/// If the value has no JSON form.
+pub fn encode<T: Serialize>(value: &T) -> Result<Bytes, StoreError> {
+    let outgoing = Outgoing {
+        format: FORMAT,
+        value,
+    };
+    serde_json::to_vec(&outgoing)
+        .map(Bytes::from)
+        .map_err(|e| StoreError::Refused(format!("the value has no JSON form: {e}")))
+}
+
+/// A value from the bytes under `key`.
+///
+/// # Errors
+/// [`StoreError::Corrupt`] if the format is unknown or the value is not what it should be.
+pub fn decode<T: DeserializeOwned>(key: &str, bytes: &[u8]) -> Result<T, StoreError> {
+    let format = serde_json::from_slice::<FormatOnly>(bytes)
+        .map_err(|e| corrupt(key, format!("{e}, found {}", excerpt(bytes))))?;
+    if format.format != FORMAT {
+        return Err(corrupt(
+            key,
+            format!(
+                "format {}, this version reads format {FORMAT}",
+                format.format
+            ),
+        ));
+    }
+    serde_json::from_slice::<Incoming<T>>(bytes)
+        .map(|incoming| incoming.value)
+        .map_err(|e| corrupt(key, e.to_string()))
+}
+
+fn corrupt(key: &str, what: String) -> StoreError {
+    StoreError::Corrupt {
+        key: key.to_owned(),
+        what,
+    }
+}
+
+fn excerpt(bytes: &[u8]) -> String {
+    let head = bytes.get(..EXCERPT.min(bytes.len())).unwrap_or_default();
+    format!("{:?}", String::from_utf8_lossy(head))
+}
+
+/// A placement as it is written.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct StoredPlacement {
+    epoch: Epoch,
+    parent: Epoch,
+    reason: Reason,
+    ranks: Vec<Rank>,
+    experts: u32,
+    layers: Vec<StoredLayer>,
+    balance_before: f64,
+    balance_after: f64,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct StoredLayer {
+    /// `slots[i][s]`: expert in slot `s` of the i-th rank.
+    slots: Vec<Vec<ExpertId>>,
+    /// Shares of the experts with several copies: (expert, shares of its copies by ascending rank).
+    shares: Vec<(ExpertId, Vec<f32>)>,
+}
+
+/// A placement as bytes.
+///
+/// # Errors
+/// If it is not in canonical form, so that no reader would get back what was written.
+pub fn encode_placement(plan: &Placement) -> Result<Bytes, StoreError> {
+    let experts = plan.layers.first().map_or(0, |layer| layer.copies.len());
+    let stored = StoredPlacement {
+        epoch: plan.epoch,
+        parent: plan.parent,
+        reason: plan.reason,
+        ranks: plan.ranks.clone(),
+        experts: u32::try_from(experts)
+            .map_err(|_| StoreError::Refused(format!("{experts} experts in a layer")))?,
+        layers: plan.layers.iter().map(store_layer).collect(),
+        balance_before: plan.balance_before,
+        balance_after: plan.balance_after,
+    };
+    let bytes = encode(&stored)?;
+    match decode_placement("placement", &bytes) {
+        Ok(back) if back == *plan => Ok(bytes),
+        Ok(_) => Err(StoreError::Refused(format!(
+            "placement {} is not in canonical form (slots and copies ascending and of one mind)",
+            plan.epoch
+        ))),
+        Err(e) => Err(StoreError::Refused(e.to_string())),
+    }
+}
+
+fn store_layer(layer: &LayerPlacement) -> StoredLayer {
+    let several = layer.copies.iter().enumerate().filter(|(_, c)| c.len() > 1);
+    StoredLayer {
+        slots: layer.slots.clone(),
+        shares: several
+            .filter_map(|(e, copies)| {
+                let expert = ExpertId(u32::try_from(e).ok()?);
+                Some((expert, copies.iter().map(|copy| copy.share).collect()))
+            })
+            .collect(),
+    }
+}
+
+/// A placement from the bytes under `key`, checked so far that no reader can index out of it.
+///
+/// # Errors
+/// [`StoreError::Corrupt`].
+pub fn decode_placement(key: &str, bytes: &[u8]) -> Result<Placement, StoreError> {
+    let stored: StoredPlacement = decode(key, bytes)?;
+    if stored.ranks.windows(2).any(|pair| pair[0] >= pair[1]) {
+        return Err(corrupt(key, "ranks are not ascending".into()));
+    }
+    if !stored.balance_before.is_finite() || !stored.balance_after.is_finite() {
+        return Err(corrupt(key, "a balance is not finite".into()));
+    }
+    let experts = stored.experts as usize;
+    let mut layers = Vec::with_capacity(stored.layers.len());
+    for (l, layer) in stored.layers.into_iter().enumerate() {
+        let layer = restore_layer(layer, &stored.ranks, experts)
+            .map_err(|what| corrupt(key, format!("layer {l}: {what}")))?;
+        layers.push(layer);
+    }
+    Ok(Placement {
+        epoch: stored.epoch,
+        parent: stored.parent,
+        reason: stored.reason,
+        ranks: stored.ranks,
+        layers,
+        balance_before: stored.balance_before,
+        balance_after: stored.balance_after,
+    })
+}
+
+fn restore_layer(
+    stored: StoredLayer,
+    ranks: &[Rank],
+    experts: usize,
+) -> Result<LayerPlacement, String> {
+    if stored.slots.len() != ranks.len() {
+        return Err(format!(
+            "slots of {} ranks, not {}",
+            stored.slots.len(),
+            ranks.len()
+        ));
+    }
+    // Bounds the work below by the size of the value, whatever `experts` claims.
+    let slots: usize = stored.slots.iter().map(Vec::len).sum();
+    if experts > slots {
+        return Err(format!("{experts} experts in {slots} slots"));
+    }
+    if let Some(odd) = stored.slots.iter().flatten().find(|e| e.index() >= experts) {
+        return Err(format!("expert {odd} of {experts}"));
+    }
+    let mut layer = LayerPlacement::from_slots(ranks, stored.slots, experts);
+    for (expert, shares) in stored.shares {
+        let copies = layer
+            .copies
+            .get_mut(expert.index())
+            .filter(|copies| copies.len() == shares.len())
+            .ok_or_else(|| format!("shares of expert {expert} do not match its copies"))?;
+        for (copy, share) in copies.iter_mut().zip(shares) {
+            if !(0.0..=1.0).contains(&share) {
+                return Err(format!("a share of expert {expert} is {share}"));
+            }
+            copy.share = share;
+        }
+    }
+    Ok(layer)
+}
+
+#[cfg(test)]
+mod tests {
+    use foregate_api::member::Ack;
+
+    use super::*;
+
+    fn placement() -> Placement {
+        let ranks = vec![Rank(0), Rank(2)];
+        let slots = vec![
+            vec![ExpertId(0), ExpertId(1)],
+            vec![ExpertId(1), ExpertId(2)],
+        ];
+        let mut layer = LayerPlacement::from_slots(&ranks, slots, 3);
+        layer.copies[1][0].share = 0.1;
+        layer.copies[1][1].share = 0.9;
+        Placement {
+            epoch: Epoch(4),
+            parent: Epoch(3),
+            reason: Reason::Move,
+            ranks,
+            layers: vec![layer.clone(), layer],
+            balance_before: 0.5,
+            balance_after: 0.75,
+        }
+    }
+
+    #[test]
+    fn placements_come_back_as_written() {
+        let plan = placement();
+        let bytes = encode_placement(&plan).unwrap();
+        assert_eq!(decode_placement("k", &bytes).unwrap(), plan);
+    }
+
+    #[test]
+    fn golden_bytes_of_format_one() {
+        let mut plan = placement();
+        plan.layers.truncate(1);
+        let golden = r#"{"format":1,"value":{"epoch":4,"parent":3,"reason":"move","ranks":[0,2],"experts":3,"layers":[{"slots":[[0,1],[1,2]],"shares":[[1,[0.1,0.9]]]}],"balance_before":0.5,"balance_after":0.75}}"#;
+        assert_eq!(encode_placement(&plan).unwrap(), golden.as_bytes());
+        let ack = Ack {
+            prepared: Epoch(2),
+            serving: Epoch(1),
+            drained: Epoch(0),
+        };
+        let golden = r#"{"format":1,"value":{"prepared":2,"serving":1,"drained":0}}"#;
+        assert_eq!(encode(&ack).unwrap(), golden.as_bytes());
+    }
+
+    #[test]
+    fn what_no_reader_would_get_back_is_not_written() {
+        let mut plan = placement();
+        plan.layers[0].copies[0].clear();
+        assert!(matches!(
+            encode_placement(&plan),
+            Err(StoreError::Refused(_))
+        ));
+        let mut plan = placement();
+        plan.balance_after = f64::NAN;
+        assert!(matches!(
+            encode_placement(&plan),
+            Err(StoreError::Refused(_))
+        ));
+    }
+
+    #[test]
+    fn other_formats_and_garbage_are_named() {
+        let text = |bytes: &[u8]| decode::<Ack>("/k", bytes).unwrap_err().to_string();
+        let two = text(br#"{"format":2,"value":{}}"#);
+        assert!(two.contains("/k") && two.contains("format 2"), "{two}");
+        assert!(text(b"\xff\x00").contains("/k"));
+        assert!(text(br#"{"format":1,"value":{"prepared":1}}"#).contains("serving"));
+        assert!(text(b"").contains("/k"));
+    }
+
+    #[test]
+    fn placements_that_would_be_indexed_out_of_are_refused() {
+        let bytes = encode_placement(&placement()).unwrap();
+        let good = String::from_utf8(bytes.to_vec()).unwrap();
+        for (from, to, says) in [
+            ("\"ranks\":[0,2]", "\"ranks\":[2,0]", "ascending"),
+            ("\"ranks\":[0,2]", "\"ranks\":[0,1,2]", "slots of 2 ranks"),
+            ("\"experts\":3", "\"experts\":2", "expert 2 of 2"),
+            ("\"experts\":3", "\"experts\":4000000000", "in 4 slots"),
+            ("[1,[0.1,0.9]]", "[1,[0.1]]", "do not match"),
+            ("[1,[0.1,0.9]]", "[9,[0.1,0.9]]", "do not match"),
+            ("[1,[0.1,0.9]]", "[1,[-1.0,2.0]]", "a share of expert 1"),
+        ] {
+            let bad = good.replace(from, to);
+            assert_ne!(bad, good);
+            let error = decode_placement("k", bad.as_bytes())
+                .unwrap_err()
+                .to_string();
+            assert!(error.contains(says), "{error}");
+        }
+    }
+}

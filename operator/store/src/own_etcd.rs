@@ -1,0 +1,224 @@
+//! An etcd of one's own: the `etcd` binary from PATH on loopback, with a data directory that vanishes with it.
+
+use std::net::TcpListener;
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::time::Duration;
+
+use tokio::process::{Child, Command};
+use tokio::time::Instant;
+
+use crate::etcd::EtcdStore;
+
+/// How long a start may take until etcd answers.
+const START_DEADLINE: Duration = Duration::from_secs(20);
+/// How often another pair of ports is tried, in case somebody takes one between choice and use.
+const PORT_ATTEMPTS: usize = 5;
+/// Bytes of etcd's log shown in an error.
+const LOG_TAIL: usize = 800;
+
+/// Why an etcd of one's own does not run.
+#[derive(Debug, thiserror::Error)]
+pub enum OwnEtcdError {
+    /// There is no binary.
+    #[error(
+        "no `etcd` binary in PATH: install the Debian package etcd-server (apt-get install etcd-server), or name a \
+         running etcd with --etcd URL"
+    )]
+    Missing,
+    /// The binary, its directory or a port could not be used.
+    #[error("etcd could not be started ({what}): {source}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// Why it failed.
+        source: std::io::Error,
+    },
+    /// It ended or did not answer in time.
+    #[error("etcd did not become healthy: {why}; its last words: {log}")]
+    Unhealthy {
+        /// What was seen.
+        why: String,
+        /// End of its log.
+        log: String,
+    },
+}
+
+/// A running etcd. Dropping it kills the process and removes the data.
+#[derive(Debug)]
+pub struct OwnEtcd {
+    data: tempfile::TempDir,
+    client_port: u16,
+    peer_port: u16,
+    child: Option<Child>,
+}
+
+impl OwnEtcd {
+    /// Starts etcd on free loopback ports and waits until it answers.
+    ///
+    /// # Errors
+    /// See [`OwnEtcdError`].
+    pub async fn start() -> Result<Self, OwnEtcdError> {
+        let mut attempt = 1;
+        loop {
+            let mut own = Self::prepare()?;
+            match own.launch().await {
+                Ok(()) => return Ok(own),
+                Err(OwnEtcdError::Unhealthy { log, .. })
+                    if attempt < PORT_ATTEMPTS && log.contains("address already in use") =>
+                {
+                    attempt += 1;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Where clients find it, for [`EtcdStore::connect`] and `StoreConfig::Etcd`.
+    #[must_use]
+    pub fn endpoints(&self) -> Vec<String> {
+        vec![format!("http://127.0.0.1:{}", self.client_port)]
+    }
+
+    /// Whether the process runs.
+    pub fn is_running(&mut self) -> bool {
+        self.child
+            .as_mut()
+            .is_some_and(|child| matches!(child.try_wait(), Ok(None)))
+    }
+
+    /// Kills it, as a crash would, and keeps data and ports for [`Self::restart`].
+    ///
+    /// # Errors
+    /// If the process cannot be ended.
+    pub async fn stop_keeping_data(&mut self) -> Result<(), OwnEtcdError> {
+        let Some(mut child) = self.child.take() else {
+            return Ok(());
+        };
+        child.kill().await.map_err(|source| OwnEtcdError::Io {
+            what: "ending the process",
+            source,
+        })
+    }
+
+    /// Starts it again on the same ports and data, and waits until it answers.
+    ///
+    /// # Errors
+    /// See [`OwnEtcdError`].
+    pub async fn restart(&mut self) -> Result<(), OwnEtcdError> {
+        self.stop_keeping_data().await?;
+        self.launch().await
+    }
+
+    /// Ends it and removes the data.
+    ///
+    /// # Errors
+    /// If the process cannot be ended or the directory cannot be removed.
+    pub async fn stop(mut self) -> Result<(), OwnEtcdError> {
+        self.stop_keeping_data().await?;
+        self.data.close().map_err(|source| OwnEtcdError::Io {
+            what: "removing its data",
+            source,
+        })
+    }
+
+    fn prepare() -> Result<Self, OwnEtcdError> {
+        let data = tempfile::Builder::new()
+            .prefix("foregate-etcd-")
+            .tempdir()
+            .map_err(|source| OwnEtcdError::Io {
+                what: "making a data directory",
+                source,
+            })?;
+        let [client_port, peer_port] = free_ports().map_err(|source| OwnEtcdError::Io {
+            what: "choosing ports",
+            source,
+        })?;
+        Ok(Self {
+            data,
+            client_port,
+            peer_port,
+            child: None,
+        })
+    }
+
+    async fn launch(&mut self) -> Result<(), OwnEtcdError> {
+        self.child = Some(self.spawn()?);
+        let until = Instant::now() + START_DEADLINE;
+        loop {
+            let status = match self.child.as_mut() {
+                Some(child) => child.try_wait().ok().flatten(),
+                None => None,
+            };
+            if let Some(status) = status {
+                return Err(self.unhealthy(format!("it ended with {status}")));
+            }
+            let wait = Duration::from_millis(500);
+            match EtcdStore::connect_within(&self.endpoints(), wait).await {
+                Ok(_) => return Ok(()),
+                Err(error) if Instant::now() >= until => {
+                    return Err(self.unhealthy(error.to_string()));
+                }
+                Err(_) => {}
+            }
+        }
+    }
+
+    fn spawn(&self) -> Result<Child, OwnEtcdError> {
+        let log =
+            std::fs::File::create(self.log_path()).map_err(|source| OwnEtcdError::Io {
+                what: "writing its log",
+                source,
+            })?;
+        let client = format!("http://127.0.0.1:{}", self.client_port);
+        let peer = format!("http://127.0.0.1:{}", self.peer_port);
+        Command::new("etcd")
+            .arg("--name=foregate")
+            .arg("--data-dir")
+            .arg(self.data.path().join("data"))
+            .arg(format!("--listen-client-urls={client}"))
+            .arg(format!("--advertise-client-urls={client}"))
+            .arg(format!("--listen-peer-urls={peer}"))
+            .arg(format!("--initial-advertise-peer-urls={peer}"))
+            .arg(format!("--initial-cluster=foregate={peer}"))
+            // Load windows are rewritten every few seconds; their history is of no use.
+            .arg("--auto-compaction-mode=revision")
+            .arg("--auto-compaction-retention=1000")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log)
+            .kill_on_drop(true)
+            .spawn()
+            .map_err(|source| match source.kind() {
+                std::io::ErrorKind::NotFound => OwnEtcdError::Missing,
+                _ => OwnEtcdError::Io {
+                    what: "running the binary",
+                    source,
+                },
+            })
+    }
+
+    fn log_path(&self) -> PathBuf {
+        self.data.path().join("etcd.log")
+    }
+
+    fn unhealthy(&self, why: String) -> OwnEtcdError {
+        let log = std::fs::read(self.log_path()).unwrap_or_default();
+        let tail = log
+            .get(log.len().saturating_sub(LOG_TAIL)..)
+            .unwrap_or_default();
+        OwnEtcdError::Unhealthy {
+            why,
+            log: String::from_utf8_lossy(tail).trim().to_owned(),
+        }
+    }
+}
+
+/// Two ports that are free now. Both are held until both are known, so they differ.
+fn free_ports() -> std::io::Result<[u16; 2]> {
+    let (a, b) = (
+        TcpListener::bind("127.0.0.1:0")?,
+        TcpListener::bind("127.0.0.1:0")?,
+    );
+    Ok([a.local_addr()?.port(), b.local_addr()?.port()])
+}
