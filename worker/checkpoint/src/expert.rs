@@ -52,13 +52,13 @@ pub struct ExpertParts<'a> {
 impl ExpertParts<'_> {
     /// Gate, up and down, one after the other.
     #[must_use]
-    pub fn to_canonical(&self) -> Vec<u8> {
+    pub fn to_canonical(self) -> Vec<u8> {
         [self.gate, self.up, self.down].concat()
     }
 
     /// The hash of the canonical bytes, without copying them.
     #[must_use]
-    pub fn hash(&self) -> ExpertHash {
+    pub fn hash(self) -> ExpertHash {
         let mut hasher = blake3::Hasher::new();
         hasher.update(self.gate).update(self.up).update(self.down);
         ExpertHash(*hasher.finalize().as_bytes())

@@ -101,12 +101,12 @@ pub fn parse_header(file: &[u8]) -> Result<BTreeMap<String, Entry>, HeaderError>
         serde_json::from_slice(json).map_err(|error| HeaderError::Malformed {
             what: error.to_string(),
         })?;
-    place(parsed.0, LENGTH_BYTES + header, data.len())
+    place(&parsed.0, LENGTH_BYTES + header, data.len())
 }
 
 /// Checks sizes and that tensors follow each other without gap or overlap to the end of the file.
 fn place(
-    tensors: BTreeMap<String, TensorInfo>,
+    tensors: &BTreeMap<String, TensorInfo>,
     data_start: usize,
     data_len: usize,
 ) -> Result<BTreeMap<String, Entry>, HeaderError> {
@@ -171,6 +171,8 @@ struct RawHeader(BTreeMap<String, TensorInfo>);
 
 impl<'de> Deserialize<'de> for RawHeader {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        use std::collections::btree_map::Entry;
+
         struct Entries;
 
         impl<'de> Visitor<'de> for Entries {
@@ -185,11 +187,18 @@ impl<'de> Deserialize<'de> for RawHeader {
                 while let Some(name) = map.next_key::<String>()? {
                     if name == "__metadata__" {
                         map.next_value::<IgnoredAny>()?;
-                    } else if tensors.contains_key(&name) {
-                        return Err(A::Error::custom(format!("tensor `{name}` stands twice")));
-                    } else {
-                        let info = map.next_value()?;
-                        tensors.insert(name, info);
+                        continue;
+                    }
+                    match tensors.entry(name) {
+                        Entry::Occupied(twice) => {
+                            let name = twice.key();
+                            return Err(A::Error::custom(format!(
+                                "tensor `{name}` stands twice"
+                            )));
+                        }
+                        Entry::Vacant(free) => {
+                            free.insert(map.next_value()?);
+                        }
                     }
                 }
                 Ok(RawHeader(tensors))

@@ -83,7 +83,7 @@ impl AttentionWeights {
     ) -> Result<(), ShapeError> {
         let rows = step.batch.rows();
         self.project(step, scratch)?;
-        self.rotate(step, scratch)?;
+        rotate(step, scratch)?;
         let pages = PageMap {
             sequence_of_row: step.batch.sequence_of_row,
             tables: step.batch.page_tables,
@@ -137,23 +137,24 @@ impl AttentionWeights {
         }
         Ok(())
     }
+}
 
-    fn rotate(&self, step: &Step<'_>, scratch: &mut Scratch) -> Result<(), ShapeError> {
-        let spec = step.spec;
-        for (x, heads) in [
-            (&mut scratch.query, spec.heads),
-            (&mut scratch.key, spec.kv_heads),
-        ] {
-            step.ops.rope(Rope {
-                x,
-                rows: step.batch.rows(),
-                heads,
-                head_dim: spec.head_dim,
-                table: step.angles,
-            })?;
-        }
-        Ok(())
+/// Turns queries and keys by their positions.
+fn rotate(step: &Step<'_>, scratch: &mut Scratch) -> Result<(), ShapeError> {
+    let spec = step.spec;
+    for (x, heads) in [
+        (&mut scratch.query, spec.heads),
+        (&mut scratch.key, spec.kv_heads),
+    ] {
+        step.ops.rope(Rope {
+            x,
+            rows: step.batch.rows(),
+            heads,
+            head_dim: spec.head_dim,
+            table: step.angles,
+        })?;
     }
+    Ok(())
 }
 
 /// Normalises rows of `weight.len()` values; `x` and `spare` change places.

@@ -1,6 +1,8 @@
 //! A row's bits depend on its own past only: not on the batch, the chunking, the pages or the threads;
 //! and never on its future.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod support;
 
 use std::path::Path;

@@ -3,7 +3,10 @@
 //! continuation, chosen experts).
 //!
 //! Tolerances: 2e-4 on log-probabilities (the stated contract), and 2e-5 of the largest logit on the
-//! logits themselves, which is what two float32 computations that differ only in the order of their sums keep.
+//! logits themselves, which is what two float32 computations that differ only in the order of their sums keep
+//! (measured: 5e-6 in absolute terms).
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod support;
 
@@ -111,7 +114,6 @@ fn check(family: &str) {
     {
         apart_log = apart_log.max(worst(&log_softmax(found), &log_softmax(wanted)));
     }
-    println!("{family}: logits {apart:.2e} of {scale:.1}, log-probabilities {apart_log:.2e}");
     assert!(
         apart_log <= 2e-4,
         "{family}: log-probabilities apart {apart_log}"
