@@ -6,7 +6,7 @@
 )]
 
 use crate::cpu::exp::exp;
-use crate::cpu::lanes::{Lanes, WIDTH, on_path};
+use crate::cpu::lanes::{Lanes, Tiles, WIDTH, on_path};
 use crate::kv::{KEYS, KvCache};
 
 /// Keys of a block.
@@ -288,17 +288,18 @@ unsafe fn head_kernel<L: Lanes>(head: &Head<'_>) {
         gathered: vec![0.0; BLOCK * dim],
         scores: [[0.0; BLOCK]; QUERIES],
     };
+    let wide = const { matches!(L::TILES, Tiles::Wide) };
     let mut rest = head.queries;
     // SAFETY: the caller's promise.
     unsafe {
         while let Some((eight, after)) = rest.split_first_chunk::<8>()
-            && L::WIDE
+            && wide
         {
             tile::<L, 8, 2>(head, eight, &mut scratch);
             rest = after;
         }
         while let Some((four, after)) = rest.split_first_chunk::<4>()
-            && L::WIDE
+            && wide
         {
             tile::<L, 4, 4>(head, four, &mut scratch);
             rest = after;

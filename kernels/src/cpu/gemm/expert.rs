@@ -1,9 +1,9 @@
 //! Gated feed-forward of many experts at once: two phases, each cut into blocks of one expert's rows and
 //! some panels, so that a busy expert is shared by all threads.
 
+use super::tile::{Results, product};
 use super::{
     BLOCK_ROWS, Block, MAX_PANELS, MAX_ROWS, Rows, SMALL, block, panels, panels_per_block,
-    product,
 };
 use crate::cpu::detect::Isa;
 use crate::cpu::exp::silu;
@@ -30,46 +30,57 @@ struct Inner<'a> {
     out: Parts,
 }
 
+/// `gates = silu(gates) * ups` over whole tiles.
+///
 /// # Safety
-/// The processor has the instructions of `L`; nobody else uses this piece's part of `out`.
+/// The processor has the instructions of `L`.
 #[inline(always)]
-unsafe fn inner_kernel<L: Lanes>(op: &Inner<'_>) {
-    let n = op.group.gate.n();
-    let mut gates = [[0.0; MAX_PANELS * WIDTH]; MAX_ROWS];
-    let mut ups = gates;
-    let mut panel = op.piece.panels.0;
-    while panel < op.piece.panels.1 {
-        let count = MAX_PANELS.min(op.piece.panels.1 - panel);
-        let (gate, up) = (panels(op.group.gate, panel), panels(op.group.up, panel));
-        let columns = (count * PANEL).min(n - panel * PANEL);
-        let mut row = op.piece.rows.0;
-        while row < op.piece.rows.1 {
-            let rows = MAX_ROWS.min(op.piece.rows.1 - row);
-            // SAFETY: the caller's promise; the panels are in range, the arrays hold whole vectors.
+unsafe fn gated_kernel<L: Lanes>(gates: &mut Results, ups: &Results) {
+    for (gates, ups) in gates.iter_mut().zip(ups) {
+        for p in 0..MAX_PANELS {
+            // SAFETY: a row has `MAX_PANELS` vectors; the instructions are the caller's promise.
             unsafe {
-                product::<L>(&op.x, row, rows, gate, count, &mut gates);
-                product::<L>(&op.x, row, rows, up, count, &mut ups);
-                for r in 0..rows {
-                    for p in 0..count {
-                        let gate = gates[r].as_mut_ptr().add(p * WIDTH);
-                        let up = L::load(ups[r].as_ptr().add(p * WIDTH));
-                        silu(L::load(gate)).mul(up).store(gate);
-                    }
-                    let at = op.piece.inner + (row + r) * n + panel * PANEL;
-                    op.out
-                        .slice(at, columns)
-                        .copy_from_slice(&gates[r][..columns]);
-                }
+                let gate = gates.as_mut_ptr().add(p * WIDTH);
+                let up = L::load(ups.as_ptr().add(p * WIDTH));
+                silu(L::load(gate)).mul(up).store(gate);
             }
-            row += rows;
         }
-        panel += count;
     }
 }
 
 on_path! {
-    /// Computes one piece of the first phase.
-    fn inner(op: &Inner<'_>) = inner_kernel
+    /// The gated activation of a tile.
+    fn gated(gates: &mut Results, ups: &Results) = gated_kernel
+}
+
+/// Computes one piece of the first phase.
+///
+/// # Safety
+/// Nobody else uses this piece's part of `out`.
+unsafe fn inner(isa: Isa, op: &Inner<'_>) {
+    let n = op.group.gate.n();
+    let mut gates = [[0.0; MAX_PANELS * WIDTH]; MAX_ROWS];
+    let mut ups = gates;
+    for panel in (op.piece.panels.0..op.piece.panels.1).step_by(MAX_PANELS) {
+        let count = MAX_PANELS.min(op.piece.panels.1 - panel);
+        let (gate, up) = (panels(op.group.gate, panel), panels(op.group.up, panel));
+        let columns = (count * PANEL).min(n - panel * PANEL);
+        for row in (op.piece.rows.0..op.piece.rows.1).step_by(MAX_ROWS) {
+            let rows = MAX_ROWS.min(op.piece.rows.1 - row);
+            let x = op.x.pointers(row, rows);
+            // SAFETY: the rows were checked by `pointers`; the panels are in range.
+            unsafe {
+                product(isa, &x[..rows], gate, count, &mut gates);
+                product(isa, &x[..rows], up, count, &mut ups);
+                gated(isa, &mut gates[..rows], &ups[..rows]);
+            }
+            for (r, values) in gates.iter().take(rows).enumerate() {
+                let at = op.piece.inner + (row + r) * n + panel * PANEL;
+                // SAFETY: this piece's rows and columns only.
+                unsafe { op.out.slice(at, columns) }.copy_from_slice(&values[..columns]);
+            }
+        }
+    }
 }
 
 /// Cuts all groups' `panels(group)` × rows into pieces.

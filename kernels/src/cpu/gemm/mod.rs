@@ -7,11 +7,11 @@ mod tile;
 pub(super) use expert::expert_ffn;
 
 use super::detect::Isa;
-use super::lanes::{Lanes, WIDTH, on_path};
+use super::lanes::WIDTH;
 use super::threads::{Parts, Threads};
 use crate::matrix::{Matrix, PANEL};
 use crate::ops::MatMul;
-use tile::{MAX_PANELS, MAX_ROWS, Panels, Results, multiply};
+use tile::{MAX_PANELS, MAX_ROWS, Panels, product};
 
 /// Rows of a block: their inputs should stay in the second-level cache beside the block's panels.
 const BLOCK_ROWS: usize = 16 * MAX_ROWS;
@@ -27,10 +27,14 @@ struct Rows<'a> {
 }
 
 impl Rows<'_> {
-    #[inline(always)]
-    fn row(&self, index: usize) -> *const f32 {
-        let row = self.chosen.map_or(index, |c| c[index] as usize);
-        self.x[row * self.width..(row + 1) * self.width].as_ptr()
+    /// The first values of `count` rows from `row` on.
+    fn pointers(&self, row: usize, count: usize) -> [*const f32; MAX_ROWS] {
+        let mut rows = [std::ptr::null(); MAX_ROWS];
+        for (i, pointer) in rows.iter_mut().enumerate().take(count) {
+            let row = self.chosen.map_or(row + i, |c| c[row + i] as usize);
+            *pointer = self.x[row * self.width..(row + 1) * self.width].as_ptr();
+        }
+        rows
     }
 }
 
@@ -42,67 +46,6 @@ fn panels(w: &Matrix, first: usize) -> Panels {
         first: bytes.as_ptr(),
         bytes: bytes.len(),
         k: w.k(),
-    }
-}
-
-/// `R` rows from `row` on, times `count` panels.
-#[inline(always)]
-unsafe fn rows_by_panels<L: Lanes, const R: usize>(
-    x: &Rows<'_>,
-    row: usize,
-    w: Panels,
-    count: usize,
-    out: &mut Results,
-) {
-    let mut rows = [std::ptr::null(); R];
-    for (i, pointer) in rows.iter_mut().enumerate() {
-        *pointer = x.row(row + i);
-    }
-    // SAFETY: the caller promises the instructions and the panels; `row` checked the rows.
-    unsafe {
-        if L::WIDE || R == 1 {
-            match count {
-                4 => multiply::<L, R, 4>(&rows, w, out),
-                3 => multiply::<L, R, 3>(&rows, w, out),
-                2 => multiply::<L, R, 2>(&rows, w, out),
-                _ => multiply::<L, R, 1>(&rows, w, out),
-            }
-        } else {
-            // Sixteen registers hold one panel's sums for six rows.
-            for p in 0..count {
-                let mut one = [[0.0; MAX_PANELS * WIDTH]; MAX_ROWS];
-                multiply::<L, R, 1>(&rows, w.skip(p), &mut one);
-                for r in 0..R {
-                    out[r][p * WIDTH..(p + 1) * WIDTH].copy_from_slice(&one[r][..WIDTH]);
-                }
-            }
-        }
-    }
-}
-
-/// `rows` (at most [`MAX_ROWS`]) rows from `row` on, times `count` (at most [`MAX_PANELS`]) panels.
-///
-/// # Safety
-/// The processor has the instructions of `L`; there are `count` panels of `x.width` inputs.
-#[inline(always)]
-unsafe fn product<L: Lanes>(
-    x: &Rows<'_>,
-    row: usize,
-    rows: usize,
-    w: Panels,
-    count: usize,
-    out: &mut Results,
-) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        match rows {
-            1 => rows_by_panels::<L, 1>(x, row, w, count, out),
-            2 => rows_by_panels::<L, 2>(x, row, w, count, out),
-            3 => rows_by_panels::<L, 3>(x, row, w, count, out),
-            4 => rows_by_panels::<L, 4>(x, row, w, count, out),
-            5 => rows_by_panels::<L, 5>(x, row, w, count, out),
-            _ => rows_by_panels::<L, 6>(x, row, w, count, out),
-        }
     }
 }
 
@@ -118,23 +61,23 @@ struct Block<'a> {
     out: Parts,
 }
 
+/// Computes one block.
+///
 /// # Safety
-/// The processor has the instructions of `L`; nobody else uses this block's part of `out`.
-#[inline(always)]
-unsafe fn block_kernel<L: Lanes>(block: &Block<'_>) {
+/// Nobody else uses this block's part of `out`.
+unsafe fn block(isa: Isa, block: &Block<'_>) {
     let n = block.w.n();
     let mut results = [[0.0; MAX_PANELS * WIDTH]; MAX_ROWS];
-    let mut panel = block.panels.0;
-    while panel < block.panels.1 {
+    for panel in (block.panels.0..block.panels.1).step_by(MAX_PANELS) {
         let count = MAX_PANELS.min(block.panels.1 - panel);
         let w = panels(block.w, panel);
         let from = panel * PANEL;
         let columns = (count * PANEL).min(n - from);
-        let mut row = block.rows.0;
-        while row < block.rows.1 {
+        for row in (block.rows.0..block.rows.1).step_by(MAX_ROWS) {
             let rows = MAX_ROWS.min(block.rows.1 - row);
-            // SAFETY: the caller's promise; the panels are in range.
-            unsafe { product::<L>(&block.x, row, rows, w, count, &mut results) };
+            let x = block.x.pointers(row, rows);
+            // SAFETY: the rows were checked by `pointers`; the panels are in range.
+            unsafe { product(isa, &x[..rows], w, count, &mut results) };
             for (r, result) in results.iter_mut().take(rows).enumerate() {
                 if let Some(bias) = block.bias {
                     for (value, bias) in result.iter_mut().zip(&bias[from..from + columns]) {
@@ -145,15 +88,8 @@ unsafe fn block_kernel<L: Lanes>(block: &Block<'_>) {
                 let out = unsafe { block.out.slice((row + r) * n + from, columns) };
                 out.copy_from_slice(&result[..columns]);
             }
-            row += rows;
         }
-        panel += count;
     }
-}
-
-on_path! {
-    /// Computes one block.
-    fn block(block: &Block<'_>) = block_kernel
 }
 
 /// Panels of a block, a multiple of [`MAX_PANELS`], so that there are several blocks per thread but each

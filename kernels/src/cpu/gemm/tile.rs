@@ -4,7 +4,7 @@
     reason = "indices of tiles with constant bounds unroll"
 )]
 
-use crate::cpu::lanes::{Lanes, WIDTH};
+use crate::cpu::lanes::{Lanes, Tiles, WIDTH, on_path};
 use crate::dtype::Dtype;
 
 /// Rows of the largest tile, and its panels.
@@ -13,8 +13,8 @@ pub(super) const MAX_PANELS: usize = 4;
 /// Bytes ahead of the running position of each panel that are asked for.
 const AHEAD: usize = 1024;
 
-/// Where a tile's results go: `MAX_ROWS` rows of `MAX_PANELS` panels.
-pub(super) type Results = [[f32; MAX_PANELS * WIDTH]; MAX_ROWS];
+/// Where a tile's results go: a row of `MAX_PANELS` panels for each of its rows.
+pub(super) type Results = [[f32; MAX_PANELS * WIDTH]];
 
 /// Panels of a weight: their first byte, the bytes of one, and the inputs.
 #[derive(Clone, Copy)]
@@ -38,14 +38,99 @@ impl Panels {
     }
 }
 
-/// Multiplies `R` rows by `P` panels; `out[r][16 p + lane]` is the chain `acc = fma(x[k], w[k], acc)`.
+/// `R` rows by `count` panels.
+///
+/// # Safety
+/// As for [`product_kernel`].
+#[inline(always)]
+unsafe fn rows_by_panels<L: Lanes, const R: usize>(
+    rows: &[*const f32],
+    w: Panels,
+    count: usize,
+    out: &mut Results,
+) {
+    let mut x = [std::ptr::null(); R];
+    x.copy_from_slice(&rows[..R]);
+    // SAFETY: the caller's promise.
+    unsafe {
+        match count {
+            4 => multiply::<L, R, 4>(&x, w, 0, out),
+            3 => multiply::<L, R, 3>(&x, w, 0, out),
+            2 => multiply::<L, R, 2>(&x, w, 0, out),
+            _ => multiply::<L, R, 1>(&x, w, 0, out),
+        }
+    }
+}
+
+/// `R` rows by `count` panels, one panel after the other.
+///
+/// # Safety
+/// As for [`product_kernel`].
+#[inline(always)]
+unsafe fn rows_by_each_panel<L: Lanes, const R: usize>(
+    rows: &[*const f32],
+    w: Panels,
+    count: usize,
+    out: &mut Results,
+) {
+    let mut x = [std::ptr::null(); R];
+    x.copy_from_slice(&rows[..R]);
+    for p in 0..count {
+        // SAFETY: the caller's promise.
+        unsafe { multiply::<L, R, 1>(&x, w.skip(p), p, out) }
+    }
+}
+
+/// The tile of a path: all rows × all panels, or what its registers hold.
+///
+/// # Safety
+/// The processor has the instructions of `L`; there are at most [`MAX_ROWS`] rows of `w.k` values each, and
+/// `count` (at most [`MAX_PANELS`]) panels.
+#[inline(always)]
+unsafe fn product_kernel<L: Lanes>(
+    rows: &[*const f32],
+    w: Panels,
+    count: usize,
+    out: &mut Results,
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match (const { L::TILES }, rows.len()) {
+            (Tiles::One, _) => {
+                for (r, row) in rows.iter().enumerate() {
+                    rows_by_each_panel::<L, 1>(&[*row], w, count, &mut out[r..]);
+                }
+            }
+            (_, 1) => rows_by_panels::<L, 1>(rows, w, count, out),
+            (Tiles::Narrow, 2) => rows_by_each_panel::<L, 2>(rows, w, count, out),
+            (Tiles::Narrow, 3) => rows_by_each_panel::<L, 3>(rows, w, count, out),
+            (Tiles::Narrow, 4) => rows_by_each_panel::<L, 4>(rows, w, count, out),
+            (Tiles::Narrow, 5) => rows_by_each_panel::<L, 5>(rows, w, count, out),
+            (Tiles::Narrow, _) => rows_by_each_panel::<L, 6>(rows, w, count, out),
+            (Tiles::Wide, 2) => rows_by_panels::<L, 2>(rows, w, count, out),
+            (Tiles::Wide, 3) => rows_by_panels::<L, 3>(rows, w, count, out),
+            (Tiles::Wide, 4) => rows_by_panels::<L, 4>(rows, w, count, out),
+            (Tiles::Wide, 5) => rows_by_panels::<L, 5>(rows, w, count, out),
+            (Tiles::Wide, _) => rows_by_panels::<L, 6>(rows, w, count, out),
+        }
+    }
+}
+
+on_path! {
+    /// Some rows times some panels.
+    pub(super) fn product(rows: &[*const f32], w: Panels, count: usize, out: &mut Results)
+        = product_kernel
+}
+
+/// Multiplies `R` rows by `P` panels; `out[r][16 (at + p) + lane]` is the chain `acc = fma(x[k], w[k], acc)`.
 ///
 /// # Safety
 /// The processor has the instructions of `L`; each row has `w.k` values; there are `P` panels.
 #[inline(always)]
-pub(super) unsafe fn multiply<L: Lanes, const R: usize, const P: usize>(
+unsafe fn multiply<L: Lanes, const R: usize, const P: usize>(
     x: &[*const f32; R],
     w: Panels,
+    at: usize,
     out: &mut Results,
 ) {
     // SAFETY: the caller's promise; all reads stay within `k` values of a row and the bytes of a panel.
@@ -57,7 +142,7 @@ pub(super) unsafe fn multiply<L: Lanes, const R: usize, const P: usize>(
         }
         for r in 0..R {
             for p in 0..P {
-                acc[r][p].store(out[r].as_mut_ptr().add(p * WIDTH));
+                acc[r][p].store(out[r].as_mut_ptr().add((at + p) * WIDTH));
             }
         }
     }

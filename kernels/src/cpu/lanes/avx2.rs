@@ -9,7 +9,7 @@ use std::arch::x86_64::{
     _mm256_sub_epi32, _mm256_sub_ps,
 };
 
-use super::{Lanes, ROUND};
+use super::{Lanes, ROUND, Tiles};
 
 /// Lanes 0–7 and 8–15.
 #[derive(Clone, Copy)]
@@ -57,7 +57,7 @@ unsafe fn powers(t: __m256) -> (__m256, __m256) {
 }
 
 impl Lanes for Avx2 {
-    const WIDE: bool = false;
+    const TILES: Tiles = Tiles::Narrow;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self {

@@ -9,7 +9,7 @@ use std::arch::x86_64::{
     _mm512_sub_epi32, _mm512_sub_ps,
 };
 
-use super::{Lanes, ROUND};
+use super::{Lanes, ROUND, Tiles};
 
 /// All lanes.
 #[derive(Clone, Copy)]
@@ -26,7 +26,7 @@ macro_rules! lane_by_lane {
 }
 
 impl Lanes for Avx512 {
-    const WIDE: bool = true;
+    const TILES: Tiles = Tiles::Wide;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self {

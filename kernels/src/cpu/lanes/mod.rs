@@ -26,14 +26,25 @@ pub(super) const WIDTH: usize = 16;
 /// sum has that integer in its low bits.
 pub(super) const ROUND: f32 = 12_582_912.0;
 
+/// How many vectors of sixteen lanes fit the registers.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Tiles {
+    /// None: tiles bring nothing.
+    One,
+    /// Eight.
+    Narrow,
+    /// Thirty-two.
+    Wide,
+}
+
 /// A vector of sixteen float32.
 ///
 /// # Safety
 /// Every function must only be called on a processor with the instructions of the implementing path;
 /// pointers must be valid for the stated number of elements, of any alignment.
 pub(super) trait Lanes: Copy {
-    /// Whether 32 vectors fit the registers; else tiles are cut smaller.
-    const WIDE: bool;
+    /// How large tiles of sums may be.
+    const TILES: Tiles;
 
     /// `x` in all lanes.
     unsafe fn splat(x: f32) -> Self;

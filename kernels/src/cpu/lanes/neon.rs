@@ -8,7 +8,7 @@ use std::arch::aarch64::{
     vshlq_n_s32, vshlq_n_u32, vshrq_n_s32, vst1q_f32, vsubq_f32, vsubq_s32,
 };
 
-use super::{Lanes, ROUND};
+use super::{Lanes, ROUND, Tiles};
 
 /// Lanes 0–3, 4–7, 8–11, 12–15.
 #[derive(Clone, Copy)]
@@ -30,7 +30,7 @@ macro_rules! lane_by_lane {
 }
 
 impl Lanes for Neon {
-    const WIDE: bool = false;
+    const TILES: Tiles = Tiles::Narrow;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self {

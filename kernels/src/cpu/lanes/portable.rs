@@ -5,7 +5,7 @@
     reason = "bit patterns of floats"
 )]
 
-use super::{Lanes, ROUND, WIDTH};
+use super::{Lanes, ROUND, Tiles, WIDTH};
 
 /// An array, lane by lane.
 #[derive(Clone, Copy)]
@@ -21,7 +21,7 @@ fn zip(a: Portable, b: Portable, f: impl Fn(f32, f32) -> f32) -> Portable {
 }
 
 impl Lanes for Portable {
-    const WIDE: bool = false;
+    const TILES: Tiles = Tiles::One;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self {
