@@ -25,7 +25,7 @@ use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
+use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
 use foregate_api::ids::Epoch;
@@ -253,31 +253,29 @@ impl Engine {
 
     /// Waits if there is nothing to compute, then takes all commands there are. False: the end.
     fn take_commands(&mut self, wake_at: Option<u64>) -> bool {
-        let first = if self.scheduler.is_empty() {
-            if self.shared.draining.load(Ordering::Acquire) {
+        self.take_waiting_commands();
+        if self.scheduler.is_empty() {
+            if self.shared.is_ending() {
                 return false;
             }
             match self.inbox.recv() {
-                Ok(command) => Some(command),
+                Ok(command) => self.obey(command),
                 Err(_) => return false,
             }
         } else if let Some(at) = wake_at {
             let pause = Duration::from_micros(at.saturating_sub(self.clock()));
-            match self.inbox.recv_timeout(pause.min(LONGEST_WAIT)) {
-                Ok(command) => Some(command),
-                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => None,
-            }
-        } else {
-            None
-        };
-        first.into_iter().for_each(|command| self.obey(command));
-        loop {
-            match self.inbox.try_recv() {
-                Ok(command) => self.obey(command),
-                Err(TryRecvError::Empty | TryRecvError::Disconnected) => break,
+            if let Ok(command) = self.inbox.recv_timeout(pause.min(LONGEST_WAIT)) {
+                self.obey(command);
             }
         }
+        self.take_waiting_commands();
         !self.shared.stopping.load(Ordering::Acquire)
+    }
+
+    fn take_waiting_commands(&mut self) {
+        while let Ok(command) = self.inbox.try_recv() {
+            self.obey(command);
+        }
     }
 
     fn obey(&mut self, command: Command) {

@@ -15,6 +15,7 @@ use futures::Stream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tracing::Span;
 
+use crate::sampler::SamplerError;
 use crate::scheduler::NeverFits;
 use crate::sequence::Request;
 
@@ -38,6 +39,26 @@ pub struct RequestLimits {
     pub kv_tokens: usize,
     /// Tokens that end an answer.
     pub eos: Vec<u32>,
+}
+
+impl RequestLimits {
+    /// What every step relies on. The service has named the field before it comes to this.
+    fn check(&self, request: &Request) -> Result<(), &'static str> {
+        let known = |token: &u32| (*token as usize) < self.vocab;
+        if !(1..=request.tokens.len()).contains(&request.prompt_len) {
+            return Err("the prompt is empty or longer than the tokens");
+        }
+        if !request.tokens.iter().all(known) {
+            return Err("a token is not in the vocabulary");
+        }
+        if request.prompt_len.saturating_add(request.max_tokens) > self.max_model_len {
+            return Err("prompt and answer are longer than the model takes");
+        }
+        if request.tokens.len() - request.prompt_len > request.max_tokens {
+            return Err("the answer has more than max_tokens already");
+        }
+        Ok(())
+    }
 }
 
 /// Whether the engine's thread lives.
@@ -66,6 +87,9 @@ pub enum SubmitError {
     /// It would not fit into the KV cache alone.
     #[error(transparent)]
     NeverFits(NeverFits),
+    /// It contradicts itself or the model; one such sequence would fail the steps of all.
+    #[error("request: {0}")]
+    Unsound(&'static str),
 }
 
 /// Why a stream ended without its last event.
@@ -77,9 +101,12 @@ pub enum StreamError {
     /// The engine panicked.
     #[error("the engine died: {0}")]
     Died(String),
-    /// The model or its experts failed for this sequence.
+    /// Steps failed as a whole, several times in a row; another worker may have its experts.
     #[error("step failed: {0}")]
     Step(String),
+    /// The model gave something that no token can be chosen from.
+    #[error(transparent)]
+    Logits(SamplerError),
     /// It would not fit into the KV cache alone.
     #[error(transparent)]
     NeverFits(NeverFits),
@@ -124,6 +151,11 @@ impl Shared {
 
     pub(super) fn set_epoch(&self, epoch: Epoch) {
         self.epoch.store(epoch.0, Ordering::Release);
+    }
+
+    /// Whether the thread ends when it has nothing left.
+    pub(super) fn is_ending(&self) -> bool {
+        self.draining.load(Ordering::Acquire) || self.stopping.load(Ordering::Acquire)
     }
 
     /// The thread is over.
@@ -215,11 +247,10 @@ impl EngineHandle {
             EngineState::Stopped => return Err(SubmitError::Draining),
             EngineState::Running => {}
         }
-        if self.shared.draining.load(Ordering::Acquire)
-            || self.shared.stopping.load(Ordering::Acquire)
-        {
+        if self.shared.is_ending() {
             return Err(SubmitError::Draining);
         }
+        self.limits.check(request).map_err(SubmitError::Unsound)?;
         let need = request.most_positions().div_ceil(self.page_tokens);
         let have = self.limits.kv_tokens / self.page_tokens;
         if need > have {

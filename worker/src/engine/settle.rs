@@ -123,7 +123,7 @@ impl Engine {
         };
         let token = match draw(&mut self.sampler, sequence, logits) {
             Ok(token) => token,
-            Err(error) => return self.fail(chunk.id, StreamError::Step(error.to_string())),
+            Err(error) => return self.fail(chunk.id, StreamError::Logits(error)),
         };
         let report = sequence
             .request
