@@ -58,6 +58,10 @@ pub struct EngineLoad {
 
 /// Sums the gate counts of several windows: `[layer][expert]`. Windows of another shape are left out.
 #[must_use]
+#[expect(
+    single_use_lifetimes,
+    reason = "anonymous lifetimes in impl Trait are unstable"
+)]
 pub fn sum_gate<'a>(
     windows: impl IntoIterator<Item = &'a LoadWindow>,
     layers: usize,

@@ -48,7 +48,10 @@ fn inside(table: &SplitTable, rows: &[f64], loads: &[f64]) -> (Vec<usize>, Vec<f
     let mut inside = vec![0.0; ranks];
     for (e, rows) in rows.iter().enumerate().take(table.experts()) {
         let copies = table.copies(foregate_api::ids::ExpertId(e as u32));
-        let last = copies.filter_map(|copy| table.host(copy)).map(|g| position[g]).max();
+        let last = copies
+            .filter_map(|copy| table.host(copy))
+            .map(|g| position[g])
+            .max();
         if let Some(last) = last {
             inside[last] += rows;
         }
@@ -62,7 +65,10 @@ fn inside(table: &SplitTable, rows: &[f64], loads: &[f64]) -> (Vec<usize>, Vec<f
 pub fn any_placement(rows: &[f64], ranks: usize, copies: usize) -> f64 {
     let total: f64 = rows.iter().sum();
     let fits = |t: f64| {
-        let needed = rows.iter().map(|w| (w / t - 1e-9).ceil().max(1.0)).sum::<f64>();
+        let needed = rows
+            .iter()
+            .map(|w| (w / t - 1e-9).ceil().max(1.0))
+            .sum::<f64>();
         needed <= copies as f64
     };
     let mut low = total / ranks.max(1) as f64;

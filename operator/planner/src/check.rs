@@ -9,6 +9,9 @@ use serde::Serialize;
 use crate::layer::Layer;
 use crate::problem::{Problem, Room};
 
+/// By how much the predicted balance must fall to be worth telling.
+const WORSE: f64 = 1e-3;
+
 /// Whether a placement with a finding may be used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -148,29 +151,68 @@ impl fmt::Display for Finding {
             Self::NoCopy { layer, expert } => {
                 write!(f, "layer {layer}: expert {expert} has no copy")
             }
-            Self::UnknownExpert { layer, rank, expert } => {
-                write!(f, "layer {layer}: rank {rank} holds expert {expert}, which does not exist")
+            Self::UnknownExpert {
+                layer,
+                rank,
+                expert,
+            } => {
+                write!(
+                    f,
+                    "layer {layer}: rank {rank} holds expert {expert}, which does not exist"
+                )
             }
-            Self::TooManySlots { layer, rank, used, slots } => {
-                write!(f, "layer {layer}: rank {rank} holds {used} experts in {slots} slots")
+            Self::TooManySlots {
+                layer,
+                rank,
+                used,
+                slots,
+            } => {
+                write!(
+                    f,
+                    "layer {layer}: rank {rank} holds {used} experts in {slots} slots"
+                )
             }
             Self::CopiesDiffer { layer, expert } => {
-                write!(f, "layer {layer}: copies of expert {expert} are not those of the slots")
+                write!(
+                    f,
+                    "layer {layer}: copies of expert {expert} are not those of the slots"
+                )
             }
             Self::Shares { layer, expert, sum } => {
                 write!(f, "layer {layer}: shares of expert {expert} sum to {sum}")
             }
-            Self::Parent { epoch, parent, in_force } => {
-                write!(f, "placement {epoch} was made from {parent}, in force is {in_force}")
+            Self::Parent {
+                epoch,
+                parent,
+                in_force,
+            } => {
+                write!(
+                    f,
+                    "placement {epoch} was made from {parent}, in force is {in_force}"
+                )
             }
-            Self::Double { layer, rank, expert } => {
+            Self::Double {
+                layer,
+                rank,
+                expert,
+            } => {
                 write!(f, "layer {layer}: rank {rank} holds expert {expert} twice")
             }
-            Self::Components { layer, found, least } => {
-                write!(f, "layer {layer}: ranks form {found} components, {least} possible")
+            Self::Components {
+                layer,
+                found,
+                least,
+            } => {
+                write!(
+                    f,
+                    "layer {layer}: ranks form {found} components, {least} possible"
+                )
             }
             Self::FewCopies { copies, needed } => {
-                write!(f, "{copies} copies per layer do not link all ranks, {needed} would")
+                write!(
+                    f,
+                    "{copies} copies per layer do not link all ranks, {needed} would"
+                )
             }
             Self::WorseThanParent { before, after } => {
                 write!(f, "predicted balance falls from {before:.3} to {after:.3}")
@@ -199,20 +241,33 @@ pub fn check(
         });
     }
     if placement.layers.len() != problem.layers {
-        findings.push(Finding::Shape { layer: LayerId(placement.layers.len() as u32) });
+        findings.push(Finding::Shape {
+            layer: LayerId(placement.layers.len() as u32),
+        });
     }
     if placement.ranks != room.ranks {
-        findings.push(Finding::Ranks { found: placement.ranks.clone() });
+        findings.push(Finding::Ranks {
+            found: placement.ranks.clone(),
+        });
         return findings;
     }
     let needed = problem.experts + room.ranks.len() - 1;
     if room.total() < needed {
-        findings.push(Finding::FewCopies { copies: room.total(), needed });
+        findings.push(Finding::FewCopies {
+            copies: room.total(),
+            needed,
+        });
     }
     for (l, layer) in placement.layers.iter().enumerate() {
-        check_layer(LayerId(l as u32), layer, &room, problem.experts, &mut findings);
+        check_layer(
+            LayerId(l as u32),
+            layer,
+            &room,
+            problem.experts,
+            &mut findings,
+        );
     }
-    if in_force.is_some() && placement.balance_after < placement.balance_before - 1e-9 {
+    if in_force.is_some() && placement.balance_after < placement.balance_before - WORSE {
         findings.push(Finding::WorseThanParent {
             before: placement.balance_before,
             after: placement.balance_after,
@@ -242,7 +297,10 @@ fn check_layer(
     for (g, held) in layer.slots.iter().enumerate() {
         check_rank(id, held, (room.ranks[g], room.slots[g]), experts, findings);
     }
-    if findings[before..].iter().any(|f| matches!(f, Finding::UnknownExpert { .. })) {
+    if findings[before..]
+        .iter()
+        .any(|f| matches!(f, Finding::UnknownExpert { .. }))
+    {
         return;
     }
     let slots: Vec<Vec<usize>> = layer
@@ -259,14 +317,27 @@ fn check_layer(
             findings.push(Finding::NoCopy { layer: id, expert });
         } else if !copies.iter().map(|copy| copy.rank).eq(homes) {
             findings.push(Finding::CopiesDiffer { layer: id, expert });
-        } else if copies.iter().any(|c| !(c.share >= 0.0)) || (sum - 1.0).abs() > 1e-6 {
-            findings.push(Finding::Shares { layer: id, expert, sum });
+        } else if copies.iter().any(|c| c.share < 0.0) || !within(sum, 1.0, 1e-6) {
+            findings.push(Finding::Shares {
+                layer: id,
+                expert,
+                sum,
+            });
         }
     }
     let (found, least) = (dense.components(), dense.least_components());
     if found > least {
-        findings.push(Finding::Components { layer: id, found, least });
+        findings.push(Finding::Components {
+            layer: id,
+            found,
+            least,
+        });
     }
+}
+
+/// Whether x is close to y; what is not a number is close to nothing.
+fn within(x: f64, y: f64, by: f64) -> bool {
+    (x - y).abs() <= by
 }
 
 fn check_rank(
@@ -277,15 +348,28 @@ fn check_rank(
     findings: &mut Vec<Finding>,
 ) {
     if held.len() > slots {
-        findings.push(Finding::TooManySlots { layer: id, rank, used: held.len(), slots });
+        findings.push(Finding::TooManySlots {
+            layer: id,
+            rank,
+            used: held.len(),
+            slots,
+        });
     }
     let mut sorted = held.to_vec();
     sorted.sort_unstable();
     for expert in sorted.iter().filter(|e| e.index() >= experts) {
-        findings.push(Finding::UnknownExpert { layer: id, rank, expert: *expert });
+        findings.push(Finding::UnknownExpert {
+            layer: id,
+            rank,
+            expert: *expert,
+        });
     }
     for pair in sorted.windows(2).filter(|pair| pair[0] == pair[1]) {
-        findings.push(Finding::Double { layer: id, rank, expert: pair[0] });
+        findings.push(Finding::Double {
+            layer: id,
+            rank,
+            expert: pair[0],
+        });
     }
 }
 
@@ -295,7 +379,11 @@ mod tests {
     use crate::{RankSlots, Settings, initial};
 
     fn problem() -> Problem {
-        let rank = |r: u32| RankSlots { rank: Rank(r), slots: 3, domain: String::new() };
+        let rank = |r: u32| RankSlots {
+            rank: Rank(r),
+            slots: 3,
+            domain: String::new(),
+        };
         Problem::uniform(vec![rank(0), rank(1)], 1, 4)
     }
 
@@ -311,20 +399,60 @@ mod tests {
     #[test]
     fn each_defect_is_found() {
         let cases: Vec<(fn(&mut Placement), fn(&Finding) -> bool)> = vec![
-            (|p| p.ranks[1] = Rank(5), |f| matches!(f, Finding::Ranks { .. })),
+            (
+                |p| p.ranks[1] = Rank(5),
+                |f| matches!(f, Finding::Ranks { .. }),
+            ),
             (|p| p.layers.clear(), |f| matches!(f, Finding::Shape { .. })),
-            (|p| p.layers[0].copies.truncate(2), |f| matches!(f, Finding::Shape { .. })),
-            (|p| p.layers[0].slots[0].clear(), |f| matches!(f, Finding::NoCopy { .. })),
-            (|p| p.layers[0].slots[0][0] = ExpertId(9), |f| {
-                matches!(f, Finding::UnknownExpert { expert: ExpertId(9), .. })
-            }),
-            (|p| p.layers[0].slots[0] = (0..4).map(ExpertId).collect(), |f| {
-                matches!(f, Finding::TooManySlots { used: 4, slots: 3, .. })
-            }),
-            (|p| p.layers[0].copies[0].clear(), |f| matches!(f, Finding::CopiesDiffer { .. })),
-            (|p| p.layers[0].copies[0][0].share += 0.1, |f| matches!(f, Finding::Shares { .. })),
-            (|p| p.parent = Epoch(3), |f| matches!(f, Finding::Parent { .. })),
-            (|p| p.epoch = Epoch(0), |f| matches!(f, Finding::Parent { .. })),
+            (
+                |p| p.layers[0].copies.truncate(2),
+                |f| matches!(f, Finding::Shape { .. }),
+            ),
+            (
+                |p| p.layers[0].slots[0].clear(),
+                |f| matches!(f, Finding::NoCopy { .. }),
+            ),
+            (
+                |p| p.layers[0].slots[0][0] = ExpertId(9),
+                |f| {
+                    matches!(
+                        f,
+                        Finding::UnknownExpert {
+                            expert: ExpertId(9),
+                            ..
+                        }
+                    )
+                },
+            ),
+            (
+                |p| p.layers[0].slots[0] = (0..4).map(ExpertId).collect(),
+                |f| {
+                    matches!(
+                        f,
+                        Finding::TooManySlots {
+                            used: 4,
+                            slots: 3,
+                            ..
+                        }
+                    )
+                },
+            ),
+            (
+                |p| p.layers[0].copies[0].clear(),
+                |f| matches!(f, Finding::CopiesDiffer { .. }),
+            ),
+            (
+                |p| p.layers[0].copies[0][0].share += 0.1,
+                |f| matches!(f, Finding::Shares { .. }),
+            ),
+            (
+                |p| p.parent = Epoch(3),
+                |f| matches!(f, Finding::Parent { .. }),
+            ),
+            (
+                |p| p.epoch = Epoch(0),
+                |f| matches!(f, Finding::Parent { .. }),
+            ),
         ];
         for (i, (spoil, expected)) in cases.iter().enumerate() {
             let mut plan = good();
@@ -343,7 +471,11 @@ mod tests {
         plan.layers[0] = LayerPlacement::from_slots(&plan.ranks, slots, 4);
         let findings = check(&plan, &problem(), None);
         assert!(!refused(&findings));
-        assert_eq!(findings.len(), 2, "two doubles; four real copies cannot link: {findings:?}");
+        assert_eq!(
+            findings.len(),
+            2,
+            "two doubles; four real copies cannot link: {findings:?}"
+        );
         let slots = vec![ids(&[0, 1]), ids(&[2, 3])];
         plan.layers[0] = LayerPlacement::from_slots(&plan.ranks, slots, 4);
         assert_eq!(check(&plan, &problem(), None), []);

@@ -98,7 +98,11 @@ impl Links {
             links: Self {
                 components: 0,
                 component: vec![0; ranks],
-                bridge: layer.all_slots().iter().map(|s| vec![false; s.len()]).collect(),
+                bridge: layer
+                    .all_slots()
+                    .iter()
+                    .map(|s| vec![false; s.len()])
+                    .collect(),
             },
         };
         for rank in 0..ranks {
@@ -154,7 +158,11 @@ impl Search<'_> {
         if vertex < self.layer.ranks() {
             self.links.component[vertex] = self.links.components;
         }
-        Visit { vertex, parent, next: 0 }
+        Visit {
+            vertex,
+            parent,
+            next: 0,
+        }
     }
 
     fn leave(&mut self, vertex: usize, parent: usize) {
@@ -174,7 +182,11 @@ impl Search<'_> {
         let ranks = self.layer.ranks();
         if vertex < ranks {
             return self.layer.slots(vertex).get(i).map(|e| {
-                if self.layer.count(*e) > 1 { ranks + e } else { vertex }
+                if self.layer.count(*e) > 1 {
+                    ranks + e
+                } else {
+                    vertex
+                }
             });
         }
         self.layer.hosts(vertex - ranks).get(i).copied()
@@ -191,7 +203,10 @@ mod tests {
         let layer = Layer::from_slots(&[vec![0, 1], vec![0, 1, 2], vec![2, 3]], 4);
         let links = Links::of(&layer);
         assert_eq!(links.components, 1);
-        assert_eq!(links.bridge, [vec![false; 2], vec![false, false, true], vec![true, false]]);
+        assert_eq!(
+            links.bridge,
+            [vec![false; 2], vec![false, false, true], vec![true, false]]
+        );
         assert_eq!(layer.components(), 1);
     }
 

@@ -207,6 +207,9 @@ mod tests {
         let error = demand.observe(&window(3, 1, &[1])).unwrap_err();
         assert_eq!((error.rank, error.found_experts), (Rank(3), 1));
         assert_eq!(demand.pending_rows(), 0);
-        assert_eq!(demand.observe(&window(3, 1, &[1, 1])), Ok(Observed::Counted));
+        assert_eq!(
+            demand.observe(&window(3, 1, &[1, 1])),
+            Ok(Observed::Counted)
+        );
     }
 }

@@ -42,13 +42,21 @@ impl Layer {
 
     /// What is left of a layer of an earlier placement on the ranks of `room`: lost ranks' copies are gone, new
     /// ranks are empty, doubled or unknown experts are dropped.
-    pub(crate) fn adopt(previous: &Placement, layer: usize, room: &Room, experts: usize) -> Self {
+    pub(crate) fn adopt(
+        previous: &Placement,
+        layer: usize,
+        room: &Room,
+        experts: usize,
+    ) -> Self {
         let mut adopted = Self::empty(room.ranks.len(), experts);
         for (g, rank) in room.ranks.iter().enumerate() {
             let Ok(at) = previous.ranks.binary_search(rank) else {
                 continue;
             };
-            let held = previous.layers[layer].slots.get(at).map_or(&[][..], Vec::as_slice);
+            let held = previous.layers[layer]
+                .slots
+                .get(at)
+                .map_or(&[][..], Vec::as_slice);
             for expert in held.iter().filter(|e| e.index() < experts) {
                 adopted.add(g, expert.index());
             }

@@ -99,9 +99,9 @@ impl Decision {
     #[must_use]
     pub fn report(&self) -> &Report {
         match self {
-            Self::Keep { report } | Self::Reweigh { report, .. } | Self::Move { report, .. } => {
-                report
-            }
+            Self::Keep { report }
+            | Self::Reweigh { report, .. }
+            | Self::Move { report, .. } => report,
         }
     }
 }
@@ -119,7 +119,9 @@ pub fn initial(
             Ok((*placement, *report))
         }
         // Without a placement in force there is nothing to keep; told as an error rather than by a panic.
-        Decision::Keep { .. } => Err(PlanError::Refused { findings: Vec::new() }),
+        Decision::Keep { .. } => Err(PlanError::Refused {
+            findings: Vec::new(),
+        }),
     }
 }
 
@@ -195,7 +197,10 @@ impl<'a> Planner<'a> {
         let room = Room::of(problem);
         let old = previous.map_or(&[][..], |p| p.ranks.as_slice());
         let outside = |of: &[Rank], not_in: &[Rank]| -> Vec<Rank> {
-            of.iter().filter(|r| not_in.binary_search(r).is_err()).copied().collect()
+            of.iter()
+                .filter(|r| not_in.binary_search(r).is_err())
+                .copied()
+                .collect()
         };
         let floored = |row: &Vec<f64>| row.iter().map(|x| x + FLOOR).collect();
         Self {
@@ -264,14 +269,22 @@ impl<'a> Planner<'a> {
         self.moved(l, old, homes, (before, before))
     }
 
-    /// Loads under the shares in force, on the ranks that are left.
+    /// Loads under the shares in force on the ranks that are left: what a lost rank had of an expert goes to the
+    /// expert's other copies in proportion, an orphan's rows to nobody.
     fn loads_in_force(&self, previous: &Placement, l: usize) -> Vec<f64> {
         let mut loads = vec![0.0; self.room.ranks.len()];
         for (copies, w) in previous.layers[l].copies.iter().zip(&self.demand[l]) {
-            for copy in copies {
-                if let Ok(g) = self.room.ranks.binary_search(&copy.rank) {
-                    loads[g] += w * f64::from(copy.share);
-                }
+            let left: Vec<(usize, f64)> = copies
+                .iter()
+                .filter_map(|copy| {
+                    let g = self.room.ranks.binary_search(&copy.rank).ok()?;
+                    Some((g, f64::from(copy.share)))
+                })
+                .collect();
+            let total: f64 = left.iter().map(|(_, share)| share).sum();
+            for (g, share) in &left {
+                let even = 1.0 / left.len() as f64;
+                loads[*g] += w * if total > 0.0 { share / total } else { even };
             }
         }
         loads
@@ -279,8 +292,9 @@ impl<'a> Planner<'a> {
 
     fn moved(&self, l: usize, old: &Layer, homes: steps::Homes, was: (f64, f64)) -> Planned {
         let mut planned = self.solved(l, homes.layer, was, homes.steps);
-        planned.to_load =
-            (0..old.ranks()).map(|g| planned.homes.moved_on(old, g)).collect();
+        planned.to_load = (0..old.ranks())
+            .map(|g| planned.homes.moved_on(old, g))
+            .collect();
         planned.report.copies_moved = planned.to_load.iter().sum();
         planned.report.verdict = Verdict::Move;
         planned.report.because = Because::Moves;
@@ -288,7 +302,9 @@ impl<'a> Planner<'a> {
             let w = &self.demand[l];
             let orphans = (0..w.len()).filter(|e| old.count(*e) == 0);
             planned.report.orphans = orphans.clone().count();
-            planned.report.orphaned_rows = orphans.map(|e| w[e]).sum::<f64>() / w.iter().sum::<f64>();
+            // From 0.0 by hand: the empty sum of floats is -0.0.
+            let orphaned = orphans.fold(0.0, |sum, e| sum + w[e]);
+            planned.report.orphaned_rows = orphaned / w.iter().sum::<f64>();
         }
         planned
     }
@@ -336,7 +352,12 @@ impl<'a> Planner<'a> {
             heaviest: self.heaviest(&even, w, &loads),
             steps,
         };
-        Planned { homes, placement: Some(placement), to_load: Vec::new(), report }
+        Planned {
+            homes,
+            placement: Some(placement),
+            to_load: Vec::new(),
+            report,
+        }
     }
 
     fn heaviest(&self, table: &SplitTable, w: &[f64], loads: &[f64]) -> Heaviest {
@@ -363,7 +384,11 @@ impl<'a> Planner<'a> {
         }
     }
 
-    fn decide(&self, layers: Vec<Planned>, history: &mut History) -> Result<Decision, PlanError> {
+    fn decide(
+        &self,
+        layers: Vec<Planned>,
+        history: &mut History,
+    ) -> Result<Decision, PlanError> {
         let mut report = self.report(&layers);
         for planned in &layers {
             let moved = planned.report.verdict == Verdict::Move && !self.reshaped;
@@ -371,7 +396,9 @@ impl<'a> Planner<'a> {
         }
         let Some(reason) = report.reason else {
             report.layers = layers.into_iter().map(|p| p.report).collect();
-            return Ok(Decision::Keep { report: Box::new(report) });
+            return Ok(Decision::Keep {
+                report: Box::new(report),
+            });
         };
         let mut placement = Placement {
             epoch: report.epoch,
@@ -401,11 +428,20 @@ impl<'a> Planner<'a> {
 
     /// The report but for its layers and findings.
     fn report(&self, layers: &[Planned]) -> Report {
-        let verdict = layers.iter().map(|p| p.report.verdict).max().unwrap_or(Verdict::Keep);
+        let verdict = layers
+            .iter()
+            .map(|p| p.report.verdict)
+            .max()
+            .unwrap_or(Verdict::Keep);
         let mean = |of: fn(&LayerReport) -> f64| {
             layers.iter().map(|p| of(&p.report)).sum::<f64>() / layers.len().max(1) as f64
         };
-        let to_one = |g: usize| layers.iter().map(|p| p.to_load.get(g).copied().unwrap_or(0)).sum();
+        let to_one = |g: usize| {
+            layers
+                .iter()
+                .map(|p| p.to_load.get(g).copied().unwrap_or(0))
+                .sum()
+        };
         let homes: Vec<&Layer> = layers.iter().map(|p| &p.homes).collect();
         let parent = self.previous.map_or(Epoch(0), |p| p.epoch);
         let reason = self.reason(verdict);

@@ -35,7 +35,12 @@ pub(crate) fn pack(w: &[f64], counts: &[usize], slots: &[usize]) -> Packed {
 }
 
 /// The least loaded rank that has a free slot and lacks e.
-pub(crate) fn roomiest(layer: &Layer, slots: &[usize], loads: &[f64], e: usize) -> Option<usize> {
+pub(crate) fn roomiest(
+    layer: &Layer,
+    slots: &[usize],
+    loads: &[f64],
+    e: usize,
+) -> Option<usize> {
     (0..slots.len())
         .filter(|g| layer.slots(*g).len() < slots[*g] && !layer.has(*g, e))
         .map(|g| (loads[g], g))
@@ -46,7 +51,9 @@ pub(crate) fn roomiest(layer: &Layer, slots: &[usize], loads: &[f64], e: usize) 
 /// Gives every free slot a copy: each time the expert with the largest load per copy that some rank with room
 /// lacks, on the least loaded of these. Returns the copies added.
 pub(crate) fn fill(layer: &mut Layer, w: &[f64], slots: &[usize]) -> usize {
-    let free: usize = (0..slots.len()).map(|g| slots[g].saturating_sub(layer.slots(g).len())).sum();
+    let free: usize = (0..slots.len())
+        .map(|g| slots[g].saturating_sub(layer.slots(g).len()))
+        .sum();
     if free == 0 {
         return 0;
     }
@@ -54,7 +61,10 @@ pub(crate) fn fill(layer: &mut Layer, w: &[f64], slots: &[usize]) -> usize {
     for added in 0..free {
         let mut by_heat: Vec<usize> = (0..w.len()).collect();
         by_heat.sort_by(|a, b| {
-            layer.per_copy(w, *b).total_cmp(&layer.per_copy(w, *a)).then(a.cmp(b))
+            layer
+                .per_copy(w, *b)
+                .total_cmp(&layer.per_copy(w, *a))
+                .then(a.cmp(b))
         });
         let choice = by_heat
             .into_iter()

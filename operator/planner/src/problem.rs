@@ -85,7 +85,9 @@ pub enum PlanError {
         layers: usize,
     },
     /// A demand is negative, infinite or not a number.
-    #[error("demand of layer {layer}, expert {expert} is {value}: must be finite and not negative")]
+    #[error(
+        "demand of layer {layer}, expert {expert} is {value}: must be finite and not negative"
+    )]
     DemandValue {
         /// Layer.
         layer: LayerId,
@@ -268,8 +270,9 @@ mod tests {
 
     #[test]
     fn missing_slots_are_counted_and_the_field_is_named() {
-        // The 40 slots of rank 0 count as 8: a rank holds each expert once.
-        let error = Problem::uniform(ranks(&[5, 2]), 1, 8).validate().unwrap_err();
+        let error = Problem::uniform(ranks(&[5, 2]), 1, 8)
+            .validate()
+            .unwrap_err();
         assert_eq!(
             error,
             PlanError::TooFewSlots {
@@ -281,6 +284,7 @@ mod tests {
         );
         let text = error.to_string();
         assert!(text.contains("1 are missing") && text.contains("workers.redundantSlots"));
+        // Of 40 slots eight are of use: a rank holds each expert once.
         assert_eq!(Problem::uniform(ranks(&[40]), 1, 8).usable_slots(), 8);
     }
 
@@ -290,13 +294,27 @@ mod tests {
         p.demand[1][2] = -1.0;
         assert!(matches!(
             p.validate(),
-            Err(PlanError::DemandValue { layer: LayerId(1), expert: 2, .. })
+            Err(PlanError::DemandValue {
+                layer: LayerId(1),
+                expert: 2,
+                ..
+            })
         ));
         p.demand[1] = vec![0.0; 3];
-        assert!(matches!(p.validate(), Err(PlanError::DemandShape { layer: 1, found: 3, .. })));
+        assert!(matches!(
+            p.validate(),
+            Err(PlanError::DemandShape {
+                layer: 1,
+                found: 3,
+                ..
+            })
+        ));
         p.demand[1] = vec![0.0; 4];
         p.demand.push(vec![0.0; 4]);
-        assert!(matches!(p.validate(), Err(PlanError::DemandShape { layer: 2, .. })));
+        assert!(matches!(
+            p.validate(),
+            Err(PlanError::DemandShape { layer: 2, .. })
+        ));
     }
 
     #[test]

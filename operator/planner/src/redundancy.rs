@@ -44,7 +44,11 @@ mod tests {
         for (experts, ranks, slots, after) in rows {
             assert_eq!(slots_to_link(experts, ranks), slots, "{experts} {ranks}");
             // 32 experts on 3 ranks: 1 + ⌈31/3⌉ = 12; 8 on 7: 1 + ⌈7/7⌉ = 2.
-            assert_eq!(slots_to_link_after(experts, ranks, 1), after, "{experts} {ranks}");
+            assert_eq!(
+                slots_to_link_after(experts, ranks, 1),
+                after,
+                "{experts} {ranks}"
+            );
         }
         assert_eq!(slots_to_link(4, 1), 4);
         assert_eq!(slots_to_link(1, 5), 1);

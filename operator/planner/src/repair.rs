@@ -82,7 +82,13 @@ mod tests {
         // Expert 3 is gone; experts 0 and 1 have two copies each.
         let mut layer = Layer::from_slots(&[vec![0, 1], vec![0, 2], vec![1, 0]], 4);
         let done = repair(&mut layer, &[9.0, 2.0, 3.0, 4.0], &[2, 2, 2]);
-        assert_eq!(done, Repaired { orphans: 1, dropped: 0 });
+        assert_eq!(
+            done,
+            Repaired {
+                orphans: 1,
+                dropped: 0
+            }
+        );
         assert!((0..4).all(|e| layer.count(e) > 0));
         assert_eq!(layer.copies(), 6);
     }
@@ -91,7 +97,13 @@ mod tests {
     fn fewer_slots_give_up_redundant_copies_first() {
         let mut layer = Layer::from_slots(&[vec![0, 1, 2], vec![2, 3]], 4);
         let done = repair(&mut layer, &[1.0, 1.0, 9.0, 1.0], &[2, 2]);
-        assert_eq!(done, Repaired { orphans: 0, dropped: 1 });
+        assert_eq!(
+            done,
+            Repaired {
+                orphans: 0,
+                dropped: 1
+            }
+        );
         assert_eq!(layer.all_slots(), [[0, 1], [2, 3]]);
     }
 

@@ -28,7 +28,10 @@ impl Ord for Load {
 pub(crate) fn counts(w: &[f64], copies: usize, ranks: usize) -> Vec<usize> {
     let mut counts = vec![1; w.len()];
     let mut heap: BinaryHeap<(Load, Reverse<usize>)> = if ranks > 1 {
-        w.iter().enumerate().map(|(e, w)| (Load(*w), Reverse(e))).collect()
+        w.iter()
+            .enumerate()
+            .map(|(e, w)| (Load(*w), Reverse(e)))
+            .collect()
     } else {
         BinaryHeap::new()
     };
@@ -51,7 +54,11 @@ mod tests {
     #[test]
     fn the_hottest_per_copy_gets_the_next_one() {
         assert_eq!(counts(&[90.0, 40.0, 10.0], 6, 4), [3, 2, 1]);
-        assert_eq!(counts(&[1.0, 1.0, 1.0], 4, 4), [2, 1, 1], "ties go to the lower expert");
+        assert_eq!(
+            counts(&[1.0, 1.0, 1.0], 4, 4),
+            [2, 1, 1],
+            "ties go to the lower expert"
+        );
         assert_eq!(counts(&[90.0, 1.0], 4, 2), [2, 2], "at most one per rank");
         assert_eq!(counts(&[90.0, 1.0], 4, 1), [1, 1]);
     }

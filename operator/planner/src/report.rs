@@ -211,12 +211,17 @@ pub(crate) fn at_risk(layers: &[&Layer], demand: &[Vec<f64>], room: &Room) -> Ve
     let exclusive = |layer: &Layer, w: &[f64], domain: &String| {
         let total: f64 = w.iter().sum();
         let inside = |e: &usize| layer.hosts(*e).iter().all(|g| room.domains[*g] == *domain);
-        (0..w.len()).filter(inside).map(|e| w[e]).sum::<f64>() / total
+        // From 0.0 by hand: the empty sum of floats is -0.0.
+        (0..w.len()).filter(inside).fold(0.0, |sum, e| sum + w[e]) / total
     };
     domains
         .into_iter()
         .map(|domain| {
-            let sum: f64 = layers.iter().zip(demand).map(|(l, w)| exclusive(l, w, domain)).sum();
+            let sum: f64 = layers
+                .iter()
+                .zip(demand)
+                .map(|(l, w)| exclusive(l, w, domain))
+                .sum();
             DomainRisk {
                 domain: domain.clone(),
                 rows: sum / layers.len().max(1) as f64,

@@ -259,7 +259,11 @@ pub(crate) fn shares(table: &SplitTable, solved: &Solved) -> Vec<Vec<Copy>> {
             let even = 1.0 / span.len().max(1) as f64;
             span.map(|copy| Copy {
                 rank: table.ranks[table.hosts[copy] as usize],
-                share: if total > 0.0 { solved.flow[copy] / total } else { even } as f32,
+                share: if total > 0.0 {
+                    solved.flow[copy] / total
+                } else {
+                    even
+                } as f32,
             })
             .collect()
         })
@@ -400,7 +404,9 @@ impl Splitter {
             return Ok(());
         }
         let start = self.hosts.len();
-        let avoid = span.clone().any(|c| base[table.hosts[c] as usize].is_finite());
+        let avoid = span
+            .clone()
+            .any(|c| base[table.hosts[c] as usize].is_finite());
         let mut total = 0.0;
         for copy in span {
             let host = table.hosts[copy];
@@ -431,7 +437,11 @@ impl Splitter {
         }
         let even = 1.0 / (end - start) as f64;
         for at in start..end {
-            let share = if total > 0.0 { self.flow[at] / total } else { even };
+            let share = if total > 0.0 {
+                self.flow[at] / total
+            } else {
+                even
+            };
             self.flow[at] = share * f64::from(rows);
             self.loads[self.hosts[at] as usize] += self.flow[at];
         }
@@ -441,7 +451,9 @@ impl Splitter {
     /// Enters an expert with few rows on as many copies as they fill, those of the lowest level.
     fn admit_few(&mut self, table: &SplitTable, expert: usize, rows: u32, base: &[f64]) {
         let span = table.span(expert);
-        let avoid = span.clone().any(|c| base[table.hosts[c] as usize].is_finite());
+        let avoid = span
+            .clone()
+            .any(|c| base[table.hosts[c] as usize].is_finite());
         self.rank_order.clear();
         for copy in span {
             let host = table.hosts[copy] as usize;
@@ -466,8 +478,10 @@ impl Splitter {
     fn sweep(&mut self) {
         for _ in 0..BATCH_SWEEPS {
             for item in &self.items {
-                let (hosts, flow) =
-                    (&self.hosts[item.start..item.end], &mut self.flow[item.start..item.end]);
+                let (hosts, flow) = (
+                    &self.hosts[item.start..item.end],
+                    &mut self.flow[item.start..item.end],
+                );
                 let rows = f64::from(item.rows);
                 if let ([a, b], [x, y]) = (hosts, &mut *flow) {
                     // Two copies, the common case: half the rows plus half the gap of the levels.
@@ -493,7 +507,8 @@ impl Splitter {
                 left -= whole;
                 let copy = self.copies[at];
                 self.rows[copy as usize] = whole;
-                self.rank_order.push((self.flow[at] - f64::from(whole), copy));
+                self.rank_order
+                    .push((self.flow[at] - f64::from(whole), copy));
             }
             self.rank_order
                 .sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
@@ -519,8 +534,14 @@ mod tests {
         // Expert 0 lives on ranks 0 and 1, experts 1 and 2 alone on them.
         let t = table(2, &[&[0, 1], &[0], &[1]]);
         let mut splitter = Splitter::new();
-        assert_eq!(splitter.split(&t, &[100, 80, 20], &[0.0, 0.0]).unwrap(), [20, 80, 80, 20]);
-        assert_eq!(splitter.split(&t, &[100, 0, 0], &[60.0, 0.0]).unwrap(), [20, 80, 0, 0]);
+        assert_eq!(
+            splitter.split(&t, &[100, 80, 20], &[0.0, 0.0]).unwrap(),
+            [20, 80, 80, 20]
+        );
+        assert_eq!(
+            splitter.split(&t, &[100, 0, 0], &[60.0, 0.0]).unwrap(),
+            [20, 80, 0, 0]
+        );
     }
 
     #[test]
@@ -528,7 +549,10 @@ mod tests {
         // 0-1-2: rank 0 has an excess of 60, it leaves through both links.
         let t = table(3, &[&[0, 1], &[1, 2], &[0], &[1], &[2]]);
         let solved = solve(&t, &[60.0, 60.0, 60.0, 0.0, 0.0], 1000, 1e-9);
-        assert!(solved.loads.iter().all(|load| (load - 60.0).abs() < 1e-3), "{solved:?}");
+        assert!(
+            solved.loads.iter().all(|load| (load - 60.0).abs() < 1e-3),
+            "{solved:?}"
+        );
         assert!((solved.certificate - 60.0).abs() < 1e-3);
     }
 
@@ -537,7 +561,10 @@ mod tests {
         let t = table(4, &[&[0, 1, 2, 3]]);
         let mut splitter = Splitter::new();
         // 8 rows fill one copy: the one with the least load; 9 rows fill two.
-        assert_eq!(splitter.split(&t, &[8], &[3.0, 2.0, 1.0, 4.0]).unwrap(), [0, 0, 8, 0]);
+        assert_eq!(
+            splitter.split(&t, &[8], &[3.0, 2.0, 1.0, 4.0]).unwrap(),
+            [0, 0, 8, 0]
+        );
         assert_eq!(splitter.split(&t, &[9], &[0.0; 4]).unwrap(), [5, 4, 0, 0]);
         assert_eq!(splitter.split(&t, &[32], &[0.0; 4]).unwrap(), [8, 8, 8, 8]);
     }
@@ -549,7 +576,10 @@ mod tests {
         let base = [0.0, f64::INFINITY];
         assert_eq!(splitter.split(&t, &[100, 5], &base).unwrap(), [100, 0, 5]);
         assert_eq!(splitter.split(&t, &[3, 0], &base).unwrap(), [3, 0, 0]);
-        assert_eq!(splitter.split(&t, &[40, 0], &[f64::NAN; 2]).unwrap(), [20, 20, 0]);
+        assert_eq!(
+            splitter.split(&t, &[40, 0], &[f64::NAN; 2]).unwrap(),
+            [20, 20, 0]
+        );
     }
 
     #[test]
@@ -558,15 +588,23 @@ mod tests {
         let mut splitter = Splitter::new();
         assert_eq!(
             splitter.split(&t, &[1], &[0.0; 2]),
-            Err(SplitError::Experts { found: 1, expected: 2 })
+            Err(SplitError::Experts {
+                found: 1,
+                expected: 2
+            })
         );
         assert_eq!(
             splitter.split(&t, &[1, 0], &[0.0]),
-            Err(SplitError::Ranks { found: 1, expected: 2 })
+            Err(SplitError::Ranks {
+                found: 1,
+                expected: 2
+            })
         );
         assert_eq!(
             splitter.split(&t, &[1, 1], &[0.0; 2]),
-            Err(SplitError::NoCopy { expert: ExpertId(1) })
+            Err(SplitError::NoCopy {
+                expert: ExpertId(1)
+            })
         );
     }
 }

@@ -45,14 +45,29 @@ pub(crate) fn from_scratch(
     let counts = counts(w, room.total(), room.ranks.len());
     let packed = pack(w, &counts, &room.slots);
     let most_copies = counts.iter().copied().max().unwrap_or(0);
-    let mut steps = vec![Step::Pack { most_copies, deferred: packed.deferred }];
+    let mut steps = vec![Step::Pack {
+        most_copies,
+        deferred: packed.deferred,
+    }];
     let mut layer = packed.layer;
     let scratch = layer.clone();
-    improve(&mut layer, &scratch, w, target(&scratch, w), usize::MAX >> 1);
-    steps.push(Step::Improve { copies: layer.moved_from(&scratch) });
+    improve(
+        &mut layer,
+        &scratch,
+        w,
+        target(&scratch, w),
+        usize::MAX >> 1,
+    );
+    steps.push(Step::Improve {
+        copies: layer.moved_from(&scratch),
+    });
     let before = layer.components();
     let swaps = connect(&mut layer, &scratch, w, usize::MAX >> 1);
-    steps.push(Step::Connect { swaps, before, after: layer.components() });
+    steps.push(Step::Connect {
+        swaps,
+        before,
+        after: layer.components(),
+    });
     for _ in 0..MOST_POLISH {
         let q0 = best_balance(&layer, room, w);
         if q0 >= threshold {
@@ -79,7 +94,10 @@ pub(crate) fn from_survivors(survivors: &Layer, room: &Room, w: &[f64]) -> Homes
     let filled = fill(&mut layer, w, &room.slots);
     let mut steps = Vec::new();
     if done.orphans + done.dropped > 0 {
-        steps.push(Step::Repair { orphans: done.orphans, dropped: done.dropped });
+        steps.push(Step::Repair {
+            orphans: done.orphans,
+            dropped: done.dropped,
+        });
     }
     if filled > 0 {
         steps.push(Step::Fill { copies: filled });
@@ -112,7 +130,8 @@ pub(crate) fn lazy(
             best = Some((q1, homes));
         }
     }
-    best.filter(|(q1, _)| *q1 > q0 + LEAST_GAIN).map(|(_, homes)| homes)
+    best.filter(|(q1, _)| *q1 > q0 + LEAST_GAIN)
+        .map(|(_, homes)| homes)
 }
 
 fn improve_then_connect(origin: &Layer, w: &[f64], share: usize, limit: usize) -> Homes {
@@ -126,7 +145,11 @@ fn improve_then_connect(origin: &Layer, w: &[f64], share: usize, limit: usize) -
         steps.push(Step::Improve { copies });
     }
     if swaps > 0 {
-        steps.push(Step::Connect { swaps, before, after: layer.components() });
+        steps.push(Step::Connect {
+            swaps,
+            before,
+            after: layer.components(),
+        });
     }
     Homes { layer, steps }
 }

@@ -80,7 +80,11 @@ pub(crate) fn may_move(best: f64, resting: bool, settings: &Settings) -> Result<
 
 /// What is left for a layer that does not move.
 pub(crate) fn without_move(in_force: f64, best: f64) -> Verdict {
-    if in_force < best - STALE { Verdict::Reweigh } else { Verdict::Keep }
+    if in_force < best - STALE {
+        Verdict::Reweigh
+    } else {
+        Verdict::Keep
+    }
 }
 
 #[cfg(test)]
@@ -89,14 +93,24 @@ mod tests {
 
     #[test]
     fn a_layer_rests_two_windows_unless_it_is_urgent() {
-        let settings = Settings { threshold: 0.97, max_moves_per_layer: 4 };
+        let settings = Settings {
+            threshold: 0.97,
+            max_moves_per_layer: 4,
+        };
         let mut history = History::default();
         history.fit(1);
         assert_eq!(may_move(0.95, history.resting(0), &settings), Ok(()));
         history.passed(0, true);
         for _ in 0..2 {
-            assert_eq!(may_move(0.95, history.resting(0), &settings), Err(Because::Resting));
-            assert_eq!(may_move(0.91, history.resting(0), &settings), Ok(()), "urgent");
+            assert_eq!(
+                may_move(0.95, history.resting(0), &settings),
+                Err(Because::Resting)
+            );
+            assert_eq!(
+                may_move(0.91, history.resting(0), &settings),
+                Ok(()),
+                "urgent"
+            );
             history.passed(0, false);
         }
         assert_eq!(may_move(0.95, history.resting(0), &settings), Ok(()));

@@ -76,20 +76,28 @@ pub fn next(view: &ClusterView<'_>) -> Action {
 #[must_use]
 pub fn highest_epoch(view: &ClusterView<'_>) -> Epoch {
     let placements = view.target.into_iter().chain(view.active).map(|p| p.epoch);
-    let acks = view.acks.values().map(|a| a.prepared.max(a.serving).max(a.drained));
+    let acks = view
+        .acks
+        .values()
+        .map(|a| a.prepared.max(a.serving).max(a.drained));
     placements.chain(acks).max().unwrap_or_default()
 }
 
 fn prepare(view: &ClusterView<'_>, target: &Placement) -> Action {
-    let unprepared = target
-        .ranks
-        .iter()
-        .filter(|rank| view.acks.get(rank).is_none_or(|ack| ack.prepared != target.epoch));
+    let unprepared = target.ranks.iter().filter(|rank| {
+        view.acks
+            .get(rank)
+            .is_none_or(|ack| ack.prepared != target.epoch)
+    });
     let unprepared: BTreeSet<Rank> = unprepared.copied().collect();
     if !unprepared.is_empty() {
         return wait_or(unprepared, Until::Prepared, Action::Settled);
     }
-    wait_or(view.using_older(), Until::Drained, Action::Activate(target.epoch))
+    wait_or(
+        view.using_older(),
+        Until::Drained,
+        Action::Activate(target.epoch),
+    )
 }
 
 fn wait_or(on: BTreeSet<Rank>, until: Until, done: Action) -> Action {
@@ -199,7 +207,13 @@ mod tests {
     fn waits_for_the_unprepared_and_then_activates() {
         let first = plan(1, 0, &[0, 1]);
         let case = Case::new(&[(0, ack(1, 0, 0)), (1, ack(0, 0, 0))]).target(first.clone());
-        assert_eq!(case.next(), Action::Wait { on: ranks(&[1]), until: Until::Prepared });
+        assert_eq!(
+            case.next(),
+            Action::Wait {
+                on: ranks(&[1]),
+                until: Until::Prepared
+            }
+        );
         let case = Case::new(&[(0, ack(1, 0, 0)), (1, ack(1, 0, 0))]).target(first);
         assert_eq!(case.next(), Action::Activate(Epoch(1)));
         assert_eq!(Case::new(&[]).next(), Action::Plan);
@@ -210,7 +224,12 @@ mod tests {
         let case = Case::new(&[(0, ack(2, 1, 0))])
             .active(plan(1, 0, &[0, 1]))
             .target(plan(2, 1, &[0, 1]));
-        assert_eq!(case.next(), Action::Replan { without: ranks(&[1]) });
+        assert_eq!(
+            case.next(),
+            Action::Replan {
+                without: ranks(&[1])
+            }
+        );
         // The repair does without the dead rank: that the active one counts on it does not matter any more.
         let case = Case::new(&[(0, ack(3, 1, 0))])
             .active(plan(1, 0, &[0, 1]))
@@ -220,16 +239,31 @@ mod tests {
 
     #[test]
     fn the_parent_drains_before_anything_new() {
-        let case = Case::new(&[(0, ack(2, 2, 1)), (1, ack(2, 2, 0))]).active(plan(2, 1, &[0, 1]));
-        assert_eq!(case.next(), Action::Wait { on: ranks(&[1]), until: Until::Drained });
+        let case =
+            Case::new(&[(0, ack(2, 2, 1)), (1, ack(2, 2, 0))]).active(plan(2, 1, &[0, 1]));
+        assert_eq!(
+            case.next(),
+            Action::Wait {
+                on: ranks(&[1]),
+                until: Until::Drained
+            }
+        );
         let case = Case::new(&[(0, ack(3, 2, 1)), (1, ack(3, 2, 0))])
             .active(plan(2, 1, &[0, 1]))
             .target(plan(3, 2, &[0, 1]));
-        assert_eq!(case.next(), Action::Wait { on: ranks(&[1]), until: Until::Drained });
-        let case = Case::new(&[(0, ack(2, 2, 1)), (1, ack(2, 2, 1))]).active(plan(2, 1, &[0, 1]));
+        assert_eq!(
+            case.next(),
+            Action::Wait {
+                on: ranks(&[1]),
+                until: Until::Drained
+            }
+        );
+        let case =
+            Case::new(&[(0, ack(2, 2, 1)), (1, ack(2, 2, 1))]).active(plan(2, 1, &[0, 1]));
         assert_eq!(case.next(), Action::Settled);
         // A worker that serves nothing uses nothing.
-        let case = Case::new(&[(0, ack(2, 2, 1)), (1, ack(0, 0, 0))]).active(plan(2, 1, &[0, 1]));
+        let case =
+            Case::new(&[(0, ack(2, 2, 1)), (1, ack(0, 0, 0))]).active(plan(2, 1, &[0, 1]));
         assert_eq!(case.next(), Action::Settled);
     }
 
@@ -238,6 +272,11 @@ mod tests {
         let case = Case::new(&[(0, ack(2, 2, 1))])
             .active(plan(2, 1, &[0]))
             .target(plan(3, 1, &[0]));
-        assert_eq!(case.next(), Action::Replan { without: BTreeSet::new() });
+        assert_eq!(
+            case.next(),
+            Action::Replan {
+                without: BTreeSet::new()
+            }
+        );
     }
 }

@@ -104,7 +104,11 @@ impl Member {
         };
         let mut fetch = missing(&self.active);
         let first: BTreeSet<Item> = fetch.iter().copied().collect();
-        fetch.extend(missing(&self.target).into_iter().filter(|i| !first.contains(i)));
+        fetch.extend(
+            missing(&self.target)
+                .into_iter()
+                .filter(|i| !first.contains(i)),
+        );
         Orders {
             fetch,
             abandon: view.fetching.difference(&needed).copied().collect(),
@@ -131,7 +135,11 @@ impl Member {
         match view.target.filter(|target| target.epoch > known) {
             None => self.target = None,
             Some(target) => {
-                if self.target.as_ref().is_none_or(|held| held.epoch != target.epoch) {
+                if self
+                    .target
+                    .as_ref()
+                    .is_none_or(|held| held.epoch != target.epoch)
+                {
                     self.target = Some(Held::of(target, self.rank));
                 }
             }
@@ -144,7 +152,12 @@ impl Member {
             .flatten()
             .find(|held| held.items.is_subset(view.resident))
             .map_or(Epoch(0), |held| held.epoch);
-        let oldest = view.in_use.first().copied().unwrap_or(view.serving).min(view.serving);
+        let oldest = view
+            .in_use
+            .first()
+            .copied()
+            .unwrap_or(view.serving)
+            .min(view.serving);
         Ack {
             prepared,
             serving: view.serving,
@@ -157,17 +170,17 @@ impl Member {
         let Some(active) = &self.active else {
             return;
         };
-        let everybody: BTreeSet<Rank> = view
-            .alive
-            .iter()
-            .copied()
-            .chain([self.rank])
-            .collect();
+        let everybody: BTreeSet<Rank> = view.alive.iter().copied().chain([self.rank]).collect();
         // A live rank of the active placement that acknowledges nothing counts against the release as well: it
         // may be on its way back, and until it holds its experts the parent's copies stand in for them.
         let lowest = everybody.iter().map(|rank| {
-            let ack = if *rank == self.rank { Some(&own) } else { view.acks.get(rank) };
-            ack.filter(|ack| ack.serving >= active.epoch).map(|ack| ack.drained)
+            let ack = if *rank == self.rank {
+                Some(&own)
+            } else {
+                view.acks.get(rank)
+            };
+            ack.filter(|ack| ack.serving >= active.epoch)
+                .map(|ack| ack.drained)
         });
         let Some(drained) = lowest.min().flatten() else {
             return;
@@ -176,8 +189,14 @@ impl Member {
     }
 
     fn needed(&self) -> BTreeSet<Item> {
-        let now = [&self.active, &self.target].into_iter().flatten().map(|h| &h.items);
-        now.chain(self.retained.values()).flatten().copied().collect()
+        let now = [&self.active, &self.target]
+            .into_iter()
+            .flatten()
+            .map(|h| &h.items);
+        now.chain(self.retained.values())
+            .flatten()
+            .copied()
+            .collect()
     }
 
     fn switch_to(&self, view: &MemberView<'_>) -> Option<Epoch> {
@@ -210,7 +229,9 @@ mod tests {
     /// One layer of two experts; `homes[i]` are the experts of rank i.
     fn plan(epoch: u64, homes: &[&[u32]]) -> Placement {
         let ranks: Vec<Rank> = (0..homes.len() as u32).map(Rank).collect();
-        let slots = homes.iter().map(|h| h.iter().copied().map(ExpertId).collect());
+        let slots = homes
+            .iter()
+            .map(|h| h.iter().copied().map(ExpertId).collect());
         Placement {
             epoch: Epoch(epoch),
             parent: Epoch(epoch - 1),
@@ -301,7 +322,10 @@ mod tests {
         assert_eq!(orders.ack, ack(2, 2, 1));
         assert!(orders.release.is_empty(), "rank 1 still calls epoch 1");
         world.acks.insert(Rank(1), ack(2, 2, 0));
-        assert!(world.step(&mut member).release.is_empty(), "rank 1 has not drained");
+        assert!(
+            world.step(&mut member).release.is_empty(),
+            "rank 1 has not drained"
+        );
         world.acks.insert(Rank(1), ack(2, 2, 1));
         let orders = world.step(&mut member);
         assert_eq!(orders.release, [item(0)]);
@@ -322,7 +346,10 @@ mod tests {
         assert_eq!((orders.ack, orders.switch_to), (ack(0, 0, 0), None));
         world.resident.insert(item(1));
         let orders = world.step(&mut member);
-        assert_eq!((orders.ack, orders.switch_to), (ack(4, 0, 0), Some(Epoch(4))));
+        assert_eq!(
+            (orders.ack, orders.switch_to),
+            (ack(4, 0, 0), Some(Epoch(4)))
+        );
     }
 
     #[test]
@@ -339,7 +366,10 @@ mod tests {
         assert_eq!(world.step(&mut member).ack.prepared, Epoch(4));
         world.target = Some(plan(5, &[&[0], &[1]]));
         let orders = world.step(&mut member);
-        assert_eq!((orders.ack.prepared, orders.release), (Epoch(5), vec![item(1)]));
+        assert_eq!(
+            (orders.ack.prepared, orders.release),
+            (Epoch(5), vec![item(1)])
+        );
         world.active = Some(plan(2, &[&[1], &[0]]));
         world.resident.remove(&item(1));
         let orders = world.step(&mut member);
