@@ -2,6 +2,8 @@
 
 use serde_json::Value;
 
+use foregate_api::model::Family;
+
 use super::SpecError;
 use super::fields::{Fields, refuse, shorten};
 
@@ -102,9 +104,22 @@ fn neutral() -> [(&'static str, Value, &'static str); 12] {
     ]
 }
 
+/// Fields that some of a family's configurations repeat although its architecture fixes them.
+fn fixed(family: Family) -> Vec<(&'static str, Value, &'static str)> {
+    const OTHER: &str = "this variant of the family is not supported";
+    match family {
+        Family::Qwen3Moe => vec![
+            ("qkv_bias", Value::from(false), OTHER),
+            ("shared_expert_intermediate_size", Value::from(0), OTHER),
+            ("use_qk_norm", Value::from(true), OTHER),
+        ],
+        Family::Qwen2Moe | Family::Mixtral | Family::Olmoe => Vec::new(),
+    }
+}
+
 /// Refuses what would switch on a computation that this crate's users do not have.
-pub(super) fn refuse_active(fields: &mut Fields<'_>) -> Result<(), SpecError> {
-    for (name, wanted, remedy) in neutral() {
+pub(super) fn refuse_active(fields: &mut Fields<'_>, family: Family) -> Result<(), SpecError> {
+    for (name, wanted, remedy) in neutral().into_iter().chain(fixed(family)) {
         if let Some(value) = fields.value(name)
             && *value != wanted
         {

@@ -69,7 +69,7 @@ fn object(bytes: &[u8]) -> Result<Value, SpecError> {
 fn from_values(config: &Value, generation: Option<&Value>) -> Result<ModelSpec, SpecError> {
     let mut fields = Fields::new(config);
     let family = family(&mut fields)?;
-    harmless::refuse_active(&mut fields)?;
+    harmless::refuse_active(&mut fields, family)?;
     let shape = families::Shape::read(&mut fields, family)?;
     let format = format(&mut fields)?;
     let tokens = tokens::read(&mut fields, generation, shape.vocab)?;

@@ -254,6 +254,10 @@ fn neutral_values_of_unsupported_fields_are_fine() {
             );
         }
     }
+    // As `Qwen/Qwen3-Coder-30B-A3B-Instruct` has them.
+    let coder = with(qwen3(), "qkv_bias", json!(false));
+    let coder = with(coder, "shared_expert_intermediate_size", json!(0));
+    assert!(parse_value(&with(coder, "use_qk_norm", json!(true))).is_ok());
     let types = vec!["full_attention"; 24];
     assert!(parse_value(&with(qwen2(), "layer_types", json!(types))).is_ok());
 }
@@ -352,6 +356,14 @@ fn what_would_change_the_computation_is_refused_by_name() {
         (0, "n_group", json!(4), "n_group"),
         (0, "logit_scale", json!(0.5), "logit_scale"),
         (2, "qkv_bias", json!(true), "qkv_bias"),
+        (0, "qkv_bias", json!(true), "qkv_bias"),
+        (0, "use_qk_norm", json!(false), "use_qk_norm"),
+        (
+            0,
+            "shared_expert_intermediate_size",
+            json!(64),
+            "shared_expert_intermediate_size",
+        ),
     ];
     for (at, name, value, field) in cases {
         let result = parse_value(&with(base[at].clone(), name, value.clone()));
