@@ -47,7 +47,12 @@ pub struct ApiError {
 }
 
 impl ApiError {
-    fn new(status: StatusCode, kind: &'static str, reason: &'static str, message: String) -> Self {
+    fn new(
+        status: StatusCode,
+        kind: &'static str,
+        reason: &'static str,
+        message: String,
+    ) -> Self {
         Self {
             status,
             kind,
@@ -158,7 +163,11 @@ impl ApiError {
     }
 
     /// 429 with `Retry-After`.
-    pub fn overloaded(reason: &'static str, message: impl Into<String>, retry_after: u64) -> Self {
+    pub fn overloaded(
+        reason: &'static str,
+        message: impl Into<String>,
+        retry_after: u64,
+    ) -> Self {
         let mut error = Self::new(
             StatusCode::TOO_MANY_REQUESTS,
             "rate_limit_error",
@@ -238,9 +247,7 @@ impl IntoResponse for ApiError {
         if let Some(seconds) = self.retry_after {
             headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }
-        response
-            .extensions_mut()
-            .insert(Rejection(self.reason));
+        response.extensions_mut().insert(Rejection(self.reason));
         response
     }
 }

@@ -9,21 +9,44 @@
 
 #![forbid(unsafe_code)]
 
+use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use foregate_api::node::GatewayConfig;
+use foregate_store::coord::Coord;
 use foregate_store::kv::Store;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
+pub mod admission;
 pub mod clock;
 pub mod error;
+pub mod generate;
 pub mod http;
+pub mod metrics;
 pub mod output;
 pub mod prompt;
 pub mod random;
+pub mod route;
+pub mod signature;
+pub mod trace;
+pub mod upstream;
+pub mod view;
 
 pub use error::{ApiError, GatewayError};
+
+use admission::Admission;
+use generate::Runner;
+use http::Gateway;
+use metrics::Metrics;
+use prompt::Prompter;
+use upstream::{Loads, Upstream};
+use view::Views;
+
+/// Longest time that requests in work may take after `shutdown`.
+const DRAIN: Duration = Duration::from_secs(30);
 
 /// What a gateway needs from its composition root.
 #[derive(Debug)]
@@ -42,11 +65,114 @@ pub struct Deps {
     pub shutdown: CancellationToken,
 }
 
-/// Serves HTTP until `shutdown`, then drains.
+/// Serves HTTP until `shutdown`, then refuses new requests and finishes those in work (for 30 s at most).
 ///
 /// # Errors
 /// Settings or files that cannot work, found before the first request; a broken listener.
 pub async fn run(deps: Deps) -> Result<(), GatewayError> {
-    let _ = &deps;
+    let Deps {
+        cluster,
+        config,
+        listener,
+        store,
+        registry,
+        shutdown,
+    } = deps;
+    check(&config)?;
+    let model_dir = config.model_dir.clone();
+    let prompter = tokio::task::spawn_blocking(move || Prompter::load(Path::new(&model_dir)))
+        .await
+        .map_err(std::io::Error::other)??;
+    let name = config
+        .served_names
+        .first()
+        .map_or("default", String::as_str);
+    let metrics = Arc::new(Metrics::new(registry, name)?);
+    let views = Arc::new(Views::default());
+    let loads = Arc::new(Loads::default());
+
+    // The view outlives the requests in work: they may still have to find another worker.
+    let ended = CancellationToken::new();
+    let _end = ended.clone().drop_guard();
+    let tasks = TaskTracker::new();
+    let states = Coord::new(store, &cluster).watch_cluster(ended.clone());
+    tasks.spawn({
+        let (views, loads, metrics) =
+            (Arc::clone(&views), Arc::clone(&loads), Arc::clone(&metrics));
+        let ended = ended.clone();
+        async move { views.follow(states, &loads, &metrics, ended).await }
+    });
+
+    let gateway = Arc::new(gateway(config, prompter, views, loads, metrics, &shutdown));
+    let server = axum::serve(listener, http::router(gateway))
+        .with_graceful_shutdown(shutdown.clone().cancelled_owned());
+    let served = tokio::select! {
+        served = async { server.await } => served,
+        () = async {
+            shutdown.cancelled().await;
+            tokio::time::sleep(DRAIN).await;
+        } => {
+            tracing::warn!("requests in work were cut off after {} s of draining", DRAIN.as_secs());
+            Ok(())
+        }
+    };
+    ended.cancel();
+    tasks.close();
+    tasks.wait().await;
+    Ok(served?)
+}
+
+/// Puts the parts together.
+fn gateway(
+    config: GatewayConfig,
+    prompter: Prompter,
+    views: Arc<Views>,
+    loads: Arc<Loads>,
+    metrics: Arc<Metrics>,
+    shutdown: &CancellationToken,
+) -> Gateway {
+    let router = route::Router::new(config.routing);
+    let upstream = Upstream::new(Arc::clone(&views), loads, router, Arc::clone(&metrics));
+    let runner = Runner {
+        prompter: prompter.clone(),
+        upstream: Arc::new(upstream),
+        metrics: Arc::clone(&metrics),
+    };
+    let admission = Admission::new(
+        config.max_in_flight,
+        config.max_queued,
+        Duration::from_millis(config.queue_timeout_ms),
+        shutdown.clone(),
+    );
+    Gateway {
+        config,
+        prompter,
+        views,
+        admission,
+        runner,
+        metrics,
+        clock: clock::Clock::start(),
+        random: random::Random::default(),
+    }
+}
+
+/// Settings that no request could be served with.
+fn check(config: &GatewayConfig) -> Result<(), GatewayError> {
+    let error = |field, what: &str| GatewayError::Config {
+        field,
+        what: what.to_owned(),
+    };
+    if config.served_names.is_empty() {
+        return Err(error("served_names", "name the model at least once"));
+    }
+    if config.max_in_flight == 0 {
+        return Err(error("max_in_flight", "must be at least 1"));
+    }
+    if config.max_model_len == 0 {
+        return Err(error("max_model_len", "must be at least 1"));
+    }
+    if config.request_timeout_ms == 0 {
+        return Err(error("request_timeout_ms", "must be at least 1"));
+    }
     Ok(())
 }

@@ -50,7 +50,8 @@ pub fn parse_chat(body: &[u8]) -> Result<ChatRequest, ApiError> {
     let mut generation = sampling::parse(&mut fields)?;
     generation.logprobs = logprobs;
     generation.max_tokens = max_tokens;
-    let (add_generation_prompt, add_special_tokens, template_variables) = template(&mut fields)?;
+    let (add_generation_prompt, add_special_tokens, template_variables) =
+        template(&mut fields)?;
     fields.only(
         "modalities",
         |value| value == &Value::from(vec!["text"]),
@@ -108,12 +109,18 @@ pub(super) fn messages(fields: &mut Fields) -> Result<Vec<Message>, ApiError> {
         None => return Err(ApiError::invalid("messages", "`messages` is missing")),
     };
     if list.is_empty() {
-        return Err(ApiError::invalid("messages", "`messages` must not be empty"));
+        return Err(ApiError::invalid(
+            "messages",
+            "`messages` must not be empty",
+        ));
     }
     if list.len() > MAX_MESSAGES {
         return Err(ApiError::invalid(
             "messages",
-            format!("`messages` has {} entries, at most {MAX_MESSAGES} are served", list.len()),
+            format!(
+                "`messages` has {} entries, at most {MAX_MESSAGES} are served",
+                list.len()
+            ),
         ));
     }
     list.into_iter()
@@ -157,7 +164,10 @@ fn role(fields: &mut Fields) -> Result<&'static str, ApiError> {
                 clip(other, 80)
             ),
         )),
-        None => Err(ApiError::invalid(name.clone(), format!("`{name}` is missing"))),
+        None => Err(ApiError::invalid(
+            name.clone(),
+            format!("`{name}` is missing"),
+        )),
     }
 }
 
@@ -174,7 +184,10 @@ fn content(fields: &mut Fields) -> Result<String, ApiError> {
             Ok(texts.join("\n"))
         }
         Some(other) => Err(wrong(&name, "a string or a list of text parts", &other)),
-        None => Err(ApiError::invalid(name.clone(), format!("`{name}` is missing"))),
+        None => Err(ApiError::invalid(
+            name.clone(),
+            format!("`{name}` is missing"),
+        )),
     }
 }
 
@@ -189,10 +202,18 @@ fn text_part(path: String, value: Value) -> Result<String, ApiError> {
         Some(other) => {
             return Err(ApiError::unsupported(
                 kind,
-                format!("content of type `{}` is not supported: only text is", clip(other, 80)),
+                format!(
+                    "content of type `{}` is not supported: only text is",
+                    clip(other, 80)
+                ),
             ));
         }
-        None => return Err(ApiError::invalid(kind.clone(), format!("`{kind}` is missing"))),
+        None => {
+            return Err(ApiError::invalid(
+                kind.clone(),
+                format!("`{kind}` is missing"),
+            ));
+        }
     }
     let name = fields.name("text");
     let text = fields
@@ -221,7 +242,9 @@ fn max_tokens(fields: &mut Fields) -> Result<Option<u32>, ApiError> {
     match (old, new) {
         (Some(old), Some(new)) if old != new => Err(ApiError::invalid(
             "max_completion_tokens",
-            format!("`max_tokens` ({old}) and `max_completion_tokens` ({new}) differ: send one"),
+            format!(
+                "`max_tokens` ({old}) and `max_completion_tokens` ({new}) differ: send one"
+            ),
         )),
         (old, new) => Ok(new.or(old)),
     }

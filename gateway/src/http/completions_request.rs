@@ -82,7 +82,11 @@ fn prompts(fields: &mut Fields) -> Result<Vec<PromptInput>, ApiError> {
         Some(Value::String(text)) => return Ok(vec![PromptInput::Text(text)]),
         Some(Value::Array(list)) => list,
         Some(other) => {
-            return Err(wrong("prompt", "a string, a list of strings, a list of token ids or a list of those", &other));
+            return Err(wrong(
+                "prompt",
+                "a string, a list of strings, a list of token ids or a list of those",
+                &other,
+            ));
         }
     };
     if list.is_empty() {
@@ -94,7 +98,10 @@ fn prompts(fields: &mut Fields) -> Result<Vec<PromptInput>, ApiError> {
     if list.len() > MAX_PROMPTS {
         return Err(ApiError::invalid(
             "prompt",
-            format!("`prompt` has {} entries, at most {MAX_PROMPTS} are served", list.len()),
+            format!(
+                "`prompt` has {} entries, at most {MAX_PROMPTS} are served",
+                list.len()
+            ),
         ));
     }
     list.into_iter()

@@ -14,8 +14,9 @@ pub(super) struct Fields {
 impl Fields {
     /// The body of a request. Never panics: depth is limited by the JSON reader (128).
     pub(super) fn body(bytes: &[u8]) -> Result<Self, ApiError> {
-        let value: Value = serde_json::from_slice(bytes)
-            .map_err(|error| ApiError::malformed(format!("the body is not valid JSON: {error}")))?;
+        let value: Value = serde_json::from_slice(bytes).map_err(|error| {
+            ApiError::malformed(format!("the body is not valid JSON: {error}"))
+        })?;
         match value {
             Value::Object(map) => Ok(Self {
                 path: String::new(),
@@ -215,8 +216,10 @@ pub(super) fn token_ids(name: &str, list: &[Value]) -> Result<Vec<u32>, ApiError
                 .ok_or_else(|| {
                     ApiError::invalid(
                         name,
-                        format!("`{name}[{at}]` must be a token id (an integer from 0), not {}",
-                            clip(&value.to_string(), 80)),
+                        format!(
+                            "`{name}[{at}]` must be a token id (an integer from 0), not {}",
+                            clip(&value.to_string(), 80)
+                        ),
                     )
                 })
         })

@@ -82,20 +82,26 @@ pub(super) fn parse(fields: &mut Fields) -> Result<Generation, ApiError> {
         min_p: fields.number("min_p", 0.0, 1.0)?.unwrap_or(0.0),
         repetition_penalty: repetition_penalty(fields)?,
         presence_penalty: fields.number("presence_penalty", -2.0, 2.0)?.unwrap_or(0.0),
-        frequency_penalty: fields.number("frequency_penalty", -2.0, 2.0)?.unwrap_or(0.0),
+        frequency_penalty: fields
+            .number("frequency_penalty", -2.0, 2.0)?
+            .unwrap_or(0.0),
         logit_bias: logit_bias(fields)?,
         seed: seed(fields)?,
         n,
         stop: stop(fields)?,
         stop_token_ids: fields.token_ids("stop_token_ids")?.unwrap_or_default(),
         ignore_eos: fields.boolean("ignore_eos")?.unwrap_or(false),
-        include_stop: fields.boolean("include_stop_str_in_output")?.unwrap_or(false),
+        include_stop: fields
+            .boolean("include_stop_str_in_output")?
+            .unwrap_or(false),
         skip_special_tokens: fields.boolean("skip_special_tokens")?.unwrap_or(true),
         logprobs: None,
         prompt_logprobs: fields.count("prompt_logprobs", 0, MAX_LOGPROBS)?,
         return_token_ids: fields.boolean("return_token_ids")?.unwrap_or(false),
         return_routed_experts: fields.boolean("return_routed_experts")?.unwrap_or(false),
-        tokens_as_ids: fields.boolean("return_tokens_as_token_ids")?.unwrap_or(false),
+        tokens_as_ids: fields
+            .boolean("return_tokens_as_token_ids")?
+            .unwrap_or(false),
         stream,
         include_usage: stream_options(fields, stream)?,
     };
@@ -149,7 +155,11 @@ fn harmless(fields: &mut Fields, n: u32) -> Result<(), ApiError> {
         |value| value == &Value::Bool(true),
         "send true or nothing",
     )?;
-    fields.only("priority", |value| value.as_i64() == Some(0), "send 0 or nothing")?;
+    fields.only(
+        "priority",
+        |value| value.as_i64() == Some(0),
+        "send 0 or nothing",
+    )?;
     fields.only("tools", empty, "tools are not served")?;
     fields.only("functions", empty, "tools are not served")?;
     fields.only(
@@ -157,7 +167,11 @@ fn harmless(fields: &mut Fields, n: u32) -> Result<(), ApiError> {
         |value| matches!(value.as_str(), Some("none" | "auto")),
         "tools are not served, send \"none\" or nothing",
     )?;
-    fields.only("parallel_tool_calls", Value::is_boolean, "tools are not served")
+    fields.only(
+        "parallel_tool_calls",
+        Value::is_boolean,
+        "tools are not served",
+    )
 }
 
 fn top_p(fields: &mut Fields) -> Result<f32, ApiError> {
@@ -173,12 +187,16 @@ fn top_p(fields: &mut Fields) -> Result<f32, ApiError> {
 
 /// -1 and 0 both mean "off", as in vLLM.
 fn top_k(fields: &mut Fields) -> Result<u32, ApiError> {
-    let top_k = fields.integer("top_k", -1, i64::from(u32::MAX))?.unwrap_or(0);
+    let top_k = fields
+        .integer("top_k", -1, i64::from(u32::MAX))?
+        .unwrap_or(0);
     Ok(u32::try_from(top_k).unwrap_or(0))
 }
 
 fn repetition_penalty(fields: &mut Fields) -> Result<f32, ApiError> {
-    let penalty = fields.number("repetition_penalty", 0.0, 100.0)?.unwrap_or(1.0);
+    let penalty = fields
+        .number("repetition_penalty", 0.0, 100.0)?
+        .unwrap_or(1.0);
     if penalty > 0.0 {
         return Ok(penalty);
     }
@@ -223,11 +241,17 @@ fn stop(fields: &mut Fields) -> Result<Vec<String>, ApiError> {
     if stops.len() > MAX_STOPS {
         return Err(ApiError::invalid(
             "stop",
-            format!("`stop` has {} strings, at most {MAX_STOPS} are served", stops.len()),
+            format!(
+                "`stop` has {} strings, at most {MAX_STOPS} are served",
+                stops.len()
+            ),
         ));
     }
     if stops.iter().any(String::is_empty) {
-        return Err(ApiError::invalid("stop", "`stop` must not have an empty string"));
+        return Err(ApiError::invalid(
+            "stop",
+            "`stop` must not have an empty string",
+        ));
     }
     if stops.iter().any(|text| text.len() > MAX_STOP_BYTES) {
         return Err(ApiError::invalid(
@@ -243,13 +267,20 @@ fn logit_bias(fields: &mut Fields) -> Result<BTreeMap<u32, f32>, ApiError> {
         None => return Ok(BTreeMap::new()),
         Some(Value::Object(map)) => map,
         Some(other) => {
-            return Err(wrong("logit_bias", "an object of token id to number", &other));
+            return Err(wrong(
+                "logit_bias",
+                "an object of token id to number",
+                &other,
+            ));
         }
     };
     if map.len() > 1024 {
         return Err(ApiError::invalid(
             "logit_bias",
-            format!("`logit_bias` has {} tokens, at most 1024 are served", map.len()),
+            format!(
+                "`logit_bias` has {} tokens, at most 1024 are served",
+                map.len()
+            ),
         ));
     }
     map.iter()
@@ -257,10 +288,16 @@ fn logit_bias(fields: &mut Fields) -> Result<BTreeMap<u32, f32>, ApiError> {
             let id = token.parse::<u32>().map_err(|_| {
                 ApiError::invalid(
                     "logit_bias",
-                    format!("`logit_bias` has the key `{}`, which is no token id", clip(token, 80)),
+                    format!(
+                        "`logit_bias` has the key `{}`, which is no token id",
+                        clip(token, 80)
+                    ),
                 )
             })?;
-            Ok((id, number(&format!("logit_bias.{id}"), bias, -100.0, 100.0)?))
+            Ok((
+                id,
+                number(&format!("logit_bias.{id}"), bias, -100.0, 100.0)?,
+            ))
         })
         .collect()
 }

@@ -58,12 +58,13 @@ pub fn parse_tokenize(body: &[u8]) -> Result<TokenizeRequest, ApiError> {
             fields.boolean("add_special_tokens")?.unwrap_or(true),
         ),
         None => {
-            let messages = messages(&mut fields).map_err(|error| match error.param.as_deref() {
-                Some("messages") if error.message.ends_with("missing") => {
-                    ApiError::invalid("prompt", "send `prompt` or `messages`")
-                }
-                _ => error,
-            })?;
+            let messages =
+                messages(&mut fields).map_err(|error| match error.param.as_deref() {
+                    Some("messages") if error.message.ends_with("missing") => {
+                        ApiError::invalid("prompt", "send `prompt` or `messages`")
+                    }
+                    _ => error,
+                })?;
             let (add_generation_prompt, special, template_variables) = template(&mut fields)?;
             let chat = TokenizeInput::Chat {
                 messages,

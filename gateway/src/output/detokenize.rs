@@ -131,7 +131,10 @@ mod tests {
     fn no_half_character_is_sent() {
         let text = "😀é漢字🏳️‍🌈 ok";
         let ids = demo().encode("prompt", text, false).unwrap();
-        assert!(ids.len() > text.chars().count(), "the demo splits these into bytes");
+        assert!(
+            ids.len() > text.chars().count(),
+            "the demo splits these into bytes"
+        );
         let pieces = pieces(&ids);
         assert!(pieces.iter().all(|piece| !piece.contains('\u{fffd}')));
         assert_eq!(pieces.concat(), text);
@@ -153,7 +156,10 @@ mod tests {
         let bad = vec![lone[lone.len() - 1]; 200];
         let pieces = pieces(&bad);
         assert!(pieces[..100].iter().any(|piece| !piece.is_empty()));
-        assert_eq!(pieces.concat(), demo().decode("tokens", &bad, true).unwrap());
+        assert_eq!(
+            pieces.concat(),
+            demo().decode("tokens", &bad, true).unwrap()
+        );
     }
 
     proptest! {

@@ -112,10 +112,22 @@ mod tests {
 
     #[test]
     fn stops_over_borders_and_the_first_one_wins() {
-        assert_eq!(run(&["a#", "#", "b"], &["##"], false), ("a".into(), Some("##".into())));
-        assert_eq!(run(&["a#", "#b"], &["##"], true), ("a##".into(), Some("##".into())));
-        assert_eq!(run(&["xyz"], &["z", "xy"], false), (String::new(), Some("xy".into())));
-        assert_eq!(run(&["né", "e"], &["ée"], false), ("n".into(), Some("ée".into())));
+        assert_eq!(
+            run(&["a#", "#", "b"], &["##"], false),
+            ("a".into(), Some("##".into()))
+        );
+        assert_eq!(
+            run(&["a#", "#b"], &["##"], true),
+            ("a##".into(), Some("##".into()))
+        );
+        assert_eq!(
+            run(&["xyz"], &["z", "xy"], false),
+            (String::new(), Some("xy".into()))
+        );
+        assert_eq!(
+            run(&["né", "e"], &["ée"], false),
+            ("n".into(), Some("ée".into()))
+        );
     }
 
     proptest! {

@@ -109,9 +109,9 @@ impl Prompter {
     /// 400 if the model has no tokenizer or the text cannot be encoded.
     pub fn encode(&self, param: &str, text: &str, special: bool) -> Result<Vec<u32>, ApiError> {
         let tokenizer = self.tokenizer().ok_or_else(|| no_tokenizer(param))?;
-        let encoding = tokenizer
-            .encode_fast(text, special)
-            .map_err(|error| ApiError::invalid(param, format!("the text cannot be encoded: {error}")))?;
+        let encoding = tokenizer.encode_fast(text, special).map_err(|error| {
+            ApiError::invalid(param, format!("the text cannot be encoded: {error}"))
+        })?;
         Ok(encoding.get_ids().to_vec())
     }
 
@@ -119,11 +119,16 @@ impl Prompter {
     ///
     /// # Errors
     /// 400 if the model has no tokenizer.
-    pub fn decode(&self, param: &str, ids: &[u32], skip_special: bool) -> Result<String, ApiError> {
+    pub fn decode(
+        &self,
+        param: &str,
+        ids: &[u32],
+        skip_special: bool,
+    ) -> Result<String, ApiError> {
         let tokenizer = self.tokenizer().ok_or_else(|| no_tokenizer(param))?;
-        tokenizer
-            .decode(ids, skip_special)
-            .map_err(|error| ApiError::invalid(param, format!("the tokens cannot be decoded: {error}")))
+        tokenizer.decode(ids, skip_special).map_err(|error| {
+            ApiError::invalid(param, format!("the tokens cannot be decoded: {error}"))
+        })
     }
 
     /// Renders a conversation. `now` is seconds since 1970, for templates that print a date.
@@ -164,7 +169,8 @@ fn text_side(path: &Path, json: &[u8]) -> Result<TextSide, PromptError> {
         path: path.to_owned(),
         what,
     };
-    let mut tokenizer = Tokenizer::from_bytes(json).map_err(|error| parse(error.to_string()))?;
+    let mut tokenizer =
+        Tokenizer::from_bytes(json).map_err(|error| parse(error.to_string()))?;
     // A tokenizer saved during training may cut or fill; serving must do neither in silence.
     tokenizer
         .with_truncation(None)

@@ -90,7 +90,8 @@ mod tests {
     #[test]
     fn writes_what_python_writes() {
         let list = Value::from_iter([Value::from(1), Value::from("a<é\n"), Value::from(())]);
-        let map = Value::from_pairs([("k", list), ("e", Value::from_iter(Vec::<Value>::new()))]);
+        let map =
+            Value::from_pairs([("k", list), ("e", Value::from_iter(Vec::<Value>::new()))]);
         assert_eq!(
             dumps(&map, None).unwrap(),
             r#"{"k": [1, "a<é\n", null], "e": []}"#

@@ -47,9 +47,8 @@ impl ChatTemplate {
             .map_err(|error| error.to_string())?;
         environment.set_syntax(syntax);
         environment.set_auto_escape_callback(|_| AutoEscape::None);
-        environment.set_unknown_method_callback(
-            minijinja_contrib::pycompat::unknown_method_callback,
-        );
+        environment
+            .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_function("raise_exception", |message: String| {
             Err::<Jinja, _>(Error::new(ErrorKind::InvalidOperation, message))
         });
@@ -79,7 +78,11 @@ impl ChatTemplate {
             .iter()
             .map(|(name, text)| (name.clone(), Jinja::from(text)))
             .collect();
-        context.extend(variables.iter().map(|(name, value)| (name.clone(), jinja(value))));
+        context.extend(
+            variables
+                .iter()
+                .map(|(name, value)| (name.clone(), jinja(value))),
+        );
         context.push(("messages".into(), messages.iter().map(message).collect()));
         context.push(("add_generation_prompt".into(), add_generation_prompt.into()));
         context.push((
@@ -226,19 +229,27 @@ fn source(value: &Value) -> Option<String> {
 
 /// `bos_token` and its kind, from both files; a token is a string or an object with `content`.
 fn special(map: &Value, config: &Value) -> Vec<(String, String)> {
-    ["bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"]
-        .into_iter()
-        .filter_map(|name| {
-            let text = |value: &Value| {
-                value
-                    .as_str()
-                    .or_else(|| value["content"].as_str())
-                    .map(str::to_owned)
-            };
-            let text = text(&config[name]).or_else(|| text(&map[name]))?;
-            Some((name.to_owned(), text))
-        })
-        .collect()
+    [
+        "bos_token",
+        "eos_token",
+        "unk_token",
+        "pad_token",
+        "sep_token",
+        "cls_token",
+        "mask_token",
+    ]
+    .into_iter()
+    .filter_map(|name| {
+        let text = |value: &Value| {
+            value
+                .as_str()
+                .or_else(|| value["content"].as_str())
+                .map(str::to_owned)
+        };
+        let text = text(&config[name]).or_else(|| text(&map[name]))?;
+        Some((name.to_owned(), text))
+    })
+    .collect()
 }
 
 #[cfg(test)]
@@ -272,15 +283,27 @@ mod tests {
     #[test]
     fn what_templates_lean_on() {
         assert_eq!(
-            render("{{ bos_token }}{{ messages[0].content.strip().upper() }}", &[say("user", " a ")]).unwrap(),
+            render(
+                "{{ bos_token }}{{ messages[0].content.strip().upper() }}",
+                &[say("user", " a ")]
+            )
+            .unwrap(),
             "<s>A"
         );
         assert_eq!(
-            render("{{ {'a': [1, '<']} | tojson }}{{ strftime_now('%Y') }}", &[say("user", "")]).unwrap(),
+            render(
+                "{{ {'a': [1, '<']} | tojson }}{{ strftime_now('%Y') }}",
+                &[say("user", "")]
+            )
+            .unwrap(),
             "{\"a\": [1, \"<\"]}1970"
         );
         assert_eq!(
-            render("{%- generation -%} x {%- endgeneration %}", &[say("user", "")]).unwrap(),
+            render(
+                "{%- generation -%} x {%- endgeneration %}",
+                &[say("user", "")]
+            )
+            .unwrap(),
             "x"
         );
         let split = "{% for m in messages %}{% if m.role == 'system' %}{% continue %}{% endif %}{{ m.content.split('|')[-1] }}{% endfor %}";
@@ -292,9 +315,15 @@ mod tests {
 
     #[test]
     fn a_template_may_refuse() {
-        let error = render("{{ raise_exception('roles must alternate') }}", &[say("user", "")])
-            .unwrap_err();
-        assert!(error.to_string().ends_with("roles must alternate"), "{error}");
+        let error = render(
+            "{{ raise_exception('roles must alternate') }}",
+            &[say("user", "")],
+        )
+        .unwrap_err();
+        assert!(
+            error.to_string().ends_with("roles must alternate"),
+            "{error}"
+        );
     }
 
     #[test]
@@ -322,6 +351,11 @@ mod tests {
         let file = load(dir.path()).unwrap().unwrap();
         assert_eq!(file.render(&[], false, &Map::new(), 0).unwrap(), "file");
         std::fs::write(dir.path().join("chat_template.jinja"), "{% if %}").unwrap();
-        assert!(load(dir.path()).unwrap_err().to_string().contains("chat_template.jinja"));
+        assert!(
+            load(dir.path())
+                .unwrap_err()
+                .to_string()
+                .contains("chat_template.jinja")
+        );
     }
 }

@@ -51,7 +51,11 @@ impl TokenBytes {
 
     /// Number of the longest token's bytes.
     pub(super) fn longest(&self) -> usize {
-        self.bytes.iter().map(|bytes| bytes.len()).max().unwrap_or(0)
+        self.bytes
+            .iter()
+            .map(|bytes| bytes.len())
+            .max()
+            .unwrap_or(0)
     }
 
     /// The token as logprobs write it: its text, or `bytes:\xe2\x82` if it is no whole text.
@@ -119,7 +123,9 @@ fn byte_of(character: char) -> Option<u8> {
         return u8::try_from(code).ok().filter(|_| printable(code));
     }
     let at = usize::try_from(code - 0x100).ok()?;
-    (0..=255_u8).filter(|byte| !printable(u32::from(*byte))).nth(at)
+    (0..=255_u8)
+        .filter(|byte| !printable(u32::from(*byte)))
+        .nth(at)
 }
 
 #[cfg(test)]

@@ -1,0 +1,118 @@
+//! Routes for operators: version, health, readiness, metrics, the load matrix.
+
+use std::sync::Arc;
+
+use axum::body::Body;
+use axum::extract::State;
+use axum::http::{HeaderValue, Response, StatusCode, header};
+use foregate_api::load::sum_gate;
+use foregate_api::placement::Placement;
+use foregate_store::coord::ClusterState;
+use prometheus::{Encoder, TextEncoder};
+use serde_json::{Map, Value, json};
+
+use super::answer::json_response;
+use super::state::Gateway;
+use crate::error::ApiError;
+use crate::metrics::{imbalance, rank_rows};
+
+pub(super) async fn version() -> Response<Body> {
+    json_response(
+        StatusCode::OK,
+        &json!({ "version": env!("CARGO_PKG_VERSION") }),
+    )
+}
+
+/// Liveness: this process answers. Whether it can serve is `/ready`.
+pub(super) async fn health() -> Response<Body> {
+    json_response(StatusCode::OK, &json!({ "status": "ok" }))
+}
+
+pub(super) async fn ready(State(gateway): State<Arc<Gateway>>) -> Response<Body> {
+    let reason = if gateway.admission.is_draining() {
+        Some("the server is shutting down".to_owned())
+    } else {
+        gateway.runner.upstream.not_ready()
+    };
+    match reason {
+        None => json_response(StatusCode::OK, &json!({ "status": "ready" })),
+        Some(reason) => json_response(
+            StatusCode::SERVICE_UNAVAILABLE,
+            &json!({ "status": "not ready", "reason": reason }),
+        ),
+    }
+}
+
+pub(super) async fn metrics(
+    State(gateway): State<Arc<Gateway>>,
+) -> Result<Response<Body>, ApiError> {
+    let metrics = &gateway.metrics;
+    metrics.cluster.show(&gateway.views.load().state);
+    metrics.in_flight.set(gateway.admission.running().into());
+    metrics.waiting.set(gateway.admission.queued().into());
+    let known = gateway.runner.upstream.known_prefixes();
+    metrics
+        .known_prefixes
+        .set(i64::try_from(known).unwrap_or(i64::MAX));
+    let encoder = TextEncoder::new();
+    let mut text = Vec::new();
+    encoder
+        .encode(&metrics.registry().gather(), &mut text)
+        .map_err(|error| ApiError::internal(format!("metrics: {error}")))?;
+    let mut response = Response::new(Body::from(text));
+    response.headers_mut().insert(
+        header::CONTENT_TYPE,
+        HeaderValue::from_static("text/plain; version=0.0.4"),
+    );
+    Ok(response)
+}
+
+/// Everything the gateway knows about experts: placements, epochs, loads by rank, layer and expert.
+pub(super) async fn experts(State(gateway): State<Arc<Gateway>>) -> Response<Body> {
+    let view = gateway.views.load();
+    let state = &view.state;
+    let (layers, experts) = view
+        .model()
+        .map_or((0, 0), |model| (model.moe_layers(), model.experts));
+    let rows = rank_rows(state);
+    let document = json!({
+        "connected": state.connected,
+        "leader": state.leader,
+        "layers": layers,
+        "experts": experts,
+        "active": placement(state.active.as_ref().map(|(plan, _)| plan.as_ref())),
+        "target": placement(state.target.as_ref().map(|(plan, _)| plan.as_ref())),
+        "load": sum_gate(state.loads.values().map(AsRef::as_ref), layers, experts),
+        "rank_rows": by_rank(rows.iter().map(|(rank, rows)| (rank, json!(rows)))),
+        "imbalance": imbalance(&rows),
+        "workers": by_rank(state.members.keys().map(|rank| (rank, worker(state, rank)))),
+    });
+    json_response(StatusCode::OK, &document)
+}
+
+fn by_rank(entries: impl Iterator<Item = (&foregate_api::ids::Rank, Value)>) -> Value {
+    entries
+        .map(|(rank, value)| (rank.to_string(), value))
+        .collect::<Map<_, _>>()
+        .into()
+}
+
+fn placement(plan: Option<&Placement>) -> Value {
+    let Some(plan) = plan else {
+        return Value::Null;
+    };
+    serde_json::to_value(plan).unwrap_or(Value::Null)
+}
+
+fn worker(state: &ClusterState, rank: &foregate_api::ids::Rank) -> Value {
+    let member = state.members.get(rank);
+    json!({
+        "phase": member.map(|member| member.phase),
+        "rpc": member.map(|member| member.rpc.as_str()),
+        "domain": member.map(|member| member.domain.as_str()),
+        "slots": member.map(|member| member.slots),
+        "cpu_path": member.map(|member| member.cpu_path.as_str()),
+        "ack": state.acks.get(rank),
+        "window": state.loads.get(rank).map(AsRef::as_ref),
+    })
+}

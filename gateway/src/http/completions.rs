@@ -1,0 +1,282 @@
+//! `POST /v1/completions`.
+
+use std::sync::Arc;
+
+use axum::Extension;
+use axum::body::Body;
+use axum::extract::State;
+use axum::http::{Request, Response};
+use serde_json::{Map, Value, json};
+use tokio::time::Instant;
+
+use super::answer::{self, Shape, Usage};
+use super::chat::finish_fields;
+use super::completions_request::{CompletionsRequest, PromptInput, parse_completions};
+use super::logprobs::{Labels, Lists, routed};
+use super::sampling::Generation;
+use super::state::{Encoded, Gateway};
+use crate::error::ApiError;
+use crate::generate::{Delta, Prompt};
+use crate::output::{TextOptions, TextStream};
+use crate::prompt::Prompter;
+use crate::trace::Identity;
+
+pub(super) async fn completions(
+    State(gateway): State<Arc<Gateway>>,
+    Extension(identity): Extension<Identity>,
+    request: Request<Body>,
+) -> Result<Response<Body>, ApiError> {
+    let began = Instant::now();
+    identity
+        .span
+        .record("gen_ai.operation.name", "text_completion");
+    let body = gateway.body(request).await?;
+    let asked = parse_completions(&body)?;
+    drop(body);
+    let model = gateway.model_name(asked.model.as_deref())?;
+    let CompletionsRequest {
+        prompts,
+        echo,
+        add_special_tokens,
+        generation,
+        ..
+    } = asked;
+    let prompts = encode(&gateway, prompts, add_special_tokens).await?;
+    let echoes = if echo {
+        prompts
+            .iter()
+            .map(|prompt| Echo::of(prompt, &gateway.prompter, &generation))
+            .collect()
+    } else {
+        Vec::new()
+    };
+    let shape = CompletionsShape {
+        id: format!("cmpl-{}", identity.request_id),
+        created: gateway.clock.unix_seconds(),
+        model,
+        labels: Labels::new(gateway.prompter.clone(), generation.tokens_as_ids),
+        prompts: prompts
+            .iter()
+            .map(|prompt| Arc::clone(&prompt.ids))
+            .collect(),
+        echoes,
+        asked: generation.clone(),
+    };
+    let stream = generation.stream;
+    let encoded = Encoded {
+        prompts,
+        generation,
+        param: "prompt",
+        echo,
+        began,
+    };
+    let answer = gateway.start(encoded, &identity).await?;
+    if stream {
+        let metrics = Arc::clone(&gateway.metrics);
+        return Ok(answer::events(answer, shape, &identity, metrics));
+    }
+    answer::whole(answer, &shape, &identity).await
+}
+
+async fn encode(
+    gateway: &Gateway,
+    prompts: Vec<PromptInput>,
+    special: bool,
+) -> Result<Vec<Prompt>, ApiError> {
+    let mut encoded = Vec::with_capacity(prompts.len());
+    for prompt in prompts {
+        encoded.push(match prompt {
+            PromptInput::Tokens(ids) => Prompt {
+                ids: ids.into(),
+                text: None,
+            },
+            PromptInput::Text(text) => Prompt {
+                ids: gateway
+                    .encode("prompt", text.clone(), special)
+                    .await?
+                    .into(),
+                text: Some(text),
+            },
+        });
+    }
+    Ok(encoded)
+}
+
+/// A prompt as part of the answer.
+struct Echo {
+    text: String,
+    characters: usize,
+    /// Where each prompt token begins, in characters.
+    offsets: Vec<usize>,
+}
+
+impl Echo {
+    fn of(prompt: &Prompt, prompter: &Prompter, asked: &Generation) -> Self {
+        let options = TextOptions {
+            skip_special_tokens: asked.skip_special_tokens,
+            ..TextOptions::default()
+        };
+        let mut stream = TextStream::new(prompter, &[], &options);
+        let mut decoded = String::new();
+        let mut offsets = Vec::with_capacity(prompt.ids.len());
+        for id in prompt.ids.iter() {
+            let piece = stream.push(*id);
+            offsets.push(piece.offset);
+            decoded.push_str(&piece.text);
+        }
+        decoded.push_str(&stream.finish().text);
+        let text = prompt.text.clone().unwrap_or(decoded);
+        Self {
+            characters: text.chars().count(),
+            text,
+            offsets,
+        }
+    }
+}
+
+struct CompletionsShape {
+    id: String,
+    created: u64,
+    model: String,
+    labels: Labels,
+    prompts: Vec<Arc<[u32]>>,
+    /// One per prompt if the prompt is part of the answer, else none.
+    echoes: Vec<Echo>,
+    asked: Generation,
+}
+
+impl CompletionsShape {
+    fn frame(&self, choices: Vec<Value>) -> Value {
+        json!({
+            "id": self.id,
+            "object": "text_completion",
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+        })
+    }
+
+    fn choice(&self, delta: &Delta) -> Map<String, Value> {
+        let at = delta.choice / self.n();
+        let echo = self.echoes.get(at);
+        let mut text = String::new();
+        if let (Some(echo), Some(_)) = (echo, &delta.prompt) {
+            text.push_str(&echo.text);
+        }
+        text.push_str(&delta.text);
+        let (reason, stop) = finish_fields(delta.finish.as_ref());
+        let mut fields = Map::new();
+        fields.insert("index".into(), delta.choice.into());
+        fields.insert("text".into(), text.into());
+        fields.insert("finish_reason".into(), reason);
+        fields.insert("stop_reason".into(), stop);
+        fields.insert("logprobs".into(), self.logprobs(delta, at));
+        self.extensions(delta, at, &mut fields);
+        fields
+    }
+
+    fn logprobs(&self, delta: &Delta, at: usize) -> Value {
+        let Some(top) = self.asked.logprobs else {
+            return Value::Null;
+        };
+        let echo = self.echoes.get(at);
+        let mut lists = Lists::default();
+        if let (Some(echo), Some(prompt)) = (echo, &delta.prompt) {
+            for (position, id) in self.prompts[at].iter().enumerate() {
+                let info = position
+                    .checked_sub(1)
+                    .and_then(|entry| prompt.logprobs.get(entry));
+                let offset = echo.offsets.get(position).copied().unwrap_or(0);
+                lists.push(&self.labels, *id, info, top, offset);
+            }
+        }
+        let before = echo.map_or(0, |echo| echo.characters);
+        for token in &delta.tokens {
+            let offset = before + token.offset;
+            lists.push(&self.labels, token.id, token.info.as_ref(), top, offset);
+        }
+        if lists.is_empty() && self.asked.stream {
+            return Value::Null;
+        }
+        lists.into_json()
+    }
+
+    fn extensions(&self, delta: &Delta, at: usize, fields: &mut Map<String, Value>) {
+        if self.asked.return_token_ids {
+            let ids: Vec<u32> = delta.tokens.iter().map(|token| token.id).collect();
+            fields.insert("token_ids".into(), ids.into());
+            if delta.prompt.is_some() {
+                fields.insert(
+                    "prompt_token_ids".into(),
+                    Value::from(self.prompts[at].as_ref()),
+                );
+            }
+        }
+        if self.asked.return_routed_experts {
+            let of_prompt = delta
+                .prompt
+                .as_ref()
+                .and_then(|prompt| prompt.routed.as_ref());
+            fields.insert(
+                "routed_experts".into(),
+                routed(of_prompt.into_iter().chain(&delta.routed)),
+            );
+        }
+        if let (Some(_), Some(prompt)) = (self.asked.prompt_logprobs, &delta.prompt) {
+            fields.insert(
+                "prompt_logprobs".into(),
+                self.labels.prompt(&prompt.logprobs),
+            );
+        }
+    }
+}
+
+impl Shape for CompletionsShape {
+    fn chunk(&mut self, delta: Delta) -> Option<Value> {
+        let speaks_of_prompt = delta.prompt.is_some()
+            && (!self.echoes.is_empty()
+                || self.asked.return_token_ids
+                || self.asked.return_routed_experts);
+        let speaks_of_tokens = !delta.tokens.is_empty()
+            && (self.asked.logprobs.is_some()
+                || self.asked.return_token_ids
+                || self.asked.return_routed_experts);
+        let quiet = delta.text.is_empty() && delta.finish.is_none();
+        if quiet && !speaks_of_prompt && !speaks_of_tokens {
+            return None;
+        }
+        let mut frame = self.frame(vec![self.choice(&delta).into()]);
+        if self.asked.include_usage {
+            frame["usage"] = Value::Null;
+        }
+        Some(frame)
+    }
+
+    fn usage_chunk(&self, usage: Usage) -> Value {
+        let mut frame = self.frame(Vec::new());
+        frame["usage"] = usage.to_json();
+        frame
+    }
+
+    fn whole(&self, choices: Vec<Delta>, usage: Usage) -> Value {
+        let choices = choices
+            .iter()
+            .map(|delta| self.choice(delta).into())
+            .collect();
+        let mut frame = self.frame(choices);
+        frame["usage"] = usage.to_json();
+        frame
+    }
+
+    fn n(&self) -> usize {
+        self.asked.n as usize
+    }
+
+    fn prompt_tokens(&self) -> usize {
+        self.prompts.iter().map(|prompt| prompt.len()).sum()
+    }
+
+    fn include_usage(&self) -> bool {
+        self.asked.include_usage
+    }
+}

@@ -1,0 +1,304 @@
+//! What handlers share, and the steps that chat and completions share.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::{Body, Bytes};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Request, header};
+use foregate_api::node::GatewayConfig;
+use tokio::time::{Instant, timeout};
+
+use super::sampling::Generation;
+use crate::admission::Admission;
+use crate::clock::Clock;
+use crate::error::{ApiError, clip};
+use crate::generate::{Answer, Job, Prompt, Runner};
+use crate::metrics::Metrics;
+use crate::prompt::Prompter;
+use crate::random::Random;
+use crate::trace::Identity;
+use crate::view::Views;
+
+/// Largest body.
+pub const MAX_BODY: usize = 32 << 20;
+/// Longest time a body may take to arrive.
+const BODY_SECONDS: u64 = 60;
+/// Texts longer than this are encoded off the runtime's threads.
+const LONG_TEXT: usize = 16 << 10;
+
+/// The ranks that took a request's sequences.
+pub const WORKER: HeaderName = HeaderName::from_static("x-foregate-worker");
+/// The routing decision.
+pub const ROUTE: HeaderName = HeaderName::from_static("x-foregate-route");
+
+/// Shared by all handlers.
+#[derive(Debug)]
+pub struct Gateway {
+    /// Settings.
+    pub config: GatewayConfig,
+    /// Text and ids.
+    pub prompter: Prompter,
+    /// The cluster.
+    pub views: Arc<Views>,
+    /// Who may work.
+    pub admission: Admission,
+    /// Runs requests.
+    pub runner: Runner,
+    /// Counters.
+    pub metrics: Arc<Metrics>,
+    /// Wall time.
+    pub clock: Clock,
+    /// Ids and seeds.
+    pub random: Random,
+}
+
+/// A request whose prompts are encoded.
+#[derive(Debug)]
+pub(super) struct Encoded {
+    pub(super) prompts: Vec<Prompt>,
+    pub(super) generation: Generation,
+    /// The field that prompts came from, for errors.
+    pub(super) param: &'static str,
+    /// Whether the prompt is part of the answer.
+    pub(super) echo: bool,
+    pub(super) began: Instant,
+}
+
+impl Gateway {
+    /// The whole body of a request.
+    pub(super) async fn body(&self, request: Request<Body>) -> Result<Bytes, ApiError> {
+        let announced = request
+            .headers()
+            .get(header::CONTENT_LENGTH)
+            .and_then(|value| value.to_str().ok())
+            .and_then(|value| value.parse::<usize>().ok());
+        if announced.is_some_and(|length| length > MAX_BODY) {
+            return Err(ApiError::too_large(MAX_BODY));
+        }
+        let reading = axum::body::to_bytes(request.into_body(), MAX_BODY);
+        match timeout(Duration::from_secs(BODY_SECONDS), reading).await {
+            Ok(Ok(bytes)) => Ok(bytes),
+            Ok(Err(error)) => Err(body_error(&error)),
+            Err(_) => Err(ApiError::slow_body(BODY_SECONDS)),
+        }
+    }
+
+    /// The name under which the model answers.
+    pub(super) fn model_name(&self, asked: Option<&str>) -> Result<String, ApiError> {
+        let served = &self.config.served_names;
+        match asked {
+            None => Ok(self.main_name().to_owned()),
+            Some(name) if served.iter().any(|served| served == name) => Ok(name.to_owned()),
+            Some(name) => Err(ApiError::no_such_model(name, served)),
+        }
+    }
+
+    /// The first served name.
+    #[must_use]
+    pub fn main_name(&self) -> &str {
+        self.config
+            .served_names
+            .first()
+            .map_or("default", String::as_str)
+    }
+
+    /// Encodes a text. One that cannot fit is refused before the work is done.
+    pub(super) async fn encode(
+        &self,
+        param: &str,
+        text: String,
+        special: bool,
+    ) -> Result<Vec<u32>, ApiError> {
+        let limit = self.config.max_model_len as usize;
+        if let Some(longest) = self.prompter.longest_token()
+            && text.len() > longest.saturating_mul(limit + 1)
+        {
+            return Err(ApiError::too_long(
+                param,
+                format!(
+                    "this model's maximum context length is {limit} tokens; a text of {} bytes has more",
+                    text.len()
+                ),
+            ));
+        }
+        if text.len() <= LONG_TEXT {
+            return self.prompter.encode(param, &text, special);
+        }
+        let (prompter, param) = (self.prompter.clone(), param.to_owned());
+        tokio::task::spawn_blocking(move || prompter.encode(&param, &text, special))
+            .await
+            .map_err(|_| ApiError::internal("encoding the prompt failed"))?
+    }
+
+    /// Token ids must be the model's.
+    pub(super) fn check_ids(&self, param: &str, ids: &[u32]) -> Result<(), ApiError> {
+        let vocab = self.vocab();
+        match ids.iter().find(|id| **id as usize >= vocab) {
+            None => Ok(()),
+            Some(id) => Err(ApiError::invalid(
+                param,
+                format!(
+                    "token id {id} in `{param}` is outside the vocabulary of {vocab} tokens"
+                ),
+            )),
+        }
+    }
+
+    fn vocab(&self) -> usize {
+        match (self.views.load().model(), self.prompter.tokenizer()) {
+            (Some(model), _) => model.vocab,
+            (None, Some(tokenizer)) => tokenizer.get_vocab_size(true),
+            (None, None) => usize::MAX,
+        }
+    }
+
+    /// Longest sequence, by the settings and by the model.
+    pub(super) fn max_model_len(&self) -> usize {
+        let own = self.config.max_model_len as usize;
+        let view = self.views.load();
+        view.model()
+            .map_or(own, |model| own.min(model.max_positions))
+    }
+
+    /// Checks lengths and ids, waits for a permit, starts the sequences.
+    pub(super) async fn start(
+        &self,
+        encoded: Encoded,
+        identity: &Identity,
+    ) -> Result<Answer, ApiError> {
+        if let Some(reason) = self.views.load().not_ready() {
+            return Err(ApiError::unavailable("not_ready", reason));
+        }
+        let sequences = encoded.prompts.len() * encoded.generation.n as usize;
+        let job = self.job(encoded)?;
+        self.note(&job, identity);
+        let (began, deadline) = (job.began, job.deadline);
+        let permit = tokio::select! {
+            permit = self.admission.admit(sequences) => permit?,
+            () = tokio::time::sleep_until(deadline) => {
+                return Err(ApiError::deadline(self.config.request_timeout_ms));
+            }
+        };
+        let waited = permit.waited;
+        self.metrics.queued(waited);
+        let answer = self.runner.start(job, permit, identity).await?;
+        let overhead = began.elapsed().saturating_sub(waited);
+        self.metrics
+            .request_overhead
+            .observe(overhead.as_secs_f64());
+        Ok(answer)
+    }
+
+    fn note(&self, job: &Job, identity: &Identity) {
+        let span = &identity.span;
+        let input: usize = job.prompts.iter().map(|prompt| prompt.ids.len()).sum();
+        span.record("gen_ai.request.model", self.main_name());
+        span.record("gen_ai.request.max_tokens", job.max_tokens);
+        span.record(
+            "gen_ai.request.temperature",
+            f64::from(job.generation.temperature),
+        );
+        span.record("gen_ai.request.top_p", f64::from(job.generation.top_p));
+        span.record("gen_ai.usage.input_tokens", input);
+    }
+
+    fn job(&self, encoded: Encoded) -> Result<Job, ApiError> {
+        let Encoded {
+            prompts,
+            generation,
+            param,
+            echo,
+            began,
+        } = encoded;
+        for prompt in &prompts {
+            if prompt.ids.is_empty() {
+                return Err(ApiError::invalid(
+                    param,
+                    format!("`{param}` must have at least one token"),
+                ));
+            }
+            self.check_ids(param, &prompt.ids)?;
+        }
+        self.check_ids("stop_token_ids", &generation.stop_token_ids)?;
+        let biased: Vec<u32> = generation.logit_bias.keys().copied().collect();
+        self.check_ids("logit_bias", &biased)?;
+        if self.prompter.tokenizer().is_none() && !generation.stop.is_empty() {
+            return Err(ApiError::unsupported(
+                "stop",
+                "this model has no tokenizer, so stop strings cannot be found: use `stop_token_ids`",
+            ));
+        }
+        let longest = prompts
+            .iter()
+            .map(|prompt| prompt.ids.len())
+            .max()
+            .unwrap_or(0);
+        let max_tokens = self.max_tokens(&generation, longest, param)?;
+        if generation.min_tokens > max_tokens {
+            return Err(ApiError::invalid(
+                "min_tokens",
+                format!(
+                    "`min_tokens` ({}) is more than the {max_tokens} tokens allowed",
+                    generation.min_tokens
+                ),
+            ));
+        }
+        let of_echo = generation.logprobs.filter(|_| echo);
+        Ok(Job {
+            prompt_logprobs: generation.prompt_logprobs.max(of_echo),
+            seed: generation.seed.unwrap_or_else(|| self.random.next()),
+            deadline: began + Duration::from_millis(self.config.request_timeout_ms),
+            prompts,
+            max_tokens,
+            generation,
+            began,
+        })
+    }
+
+    fn max_tokens(
+        &self,
+        generation: &Generation,
+        prompt: usize,
+        param: &'static str,
+    ) -> Result<u32, ApiError> {
+        let limit = self.max_model_len();
+        let left = limit.saturating_sub(prompt);
+        let wanted = generation.max_tokens.map_or(1, |wanted| wanted as usize);
+        if wanted > left || (left == 0 && wanted > 0) {
+            return Err(ApiError::too_long(
+                if prompt >= limit { param } else { "max_tokens" },
+                format!(
+                    "this model's maximum context length is {limit} tokens; requested were {} ({prompt} in the prompt, {wanted} in the answer): shorten one of them",
+                    prompt + wanted
+                ),
+            ));
+        }
+        let resolved = generation.max_tokens.map_or(left, |wanted| wanted as usize);
+        Ok(u32::try_from(resolved).unwrap_or(u32::MAX))
+    }
+}
+
+/// Headers that tell where an answer was made.
+pub(super) fn placed(answer: &Answer, headers: &mut HeaderMap) {
+    let ranks: Vec<String> = answer.workers.iter().map(ToString::to_string).collect();
+    for (name, text) in [(WORKER, ranks.join(",")), (ROUTE, answer.route.clone())] {
+        if let Ok(value) = HeaderValue::try_from(text) {
+            headers.insert(name, value);
+        }
+    }
+}
+
+fn body_error(error: &axum::Error) -> ApiError {
+    // axum hides the type behind its own; the limit is the only error with this text.
+    let mut cause: Option<&dyn std::error::Error> = Some(error);
+    while let Some(error) = cause {
+        if error.to_string().contains("length limit exceeded") {
+            return ApiError::too_large(MAX_BODY);
+        }
+        cause = error.source();
+    }
+    ApiError::malformed(format!(
+        "the body could not be read: {}",
+        clip(&error.to_string(), 200)
+    ))
+}

@@ -1,0 +1,310 @@
+//! Metrics of the gateway. Names that dashboards and autoscalers know from vLLM are kept; ours begin with
+//! `foregate_gateway_`. Labels are of bounded number: engine (ranks), layer, policy, outcome, reason, place.
+//!
+//! What workers report through the store is copied at every scrape; what the gateway sees is counted here.
+
+mod cluster;
+
+use std::time::Duration;
+
+use foregate_api::placement::Placement;
+use prometheus::{
+    Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
+};
+
+use crate::route::{self, Choice};
+use cluster::Cluster;
+
+pub(crate) use cluster::{imbalance, rank_rows};
+
+/// Seconds from a tenth of a millisecond to ten minutes.
+const SECONDS: [f64; 20] = [
+    0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0,
+    10.0, 30.0, 60.0, 180.0, 600.0,
+];
+/// Seconds from ten microseconds to a tenth of a second.
+const SHORT: [f64; 13] = [
+    1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1,
+];
+
+/// Everything that is counted.
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Registry,
+    model: String,
+    success: IntCounterVec,
+    end_to_end: HistogramVec,
+    first_token: HistogramVec,
+    between_tokens: HistogramVec,
+    per_token: HistogramVec,
+    queued: HistogramVec,
+    prompt_tokens: IntCounterVec,
+    generated_tokens: IntCounterVec,
+    rejected: IntCounterVec,
+    routed: IntCounterVec,
+    resumes: IntCounter,
+    epochs: IntCounterVec,
+    copies_moved: IntCounterVec,
+    /// Time the gateway adds to one token, from its arrival to its chunk.
+    pub(crate) token_overhead: Histogram,
+    /// Time the gateway adds to a request before its sequences run, waiting for a permit not included.
+    pub(crate) request_overhead: Histogram,
+    /// Requests with a permit.
+    pub(crate) in_flight: IntGauge,
+    /// Requests waiting for one.
+    pub(crate) waiting: IntGauge,
+    /// Prompt prefixes with a known signature.
+    pub(crate) known_prefixes: IntGauge,
+    pub(crate) cluster: Cluster,
+}
+
+/// What one sequence looked like from outside.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Measured {
+    pub(crate) reason: &'static str,
+    pub(crate) whole: Duration,
+    pub(crate) first: Option<Duration>,
+    pub(crate) generated: u64,
+}
+
+impl Metrics {
+    /// Registers everything.
+    ///
+    /// # Errors
+    /// A name that is registered already.
+    pub fn new(registry: Registry, model: &str) -> Result<Self, prometheus::Error> {
+        let make = Make(&registry);
+        let named = &["model_name"];
+        let metrics = Self {
+            model: model.to_owned(),
+            success: make.counters(
+                "vllm:request_success_total",
+                "Finished sequences by reason.",
+                &["model_name", "finished_reason"],
+            )?,
+            end_to_end: make.histograms(
+                "vllm:e2e_request_latency_seconds",
+                "Time from request to last token.",
+                &SECONDS,
+            )?,
+            first_token: make.histograms(
+                "vllm:time_to_first_token_seconds",
+                "Time from request to first token.",
+                &SECONDS,
+            )?,
+            between_tokens: make.histograms(
+                "vllm:inter_token_latency_seconds",
+                "Time between two tokens of a sequence.",
+                &SECONDS,
+            )?,
+            per_token: make.histograms(
+                "vllm:request_time_per_output_token_seconds",
+                "Mean time per token after the first, by sequence.",
+                &SECONDS,
+            )?,
+            queued: make.histograms(
+                "vllm:request_queue_time_seconds",
+                "Time a request waited for a permit.",
+                &SECONDS,
+            )?,
+            prompt_tokens: make.counters(
+                "vllm:prompt_tokens_total",
+                "Prompt tokens of sequences that were read.",
+                named,
+            )?,
+            generated_tokens: make.counters(
+                "vllm:generation_tokens_total",
+                "Tokens generated.",
+                named,
+            )?,
+            rejected: make.counters(
+                "foregate_gateway_rejected_total",
+                "Error answers by reason.",
+                &["reason"],
+            )?,
+            routed: make.counters(
+                "foregate_gateway_route_decisions_total",
+                "Routing decisions by policy and what decided.",
+                &["policy", "outcome"],
+            )?,
+            resumes: make.counter(
+                "foregate_gateway_resumes_total",
+                "Sequences carried on by another worker after a loss.",
+            )?,
+            epochs: make.counters(
+                "foregate_gateway_epoch_changes_total",
+                "Changes of the active placement by reason.",
+                &["reason"],
+            )?,
+            copies_moved: make.counters(
+                "foregate_gateway_copies_moved_total",
+                "Expert copies that changes of placement moved, by reason.",
+                &["reason"],
+            )?,
+            token_overhead: make.histogram(
+                "foregate_gateway_token_overhead_seconds",
+                "Time from a token's arrival to its chunk.",
+                &SHORT,
+            )?,
+            request_overhead: make.histogram(
+                "foregate_gateway_request_overhead_seconds",
+                "Time to parse, encode and route a request.",
+                &SHORT,
+            )?,
+            in_flight: make.gauge(
+                "foregate_gateway_requests_in_flight",
+                "Requests with a permit.",
+            )?,
+            waiting: make.gauge(
+                "foregate_gateway_admission_queue",
+                "Requests waiting for a permit.",
+            )?,
+            known_prefixes: make.gauge(
+                "foregate_gateway_known_prefixes",
+                "Prompt prefixes with a known expert signature.",
+            )?,
+            cluster: Cluster::new(&make, model)?,
+            registry,
+        };
+        Ok(metrics)
+    }
+
+    /// The registry, for `/metrics`.
+    #[must_use]
+    pub const fn registry(&self) -> &Registry {
+        &self.registry
+    }
+
+    pub(crate) fn rejected(&self, reason: &str) {
+        self.rejected.with_label_values(&[reason]).inc();
+    }
+
+    pub(crate) fn routed(&self, choice: &Choice) {
+        self.routed
+            .with_label_values(&[route::word(choice.policy), choice.outcome.word()])
+            .inc();
+    }
+
+    pub(crate) fn resumed(&self) {
+        self.resumes.inc();
+    }
+
+    pub(crate) fn queued(&self, waited: Duration) {
+        self.queued
+            .with_label_values(&[&self.model])
+            .observe(waited.as_secs_f64());
+    }
+
+    pub(crate) fn prompt(&self, tokens: usize) {
+        self.prompt_tokens
+            .with_label_values(&[&self.model])
+            .inc_by(tokens as u64);
+    }
+
+    pub(crate) fn token(&self, since_last: Option<Duration>) {
+        self.generated_tokens
+            .with_label_values(&[&self.model])
+            .inc();
+        if let Some(gap) = since_last {
+            self.between_tokens
+                .with_label_values(&[&self.model])
+                .observe(gap.as_secs_f64());
+        }
+    }
+
+    pub(crate) fn first_token(&self, after: Duration) {
+        self.first_token
+            .with_label_values(&[&self.model])
+            .observe(after.as_secs_f64());
+    }
+
+    pub(crate) fn finished(&self, measured: Measured) {
+        let model = self.model.as_str();
+        self.success
+            .with_label_values(&[model, measured.reason])
+            .inc();
+        self.end_to_end
+            .with_label_values(&[model])
+            .observe(measured.whole.as_secs_f64());
+        if let Some(first) = measured.first
+            && measured.generated > 1
+        {
+            let rest = measured.whole.saturating_sub(first).as_secs_f64();
+            self.per_token
+                .with_label_values(&[model])
+                .observe(rest / (measured.generated - 1) as f64);
+        }
+    }
+
+    /// The active placement changed from `old` to `new`.
+    pub(crate) fn placement_changed(&self, old: Option<&Placement>, new: &Placement) {
+        let reason = serde_json::to_value(new.reason).unwrap_or_default();
+        let reason = reason.as_str().unwrap_or("unknown");
+        self.epochs.with_label_values(&[reason]).inc();
+        let moved = new.copies_moved(old) as u64;
+        self.copies_moved.with_label_values(&[reason]).inc_by(moved);
+    }
+}
+
+/// Makes and registers.
+pub(crate) struct Make<'a>(&'a Registry);
+
+impl Make<'_> {
+    fn counter(&self, name: &str, help: &str) -> Result<IntCounter, prometheus::Error> {
+        let metric = IntCounter::new(name, help)?;
+        self.0.register(Box::new(metric.clone()))?;
+        Ok(metric)
+    }
+
+    pub(crate) fn counters(
+        &self,
+        name: &str,
+        help: &str,
+        labels: &[&str],
+    ) -> Result<IntCounterVec, prometheus::Error> {
+        let metric = IntCounterVec::new(Opts::new(name, help), labels)?;
+        self.0.register(Box::new(metric.clone()))?;
+        Ok(metric)
+    }
+
+    fn gauge(&self, name: &str, help: &str) -> Result<IntGauge, prometheus::Error> {
+        let metric = IntGauge::new(name, help)?;
+        self.0.register(Box::new(metric.clone()))?;
+        Ok(metric)
+    }
+
+    pub(crate) fn gauges(
+        &self,
+        name: &str,
+        help: &str,
+        labels: &[&str],
+    ) -> Result<prometheus::GaugeVec, prometheus::Error> {
+        let metric = prometheus::GaugeVec::new(Opts::new(name, help), labels)?;
+        self.0.register(Box::new(metric.clone()))?;
+        Ok(metric)
+    }
+
+    fn histogram(
+        &self,
+        name: &str,
+        help: &str,
+        buckets: &[f64],
+    ) -> Result<Histogram, prometheus::Error> {
+        let options = HistogramOpts::new(name, help).buckets(buckets.to_vec());
+        let metric = Histogram::with_opts(options)?;
+        self.0.register(Box::new(metric.clone()))?;
+        Ok(metric)
+    }
+
+    fn histograms(
+        &self,
+        name: &str,
+        help: &str,
+        buckets: &[f64],
+    ) -> Result<HistogramVec, prometheus::Error> {
+        let options = HistogramOpts::new(name, help).buckets(buckets.to_vec());
+        let metric = HistogramVec::new(options, &["model_name"])?;
+        self.0.register(Box::new(metric.clone()))?;
+        Ok(metric)
+    }
+}

@@ -1,0 +1,163 @@
+//! Sequences on workers: choose, connect, guard, and go on elsewhere after a loss.
+
+mod loads;
+mod sequence;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use foregate_api::ids::Rank;
+use foregate_api::member::Member;
+use foregate_wire::connect;
+use foregate_wire::generation::GenerateRequest;
+use foregate_wire::tonic::transport::Channel;
+use tokio::time::Instant;
+
+pub use loads::{LoadGuard, Loads};
+pub use sequence::{Event, Sequence};
+
+use crate::error::ApiError;
+use crate::metrics::Metrics;
+use crate::route::{Candidate, Choice, Router};
+use crate::signature::{Known, Signatures};
+use crate::trace::Identity;
+use crate::view::Views;
+
+/// How long a worker that was lost is asked last.
+const SUSPICION: Duration = Duration::from_secs(2);
+
+/// The workers as a place to run sequences.
+#[derive(Debug)]
+pub struct Upstream {
+    views: Arc<Views>,
+    loads: Arc<Loads>,
+    router: Router,
+    signatures: Signatures,
+    metrics: Arc<Metrics>,
+    channels: Mutex<BTreeMap<String, Channel>>,
+    suspects: Mutex<BTreeMap<Rank, (u64, Instant)>>,
+}
+
+impl Upstream {
+    /// Over the workers of `views`.
+    #[must_use]
+    pub fn new(
+        views: Arc<Views>,
+        loads: Arc<Loads>,
+        router: Router,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        Self {
+            views,
+            loads,
+            router,
+            signatures: Signatures::default(),
+            metrics,
+            channels: Mutex::default(),
+            suspects: Mutex::default(),
+        }
+    }
+
+    /// Starts a sequence on the worker that the policy chooses.
+    ///
+    /// # Errors
+    /// 400 if the worker refuses the request as wrong, 429 if every worker is full, 503 if none can be
+    /// reached, 504 at the deadline.
+    pub async fn open(
+        self: &Arc<Self>,
+        request: GenerateRequest,
+        identity: &Identity,
+        deadline: Instant,
+    ) -> Result<Sequence, ApiError> {
+        Sequence::open(Arc::clone(self), request, identity.clone(), deadline).await
+    }
+
+    /// Prompt prefixes whose signature is known.
+    #[must_use]
+    pub fn known_prefixes(&self) -> usize {
+        self.signatures.len()
+    }
+
+    /// Why nothing can be served; `None` if something can. A worker that is registered and was lost a
+    /// moment ago does not count.
+    #[must_use]
+    pub fn not_ready(&self) -> Option<String> {
+        let view = self.views.load();
+        if let Some(reason) = view.not_ready() {
+            return Some(reason);
+        }
+        view.ready()
+            .all(|member| self.is_suspect(member))
+            .then(|| "no ready worker can be reached".to_owned())
+    }
+
+    /// Ready workers without those in `avoid`; suspects only if nobody else is left.
+    fn candidates(&self, avoid: &BTreeSet<Rank>) -> Vec<Arc<Member>> {
+        let view = self.views.load();
+        let (mut good, mut suspect) = (Vec::new(), Vec::new());
+        for member in view.ready().filter(|member| !avoid.contains(&member.rank)) {
+            if self.is_suspect(member) {
+                suspect.push(Arc::clone(member));
+            } else {
+                good.push(Arc::clone(member));
+            }
+        }
+        if good.is_empty() { suspect } else { good }
+    }
+
+    /// Chooses a worker and counts the sequence in there.
+    fn choose(
+        &self,
+        members: &[Arc<Member>],
+        known: &Known,
+    ) -> Option<(Choice, Arc<Member>, LoadGuard)> {
+        let view = self.views.load();
+        let candidates: Vec<Candidate> = members
+            .iter()
+            .map(|member| {
+                let (running, signature) = self.loads.of(member.rank);
+                let foreign = view.foreign.get(&member.rank).copied().unwrap_or(0);
+                Candidate {
+                    rank: member.rank,
+                    load: running.saturating_add(foreign),
+                    signature,
+                }
+            })
+            .collect();
+        let choice = self.router.choose(&candidates, known)?;
+        let member = members.iter().find(|member| member.rank == choice.rank)?;
+        self.metrics.routed(&choice);
+        let guard = Loads::enter(&self.loads, choice.rank, known.signature.clone());
+        Some((choice, Arc::clone(member), guard))
+    }
+
+    fn channel(&self, member: &Member) -> Result<Channel, ApiError> {
+        let mut channels = self.channels.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(channel) = channels.get(&member.rpc) {
+            return Ok(channel.clone());
+        }
+        // Addresses of workers that are gone go with them, so that restarts do not pile up.
+        let view = self.views.load();
+        channels.retain(|rpc, _| view.state.members.values().any(|member| &member.rpc == rpc));
+        let channel = connect::channel(&member.rpc)
+            .map_err(|error| ApiError::upstream(format!("worker {}: {error}", member.rank)))?;
+        channels.insert(member.rpc.clone(), channel.clone());
+        Ok(channel)
+    }
+
+    fn suspect(&self, member: &Member) {
+        let mut suspects = self.suspects.lock().unwrap_or_else(PoisonError::into_inner);
+        let until = Instant::now() + SUSPICION;
+        suspects.insert(member.rank, (member.incarnation, until));
+    }
+
+    fn is_suspect(&self, member: &Member) -> bool {
+        let suspects = self.suspects.lock().unwrap_or_else(PoisonError::into_inner);
+        suspects
+            .get(&member.rank)
+            .is_some_and(|(incarnation, until)| {
+                *incarnation == member.incarnation && Instant::now() < *until
+            })
+    }
+}
