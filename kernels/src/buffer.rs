@@ -1,6 +1,6 @@
 //! Owned, aligned memory and mapped files.
 
-use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::fmt;
 use std::fs::File;
 use std::io;
@@ -10,54 +10,86 @@ use std::ptr::NonNull;
 
 /// A cache line, and the width of the widest vector register.
 pub(crate) const ALIGN: usize = 64;
-/// From this size on, a buffer is laid on a huge-page boundary and asks for huge pages.
+/// From this size on, a buffer is a mapping of its own, in huge pages where the system gives them:
+/// streaming through weights then misses the translation cache less.
 const HUGE: usize = 2 << 20;
 
 /// Zeroed bytes on a cache-line boundary, of a length fixed at creation.
-pub(crate) struct Buffer {
+#[derive(Debug)]
+pub(crate) enum Buffer {
+    Small(Small),
+    Mapped(memmap2::MmapMut),
+}
+
+impl Buffer {
+    /// `None` when the system has no such memory.
+    pub(crate) fn zeroed(bytes: usize) -> Option<Self> {
+        if bytes < HUGE {
+            return Small::zeroed(bytes).map(Self::Small);
+        }
+        let map = memmap2::MmapOptions::new().len(bytes).map_anon().ok()?;
+        #[cfg(target_os = "linux")]
+        if let Err(error) = map.advise(memmap2::Advice::HugePage) {
+            tracing::debug!(%error, "no huge pages");
+        }
+        Some(Self::Mapped(map))
+    }
+
+    pub(crate) fn as_slice(&self) -> &[u8] {
+        match self {
+            Self::Small(small) => small.as_slice(),
+            Self::Mapped(map) => map,
+        }
+    }
+
+    pub(crate) fn as_mut_slice(&mut self) -> &mut [u8] {
+        match self {
+            Self::Small(small) => small.as_mut_slice(),
+            Self::Mapped(map) => map,
+        }
+    }
+}
+
+/// Aligned bytes from the allocator.
+pub(crate) struct Small {
     start: NonNull<u8>,
     layout: Layout,
 }
 
 // SAFETY: the buffer owns its memory like a Box<[u8]>; nothing in it is bound to a thread.
-unsafe impl Send for Buffer {}
+unsafe impl Send for Small {}
 // SAFETY: shared access gives out `&[u8]` only.
-unsafe impl Sync for Buffer {}
+unsafe impl Sync for Small {}
 
-impl Buffer {
-    /// `None` when `bytes` is beyond what an allocation may have.
-    pub(crate) fn zeroed(bytes: usize) -> Option<Self> {
-        let align = if bytes >= HUGE { HUGE } else { ALIGN };
-        let layout = Layout::from_size_align(bytes.max(1), align).ok()?;
+impl Small {
+    fn zeroed(bytes: usize) -> Option<Self> {
+        let layout = Layout::from_size_align(bytes.max(1), ALIGN).ok()?;
         // SAFETY: the layout has a size of at least one byte.
-        let start = unsafe { alloc_zeroed(layout) };
-        let Some(start) = NonNull::new(start) else {
-            handle_alloc_error(layout)
-        };
+        let start = NonNull::new(unsafe { alloc_zeroed(layout) })?;
         Some(Self { start, layout })
     }
 
-    pub(crate) fn as_slice(&self) -> &[u8] {
+    fn as_slice(&self) -> &[u8] {
         // SAFETY: `start` points at `layout.size()` initialised bytes that live as long as self.
         unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.layout.size()) }
     }
 
-    pub(crate) fn as_mut_slice(&mut self) -> &mut [u8] {
+    fn as_mut_slice(&mut self) -> &mut [u8] {
         // SAFETY: as above, and `&mut self` makes the access exclusive.
         unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.layout.size()) }
     }
 }
 
-impl Drop for Buffer {
+impl Drop for Small {
     fn drop(&mut self) {
         // SAFETY: allocated in `zeroed` with this same layout and never freed before.
         unsafe { dealloc(self.start.as_ptr(), self.layout) }
     }
 }
 
-impl fmt::Debug for Buffer {
+impl fmt::Debug for Small {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Buffer")
+        f.debug_struct("Small")
             .field("bytes", &self.layout.size())
             .finish_non_exhaustive()
     }
@@ -114,10 +146,12 @@ mod tests {
 
     #[test]
     fn buffers_are_zeroed_and_aligned() {
-        for bytes in [0, 1, 64, 4097, HUGE + 1] {
-            let buffer = Buffer::zeroed(bytes).unwrap();
+        for bytes in [0, 1, 64, 4097, HUGE - 1, HUGE + 1] {
+            let mut buffer = Buffer::zeroed(bytes).unwrap();
             assert_eq!(buffer.as_slice().as_ptr() as usize % ALIGN, 0);
             assert!(buffer.as_slice().iter().all(|b| *b == 0));
+            buffer.as_mut_slice().fill(7);
+            assert!(buffer.as_slice().len() >= bytes);
         }
         assert!(Buffer::zeroed(usize::MAX).is_none());
     }

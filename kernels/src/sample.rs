@@ -18,13 +18,19 @@ fn numbered(row: &[f32]) -> impl Iterator<Item = (u32, f32)> {
 /// Index of the greatest value, of equals the lower; 0 for an empty row. NaN never wins over a number.
 #[must_use]
 pub fn argmax(row: &[f32]) -> u32 {
-    let mut best = (0, f32::NEG_INFINITY);
-    for (id, value) in numbered(row) {
-        if value > best.1 {
-            best = (id, value);
+    // First the value, sixteen at a time, then where it is.
+    let (chunks, rest) = row.as_chunks::<16>();
+    let mut lanes = [f32::NEG_INFINITY; 16];
+    for chunk in chunks {
+        for (best, value) in lanes.iter_mut().zip(chunk) {
+            *best = if *value > *best { *value } else { *best };
         }
     }
-    best.0
+    let greater = |best: f32, value: &f32| if *value > best { *value } else { best };
+    let best = lanes.iter().chain(rest).fold(f32::NEG_INFINITY, greater);
+    numbered(row)
+        .find(|(_, value)| *value == best)
+        .map_or(0, |(id, _)| id)
 }
 
 /// The `count` greatest values with their indices, greatest first, of equals the lower index first.
@@ -51,6 +57,10 @@ mod tests {
     fn ties_go_to_the_lower_index() {
         assert_eq!(argmax(&[1.0, 3.0, 3.0, f32::NAN]), 1);
         assert_eq!(argmax(&[]), 0);
+        let mut long = vec![f32::NAN; 100];
+        assert_eq!(argmax(&long), 0);
+        (long[37], long[53], long[98]) = (-1.0, 2.0, 2.0);
+        assert_eq!(argmax(&long), 53);
         assert_eq!(argmax(&[f32::NEG_INFINITY; 3]), 0);
         assert_eq!(
             top_n(&[1.0, 3.0, 2.0, 3.0], 3),
