@@ -10,9 +10,7 @@ use foregate_api::ids::Rank;
 use foregate_wire::frame::{Call, Refuse, Reply};
 
 use super::pending::Pending;
-use super::{
-    Answer, CallHandler, Fabric, Identity, Inbox, PeerAddress, Responder, SendError,
-};
+use super::{Answer, CallHandler, Fabric, Identity, Inbox, PeerAddress, Responder, SendError};
 
 /// The meeting place of the workers of one process.
 #[derive(Debug, Default)]
@@ -135,11 +133,7 @@ impl LocalFabric {
         {
             return Ok(lane.clone());
         }
-        let pending = Arc::new(Pending::new(
-            peer,
-            self.in_flight,
-            Arc::clone(&self.inbox),
-        ));
+        let pending = Arc::new(Pending::new(peer, self.in_flight, Arc::clone(&self.inbox)));
         lock(&seat.lanes).push(Arc::clone(&pending));
         let lane = Lane { seat, pending };
         lanes.open.insert(peer, lane.clone());

@@ -1,0 +1,242 @@
+//! Loads one expert: from a peer that holds it, else from the checkpoint; verified either way.
+//!
+//! A fetch streams canonical bytes under a deadline and is compared with the hash that the holder computed
+//! when it loaded the expert. Anything wrong with a peer is logged and the next source is tried: the
+//! checkpoint is the last.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use foregate_api::ids::{ExpertId, LayerId};
+use foregate_api::model::ModelSpec;
+use foregate_checkpoint::{Checkpoint, ExpertHash};
+use foregate_kernels::ShapeError;
+use foregate_models::{ExpertWeights, ModelError};
+use foregate_wire::connect::{BadAddress, channel};
+use foregate_wire::experts::experts_client::ExpertsClient;
+use foregate_wire::experts::{Chunk, FetchRequest};
+use foregate_wire::tonic::{Status, Streaming};
+use tokio::sync::Semaphore;
+use tokio::time::{Instant, timeout_at};
+
+use super::table::Item;
+use crate::metrics::{Source, WorkerMetrics};
+
+/// Longest time one fetch may take.
+const FETCH_DEADLINE: Duration = Duration::from_secs(20);
+/// Experts packed at a time, whatever the number of loads in flight: packing takes a core.
+const PACK_AT_ONCE: usize = 1;
+
+/// Why an expert did not come from a source.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// The holder's address is unusable.
+    #[error(transparent)]
+    Address(#[from] BadAddress),
+    /// The holder refused or the connection broke.
+    #[error("the holder answers: {0}")]
+    Holder(#[source] Box<Status>),
+    /// The deadline passed.
+    #[error("no complete answer within {} s", FETCH_DEADLINE.as_secs())]
+    Deadline,
+    /// The stream does not have the bytes it should have.
+    #[error("{found} bytes instead of {expected}")]
+    Size {
+        /// Bytes of an expert of this model.
+        expected: usize,
+        /// Bytes announced or sent.
+        found: u64,
+    },
+    /// The hash differs.
+    #[error("the hash differs: {expected} announced, {found} received")]
+    Hash {
+        /// What the holder announced.
+        expected: String,
+        /// What its bytes give.
+        found: String,
+    },
+    /// The bytes cannot be packed.
+    #[error(transparent)]
+    Shape(#[from] ShapeError),
+    /// The checkpoint does not give the expert.
+    #[error(transparent)]
+    Checkpoint(#[from] ModelError),
+    /// The work was interrupted.
+    #[error("loading was interrupted")]
+    Interrupted,
+}
+
+impl From<Status> for LoadError {
+    fn from(status: Status) -> Self {
+        Self::Holder(Box::new(status))
+    }
+}
+
+/// Loads experts of one model.
+#[derive(Debug)]
+pub struct Loader {
+    spec: Arc<ModelSpec>,
+    checkpoint: Arc<Checkpoint>,
+    metrics: Arc<WorkerMetrics>,
+    packing: Semaphore,
+}
+
+impl Loader {
+    /// A loader over the local files.
+    #[must_use]
+    pub fn new(
+        spec: Arc<ModelSpec>,
+        checkpoint: Arc<Checkpoint>,
+        metrics: Arc<WorkerMetrics>,
+    ) -> Self {
+        Self {
+            spec,
+            checkpoint,
+            metrics,
+            packing: Semaphore::new(PACK_AT_ONCE),
+        }
+    }
+
+    /// Loads an expert from the first of `holders` (`host:port` of their gRPC) that gives it, else from the
+    /// checkpoint.
+    ///
+    /// # Errors
+    /// The checkpoint's.
+    pub async fn load(
+        &self,
+        item: Item,
+        holders: &[String],
+    ) -> Result<Arc<ExpertWeights>, LoadError> {
+        for holder in holders {
+            let begun = Instant::now();
+            match self.from_peer(item, holder).await {
+                Ok(weights) => {
+                    self.done(Source::Peer, begun);
+                    return Ok(weights);
+                }
+                Err(error) => tracing::warn!(
+                    layer = %item.0, expert = %item.1, %holder, %error, "expert_fetch_failed"
+                ),
+            }
+        }
+        let begun = Instant::now();
+        let weights = self.from_checkpoint(item).await?;
+        self.done(Source::Checkpoint, begun);
+        Ok(weights)
+    }
+
+    async fn from_peer(
+        &self,
+        item: Item,
+        holder: &str,
+    ) -> Result<Arc<ExpertWeights>, LoadError> {
+        let deadline = Instant::now() + FETCH_DEADLINE;
+        let (bytes, announced) = timeout_at(deadline, self.fetch(item, holder))
+            .await
+            .map_err(|_| LoadError::Deadline)??;
+        let spec = Arc::clone(&self.spec);
+        self.pack(move || {
+            let weights = ExpertWeights::from_canonical(&spec, &bytes)?;
+            verify(announced, weights.hash())?;
+            Ok(weights)
+        })
+        .await
+    }
+
+    async fn fetch(
+        &self,
+        (layer, expert): Item,
+        holder: &str,
+    ) -> Result<(Bytes, ExpertHash), LoadError> {
+        let mut client = ExpertsClient::new(channel(holder)?);
+        let request = FetchRequest {
+            layer: layer.0,
+            expert: expert.0,
+        };
+        let stream = client.fetch(request).await?.into_inner();
+        collect(stream, self.spec.expert_bytes()).await
+    }
+
+    async fn from_checkpoint(&self, item: Item) -> Result<Arc<ExpertWeights>, LoadError> {
+        let checkpoint = Arc::clone(&self.checkpoint);
+        self.pack(move || Ok(ExpertWeights::load(&checkpoint, item.0, item.1)?))
+            .await
+    }
+
+    /// Packs on a blocking thread, one at a time.
+    async fn pack(
+        &self,
+        work: impl FnOnce() -> Result<ExpertWeights, LoadError> + Send + 'static,
+    ) -> Result<Arc<ExpertWeights>, LoadError> {
+        let _place = self
+            .packing
+            .acquire()
+            .await
+            .map_err(|_| LoadError::Interrupted)?;
+        let packed = tokio::task::spawn_blocking(work)
+            .await
+            .map_err(|_| LoadError::Interrupted)??;
+        Ok(Arc::new(packed))
+    }
+
+    fn done(&self, source: Source, begun: Instant) {
+        self.metrics.loaded(
+            source,
+            self.spec.expert_bytes(),
+            begun.elapsed().as_secs_f64(),
+        );
+    }
+}
+
+fn verify(announced: ExpertHash, found: ExpertHash) -> Result<(), LoadError> {
+    if announced == found {
+        return Ok(());
+    }
+    Err(LoadError::Hash {
+        expected: announced.to_string(),
+        found: found.to_string(),
+    })
+}
+
+/// Collects a stream of exactly `expected` bytes; the first chunk announces total and hash.
+async fn collect(
+    mut stream: Streaming<Chunk>,
+    expected: usize,
+) -> Result<(Bytes, ExpertHash), LoadError> {
+    let size = |found: u64| LoadError::Size { expected, found };
+    let mut first = stream.message().await?.ok_or_else(|| size(0))?;
+    if first.total != expected as u64 {
+        return Err(size(first.total));
+    }
+    let hash: [u8; 32] =
+        std::mem::take(&mut first.blake3)
+            .try_into()
+            .map_err(|_| LoadError::Hash {
+                expected: "32 bytes".to_owned(),
+                found: "another length".to_owned(),
+            })?;
+    let mut bytes = BytesMut::with_capacity(expected);
+    let mut next = Some(first);
+    while let Some(chunk) = next {
+        if bytes.len() + chunk.data.len() > expected {
+            return Err(size((bytes.len() + chunk.data.len()) as u64));
+        }
+        bytes.extend_from_slice(&chunk.data);
+        next = stream.message().await?;
+    }
+    if bytes.len() != expected {
+        return Err(size(bytes.len() as u64));
+    }
+    Ok((bytes.freeze(), ExpertHash(hash)))
+}
+
+/// Where to ask first for an item: spreads a migration over the holders.
+#[must_use]
+pub fn rotate(mut holders: Vec<String>, (layer, expert): (LayerId, ExpertId)) -> Vec<String> {
+    if !holders.is_empty() {
+        let by = (layer.index() + expert.index()) % holders.len();
+        holders.rotate_left(by);
+    }
+    holders
+}

@@ -1,0 +1,120 @@
+//! What stands before a worker runs: configuration checked, weights mapped and packed.
+
+use std::net::{SocketAddr, TcpListener};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use foregate_api::node::{FabricKind, WorkerConfig};
+use foregate_checkpoint::Checkpoint;
+use foregate_kernels::{Cpu, KvCache, KvShape};
+use foregate_models::{Model, ModelError};
+
+use crate::error::WorkerError;
+use crate::exchange::Way;
+use crate::fabric::local::LocalHub;
+use crate::fabric::tcp::TcpSettings;
+use crate::{Progress, ProgressSink};
+
+/// A model in memory, without its experts.
+pub(crate) struct Loaded {
+    pub(crate) checkpoint: Arc<Checkpoint>,
+    pub(crate) cpu: Arc<Cpu>,
+    pub(crate) model: Model,
+    pub(crate) kv: KvCache,
+    pub(crate) shape: KvShape,
+}
+
+/// Refuses what no worker can run with, naming the field.
+pub(crate) fn check(config: &WorkerConfig) -> Result<(), WorkerError> {
+    let positive = [
+        ("threads", u64::from(config.threads)),
+        ("max_num_seqs", u64::from(config.max_num_seqs)),
+        (
+            "max_num_batched_tokens",
+            u64::from(config.max_num_batched_tokens),
+        ),
+        ("max_model_len", u64::from(config.max_model_len)),
+        ("page_tokens", u64::from(config.page_tokens)),
+        ("exchange_deadline_ms", config.exchange_deadline_ms),
+        ("window_ms", config.window_ms),
+    ];
+    for (field, value) in positive {
+        if value == 0 {
+            return Err(refuse(field, "must be at least 1"));
+        }
+    }
+    Ok(())
+}
+
+/// The fabric that the configuration names, from what the composition root gave.
+pub(crate) fn way(
+    config: &WorkerConfig,
+    hub: Option<Arc<LocalHub>>,
+    listener: Option<TcpListener>,
+) -> Result<Way, WorkerError> {
+    match config.fabric {
+        FabricKind::Local => hub.map(Way::Local).ok_or_else(|| {
+            refuse(
+                "fabric",
+                "`local` needs all workers in one process; use `tcp`",
+            )
+        }),
+        FabricKind::Tcp => {
+            let listener = listener
+                .ok_or_else(|| refuse("exchange_listen", "the TCP fabric needs a listener"))?;
+            let address = listener.local_addr().map_err(|source| WorkerError::Io {
+                what: "exchange_listen",
+                source,
+            })?;
+            reachable("exchange_listen", address)?;
+            Ok(Way::Tcp(listener, TcpSettings::default()))
+        }
+    }
+}
+
+/// The address as peers are told it.
+pub(crate) fn reachable(
+    field: &'static str,
+    address: SocketAddr,
+) -> Result<String, WorkerError> {
+    if address.ip().is_unspecified() {
+        return Err(refuse(
+            field,
+            &format!("{address} cannot be told to peers; give an address of this machine"),
+        ));
+    }
+    Ok(address.to_string())
+}
+
+fn refuse(field: &'static str, what: &str) -> WorkerError {
+    WorkerError::Config {
+        field,
+        what: what.to_owned(),
+    }
+}
+
+/// Opens the checkpoint, packs the dense part and allocates the KV cache, off the runtime's threads.
+pub(crate) async fn load(
+    config: &WorkerConfig,
+    progress: ProgressSink,
+) -> Result<Loaded, WorkerError> {
+    let config = config.clone();
+    tokio::task::spawn_blocking(move || load_now(&config, &progress)).await?
+}
+
+fn load_now(config: &WorkerConfig, progress: &ProgressSink) -> Result<Loaded, WorkerError> {
+    let checkpoint = Checkpoint::open(&PathBuf::from(&config.model_dir))?;
+    let cpu = Arc::new(Cpu::new(config.threads as usize));
+    let model = Model::load(&checkpoint, Arc::clone(&cpu), |done, total| {
+        progress(Progress::Dense { done, total });
+    })?;
+    let shape = crate::engine::kv_shape(&model, config)?;
+    let kv = KvCache::new(shape).map_err(ModelError::from)?;
+    Ok(Loaded {
+        checkpoint: Arc::new(checkpoint),
+        cpu,
+        model,
+        kv,
+        shape,
+    })
+}
