@@ -2,7 +2,11 @@
 //! from the tensors' names, one token after the other without a cache. It covers what the golden fixtures do
 //! not have: dense blocks, tied embeddings, clamped projections, heads wider than their share, no bias.
 
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
 
 mod support;
 
