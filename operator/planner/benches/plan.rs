@@ -3,7 +3,6 @@
 //! Shape of the main setting: 58 layers, 256 experts, 64 ranks of 5 slots. Loads are drawn once from a seeded
 //! generator with the spread of real ones (largest about four times the mean).
 
-#![expect(missing_docs, reason = "criterion's macros make undocumented items")]
 #![expect(clippy::expect_used, reason = "a bench fails by panicking")]
 
 use criterion::{Criterion, criterion_group, criterion_main};

@@ -88,6 +88,14 @@ struct Worker {
     fenced: bool,
 }
 
+impl Worker {
+    /// Epochs of running steps and of the next one.
+    fn used(&self) -> BTreeSet<Epoch> {
+        let next = (self.serving > Epoch(0)).then_some(self.serving);
+        self.steps.iter().copied().chain(next).collect()
+    }
+}
+
 struct World {
     dice: Dice,
     history: Vec<Snapshot>,
@@ -247,6 +255,7 @@ impl World {
                 self.activated.last().is_none_or(|last| *last < epoch),
                 "epochs rise"
             );
+            self.assert_ready(seen, &target);
             self.activated.push(epoch);
             self.write(|now| now.active = Some(target));
         }
@@ -290,6 +299,16 @@ impl World {
             worker.promised.insert(orders.ack.prepared);
         }
         if let Some(epoch) = orders.switch_to {
+            let active = self.history[worker.seen]
+                .active
+                .as_ref()
+                .filter(|p| p.epoch == epoch);
+            if let Some(active) = active {
+                assert!(
+                    active.held_by(rank).is_subset(&worker.resident),
+                    "switched unprepared"
+                );
+            }
             worker.serving = epoch;
         }
         let listed = !worker.fenced;
@@ -393,9 +412,7 @@ impl World {
 
     fn assert_all(&self) {
         for (rank, worker) in &self.workers {
-            let mut used: BTreeSet<Epoch> = worker.steps.iter().copied().collect();
-            used.extend((worker.serving > Epoch(0)).then_some(worker.serving));
-            for epoch in used.iter().filter(|_| !worker.fenced) {
+            for epoch in worker.used().iter().filter(|_| !worker.fenced) {
                 self.assert_served(*rank, *epoch);
             }
             if !self.crashed {
@@ -414,6 +431,27 @@ impl World {
                     assert!(somebody, "layer {l} expert {e} is nowhere");
                 }
             }
+        }
+    }
+
+    /// What must hold when a placement becomes the active one: all of its ranks promised it, and, where nothing
+    /// crashed, they do hold it and nobody uses an epoch before the one that is replaced.
+    fn assert_ready(&self, seen: &Snapshot, target: &Placement) {
+        for rank in &target.ranks {
+            assert!(seen.members.contains_key(rank), "rank {rank} is not there");
+            let prepared = seen.acks.get(rank).map(|ack| ack.prepared);
+            assert_eq!(prepared, Some(target.epoch), "rank {rank} is not prepared");
+        }
+        if self.crashed {
+            return;
+        }
+        for (rank, worker) in &self.workers {
+            assert!(target.held_by(*rank).is_subset(&worker.resident));
+            let oldest = worker.used().first().copied();
+            assert!(
+                oldest.is_none_or(|epoch| epoch >= target.parent),
+                "three epochs in use"
+            );
         }
     }
 
@@ -443,15 +481,19 @@ impl World {
             .expect("an epoch in use was active once")
     }
 
-    /// No more faults and no more drift: everybody gets his turns, in order.
-    fn settle(&mut self) {
+    /// No more faults and no more drift: everybody gets his turns, in order. With `gone` one rank never returns.
+    fn settle(&mut self, gone: Option<Rank>) {
         for rank in (0..self.ranks).map(Rank) {
-            if self.workers.get(&rank).is_none_or(|w| w.fenced) {
+            if Some(rank) == gone {
+                self.crash(rank);
+                self.expire(rank);
+            } else if self.workers.get(&rank).is_none_or(|w| w.fenced) {
                 self.start(rank);
             }
         }
+        let living: Vec<Rank> = self.workers.keys().copied().collect();
         for _ in 0..400 {
-            for rank in (0..self.ranks).map(Rank) {
+            for rank in living.iter().copied() {
                 let latest = self.history.len() - 1;
                 let worker = self.workers.get_mut(&rank).unwrap();
                 worker.seen = latest;
@@ -497,7 +539,7 @@ fn simulate(seed: u64, ranks: u32, turns: usize, faults: bool) -> usize {
         world.assert_all();
     }
     let activated = world.activated.len();
-    world.settle();
+    world.settle((faults && seed % 2 == 0).then_some(Rank(0)));
     activated
 }
 

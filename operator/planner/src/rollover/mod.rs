@@ -20,7 +20,8 @@
 //! 3. **Older epochs are refused.** A worker accepts calls of epochs whose experts it holds in full: the one it
 //!    serves, those not yet drained everywhere, and the prepared target. An active placement with a lower number
 //!    than one already seen is ignored.
-//! 4. **Two in use at most.** N+2 is activated only when nobody uses an epoch below N+1 any more.
+//! 4. **Two in use at most.** N+2 is activated only when nobody who acknowledged is below N+1 any more. (A worker that
+//!    returns with an old view may for a moment; its acknowledgement then holds back releases like any other.)
 //! 5. **A returning worker prepares anew.** A new process has no state: it acknowledges nothing until it holds
 //!    what the active placement gives it, and it calls nobody before.
 //!
