@@ -1,0 +1,458 @@
+//! The balancer: what the leader does with what it sees.
+//!
+//! Level-triggered: at every change of the store and at every tick it looks at the whole state and asks the
+//! planner's coordinator for the next thing to do. Nothing it does is lost with it, so its successor goes on.
+//!
+//! ```text
+//!  states ─┐                       ┌─ Plan, Replan ───────────── plan ─ propose (compare-and-put on the target)
+//!  tick ───┴─ observe ─ coordinator┼─ Settled ─ window over? ─── plan ─ propose, or keep
+//!                                  ├─ Activate ───────────────── activate (compares target and active)
+//!                                  └─ Wait ───────────────────── until somebody acknowledges, or patience ends
+//! ```
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use foregate_api::ids::{Epoch, Rank};
+use foregate_api::member::Ack;
+use foregate_api::model::ModelSpec;
+use foregate_api::node::OperatorConfig;
+use foregate_api::placement::Placement;
+use foregate_planner::demand::Demand;
+use foregate_planner::rollover::coordinator::{
+    Action, ClusterView, Until, highest_epoch, next,
+};
+use foregate_planner::{Decision, History, PlanError, Settings};
+use foregate_store::{ClusterState, Coord, StoreError};
+use tokio::sync::watch;
+use tokio::time::{Instant, MissedTickBehavior};
+
+use crate::metrics::{Metrics, reason_label};
+use crate::problem::{eligible, model, name_reason, problem};
+use crate::roster::Roster;
+
+/// How often the state is looked at without a change: the resolution of graces and windows.
+const TICK: Duration = Duration::from_millis(100);
+/// How often a wait is logged again.
+const REMIND: Duration = Duration::from_secs(10);
+
+/// The leader's actor.
+#[derive(Debug)]
+pub(crate) struct Balancer {
+    coord: Coord,
+    config: OperatorConfig,
+    states: watch::Receiver<Arc<ClusterState>>,
+    metrics: Arc<Metrics>,
+    roster: Roster,
+    /// The demand of the model it was made for.
+    demand: Option<(ModelSpec, Demand)>,
+    history: History,
+    window_ends: Instant,
+    /// Rows were seen since the last decision.
+    window_closed: bool,
+    /// Revisions of target and active placement that a write of ours has replaced: a state that still shows them
+    /// is old.
+    outdated: BTreeSet<(Key, Option<u64>)>,
+    proposed_at: Option<(Epoch, Instant)>,
+    said: Said,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Key {
+    Target,
+    Active,
+}
+
+/// The last thing that was logged about waiting, so that a wait is not a flood.
+#[derive(Debug, Default)]
+struct Said {
+    what: String,
+    at: Option<Instant>,
+}
+
+impl Said {
+    /// Whether `what` is worth a line now.
+    fn say(&mut self, what: &str, now: Instant) -> bool {
+        if self.what == what && self.at.is_some_and(|at| now < at + REMIND) {
+            return false;
+        }
+        what.clone_into(&mut self.what);
+        self.at = Some(now);
+        true
+    }
+}
+
+/// Everything one look at the cluster needs.
+struct Look {
+    state: Arc<ClusterState>,
+    alive: BTreeSet<Rank>,
+    acks: BTreeMap<Rank, Ack>,
+    now: Instant,
+}
+
+impl Look {
+    fn view(&self) -> ClusterView<'_> {
+        ClusterView {
+            alive: &self.alive,
+            acks: &self.acks,
+            target: self.target(),
+            active: self.active(),
+        }
+    }
+
+    fn target(&self) -> Option<&Placement> {
+        self.state.target.as_ref().map(|(plan, _)| plan.as_ref())
+    }
+
+    fn active(&self) -> Option<&Placement> {
+        self.state.active.as_ref().map(|(plan, _)| plan.as_ref())
+    }
+
+    fn revision(&self, key: Key) -> Option<u64> {
+        match key {
+            Key::Target => self.state.target.as_ref().map(|(_, at)| *at),
+            Key::Active => self.state.active.as_ref().map(|(_, at)| *at),
+        }
+    }
+}
+
+impl Balancer {
+    pub(crate) fn new(
+        coord: Coord,
+        config: OperatorConfig,
+        states: watch::Receiver<Arc<ClusterState>>,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        let window_ends = Instant::now() + Duration::from_millis(config.window_ms);
+        Self {
+            coord,
+            config,
+            states,
+            metrics,
+            roster: Roster::default(),
+            demand: None,
+            history: History::default(),
+            window_ends,
+            window_closed: false,
+            outdated: BTreeSet::new(),
+            proposed_at: None,
+            said: Said::default(),
+        }
+    }
+
+    /// Runs until it is dropped, or until the watch ends.
+    pub(crate) async fn run(mut self) {
+        let mut tick = tokio::time::interval(TICK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                changed = self.states.changed() => {
+                    if changed.is_err() {
+                        return;
+                    }
+                }
+                _ = tick.tick() => {}
+            }
+            if let Err(error) = self.step().await {
+                let text = error.to_string();
+                if self.said.say(&text, Instant::now()) {
+                    tracing::warn!(%error, "the store did not take a write; it is tried again");
+                }
+            }
+        }
+    }
+
+    /// One look, at most one action.
+    async fn step(&mut self) -> Result<(), StoreError> {
+        let state = Arc::clone(&self.states.borrow_and_update());
+        self.metrics.connected.set(i64::from(state.connected));
+        if !state.connected {
+            return Ok(()); // What is not fresh is not acted on.
+        }
+        let look = self.look(state);
+        self.show(&look);
+        self.observe(&look);
+        if self.is_outdated(&look) {
+            return Ok(());
+        }
+        match next(&look.view()) {
+            Action::Plan => self.first(&look).await,
+            Action::Replan { without } => {
+                tracing::debug!(?without, "the placement counts on ranks that are gone");
+                self.decide(&look, look.active()).await
+            }
+            Action::Settled => self.settled(&look).await,
+            Action::Wait { on, until } => {
+                self.wait(&look, &on, until);
+                Ok(())
+            }
+            Action::Activate(epoch) => self.activate(&look, epoch).await,
+        }
+    }
+
+    fn look(&mut self, state: Arc<ClusterState>) -> Look {
+        let now = Instant::now();
+        let placements = [&state.target, &state.active];
+        let wanted: BTreeSet<Rank> = placements
+            .into_iter()
+            .flatten()
+            .flat_map(|(plan, _)| plan.ranks.iter().copied())
+            .collect();
+        let alive = self.roster.alive(&state, &wanted, now);
+        let acks = state
+            .acks
+            .iter()
+            .filter(|(rank, _)| alive.contains(rank))
+            .map(|(rank, ack)| (*rank, *ack))
+            .collect();
+        Look {
+            state,
+            alive,
+            acks,
+            now,
+        }
+    }
+
+    fn show(&self, look: &Look) {
+        let epoch = |plan: Option<&Placement>| plan.map_or(Epoch(0), |plan| plan.epoch);
+        self.metrics
+            .epochs(epoch(look.target()), epoch(look.active()));
+        let members = &look.state.members;
+        self.metrics.ranks("registered", members.len());
+        let ranks = look.active().map_or(&[][..], |plan| plan.ranks.as_slice());
+        let lost = ranks.iter().filter(|rank| !members.contains_key(rank));
+        self.metrics.ranks("lost", lost.count());
+        self.metrics.ranks("expected", self.config.workers as usize);
+    }
+
+    /// Feeds every load window that is new, and closes the cluster's window when its time is over.
+    fn observe(&mut self, look: &Look) {
+        let Some(model) = model(&look.state) else {
+            return;
+        };
+        if self.demand.as_ref().is_none_or(|(known, _)| known != model) {
+            let demand = Demand::new(model.moe_layers(), model.experts);
+            self.demand = Some((model.clone(), demand));
+            self.history = History::default();
+        }
+        let Some((_, demand)) = &mut self.demand else {
+            return;
+        };
+        for (rank, window) in &look.state.loads {
+            if !look.alive.contains(rank) {
+                continue;
+            }
+            if let Err(error) = demand.observe(window)
+                && self.said.say(&error.to_string(), look.now)
+            {
+                tracing::error!(%error, "load window left out");
+            }
+        }
+        if look.now < self.window_ends {
+            return;
+        }
+        self.window_ends = look.now + Duration::from_millis(self.config.window_ms);
+        if let Some(closed) = demand.close(self.config.min_rows) {
+            tracing::debug!(
+                rows = closed.rows,
+                ranks = closed.ranks.len(),
+                "window closed"
+            );
+            self.window_closed = true;
+        }
+    }
+
+    /// Whether the state is from before a write of ours.
+    fn is_outdated(&mut self, look: &Look) -> bool {
+        self.outdated
+            .retain(|(key, replaced)| look.revision(*key) == *replaced);
+        !self.outdated.is_empty()
+    }
+
+    /// The first placement waits for all ranks it was ordered for.
+    async fn first(&mut self, look: &Look) -> Result<(), StoreError> {
+        let missing: Vec<u32> = (0..self.config.workers)
+            .filter(|rank| !look.state.members.contains_key(&Rank(*rank)))
+            .collect();
+        if missing.is_empty() {
+            return self.decide(look, None).await;
+        }
+        if self.said.say(&format!("missing {missing:?}"), look.now) {
+            tracing::info!(
+                registered = look.state.members.len(),
+                expected = self.config.workers,
+                ?missing,
+                "waiting for workers"
+            );
+        }
+        Ok(())
+    }
+
+    /// Nothing is under way: take in ranks that came or leave, and once a window follow the load.
+    async fn settled(&mut self, look: &Look) -> Result<(), StoreError> {
+        if let Some((epoch, since)) = self.proposed_at.take() {
+            tracing::debug!(
+                epoch = epoch.0,
+                seconds = since.elapsed().as_secs_f64(),
+                "settled"
+            );
+        }
+        let Some(active) = look.active() else {
+            return Ok(());
+        };
+        if active
+            .ranks
+            .iter()
+            .any(|rank| !look.state.members.contains_key(rank))
+        {
+            return Ok(()); // Within its grace: either it comes back or a repair follows.
+        }
+        let able: BTreeSet<Rank> = eligible(&look.state, &look.alive)
+            .iter()
+            .map(|member| member.rank)
+            .collect();
+        let other_ranks = !able.is_empty() && active.ranks.iter().copied().ne(able);
+        let follow = std::mem::take(&mut self.window_closed) && self.config.enabled;
+        if other_ranks || follow {
+            return self.decide(look, Some(active)).await;
+        }
+        Ok(())
+    }
+
+    fn wait(&mut self, look: &Look, on: &BTreeSet<Rank>, until: Until) {
+        let epoch = look.target().map_or(Epoch(0), |plan| plan.epoch);
+        let ranks: Vec<u32> = on.iter().map(|rank| rank.0).collect();
+        if self
+            .said
+            .say(&format!("{epoch} {until:?} {ranks:?}"), look.now)
+        {
+            tracing::debug!(
+                epoch = epoch.0,
+                ?until,
+                ?ranks,
+                "waiting for acknowledgements"
+            );
+        }
+        if until == Until::Prepared
+            && self.roster.lose_patience(&look.state, epoch, on, look.now)
+        {
+            tracing::error!(
+                epoch = epoch.0,
+                ?ranks,
+                "workers do not prepare; going on without"
+            );
+        }
+    }
+
+    async fn activate(&mut self, look: &Look, epoch: Epoch) -> Result<(), StoreError> {
+        let Some(target) = look.target() else {
+            return Ok(());
+        };
+        let seen = look.revision(Key::Active);
+        if !self.coord.activate(target, seen).await? {
+            self.stale("activation");
+            return Ok(());
+        }
+        self.outdated.insert((Key::Active, seen));
+        let seconds = self
+            .proposed_at
+            .filter(|(proposed, _)| *proposed == epoch)
+            .map(|(_, since)| since.elapsed().as_secs_f64());
+        if let Some(seconds) = seconds {
+            self.metrics.rollover_seconds.observe(seconds);
+        }
+        tracing::info!(epoch = epoch.0, seconds, "placement active");
+        Ok(())
+    }
+
+    fn stale(&self, what: &'static str) {
+        self.metrics.stale.inc();
+        tracing::info!(
+            what,
+            "somebody else wrote first; starting over from the new state"
+        );
+    }
+
+    /// Asks the planner, and proposes what it says.
+    async fn decide(
+        &mut self,
+        look: &Look,
+        parent: Option<&Placement>,
+    ) -> Result<(), StoreError> {
+        let decision = match self.plan(look, parent).await {
+            Ok(Some(decision)) => decision,
+            Ok(None) => return Ok(()),
+            Err(error) => {
+                if self.said.say(&error.to_string(), look.now) {
+                    self.metrics.failures.inc();
+                    tracing::error!(%error, "no placement; the one in force stands");
+                }
+                return Ok(());
+            }
+        };
+        let report = decision.report();
+        self.metrics.decided(report);
+        let Some(mut plan) = decision.placement().cloned() else {
+            tracing::debug!(epoch = report.parent.0, "{report}");
+            return Ok(());
+        };
+        name_reason(&mut plan, &look.state, &report.lost);
+        let seen = look.revision(Key::Target);
+        if !self.coord.propose(&plan, seen).await? {
+            self.stale("proposal");
+            return Ok(());
+        }
+        self.outdated.insert((Key::Target, seen));
+        self.proposed_at = Some((plan.epoch, look.now));
+        self.metrics.proposed(plan.reason, report.copies_moved);
+        tracing::info!(
+            epoch = plan.epoch.0,
+            reason = reason_label(plan.reason),
+            balance_before = report.balance_before,
+            balance_after = report.balance_after,
+            copies = report.copies_moved,
+            "placement proposed: {report}"
+        );
+        Ok(())
+    }
+
+    /// One call of the planner, off the runtime's threads. `None`: there is nobody to plan for yet.
+    async fn plan(
+        &mut self,
+        look: &Look,
+        parent: Option<&Placement>,
+    ) -> Result<Option<Decision>, PlanError> {
+        let Some((model, demand)) = &self.demand else {
+            return Ok(None);
+        };
+        let members = eligible(&look.state, &look.alive);
+        let above = highest_epoch(&look.view());
+        let problem = problem(&members, model, demand.prediction(), above);
+        let (parent, mut history) = (parent.cloned(), self.history.clone());
+        let settings = self.settings();
+        let begun = Instant::now();
+        let planned = tokio::task::spawn_blocking(move || {
+            let decision =
+                foregate_planner::plan(&problem, parent.as_ref(), &settings, &mut history);
+            (decision, history)
+        });
+        let Ok((decision, history)) = planned.await else {
+            self.metrics.failures.inc();
+            tracing::error!("the planner panicked; the placement in force stands");
+            return Ok(None);
+        };
+        self.metrics
+            .plan_seconds
+            .observe(begun.elapsed().as_secs_f64());
+        self.history = history;
+        decision.map(Some)
+    }
+
+    const fn settings(&self) -> Settings {
+        Settings {
+            threshold: self.config.threshold,
+            max_moves_per_layer: self.config.max_moves_per_layer as usize,
+        }
+    }
+}

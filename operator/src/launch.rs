@@ -1,0 +1,308 @@
+//! Validated cluster + what the model is → instances with their `NodeConfig`. Pure: for `up`, and for pods.
+
+use foregate_api::ids::Rank;
+use foregate_api::model::ModelSpec;
+use foregate_api::node::{
+    FabricKind, GatewayConfig, NodeConfig, OperatorConfig, RoleConfig, StoreConfig,
+    WorkerConfig,
+};
+use foregate_planner::redundancy::slots_to_link;
+
+use crate::validate::{ModelLength, Redundancy, Threads, ValidatedCluster};
+
+/// What a launch must know of the model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ModelFacts {
+    /// Routed experts per MoE layer.
+    pub experts: u32,
+    /// Longest sequence in tokens.
+    pub max_positions: u32,
+    /// Bytes of keys and values of one token over all layers.
+    pub kv_bytes_per_token: u64,
+}
+
+impl ModelFacts {
+    /// The facts of a model.
+    #[must_use]
+    pub fn of(model: &ModelSpec) -> Self {
+        let small = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+        Self {
+            experts: small(model.experts),
+            max_positions: small(model.max_positions),
+            kv_bytes_per_token: model.kv_bytes_per_token() as u64,
+        }
+    }
+}
+
+/// Who will run the instances; decides store and fabric.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Form {
+    /// Tasks of one process: its own store, channels as fabric.
+    InProcess,
+    /// Processes of one machine: etcd, TCP on loopback.
+    Processes {
+        /// etcd's client URLs.
+        etcd: Vec<String>,
+    },
+}
+
+/// Where the instances run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Place {
+    /// Who will run them.
+    pub form: Form,
+    /// Local directory of the model.
+    pub model_dir: String,
+    /// `host:port` of the gateway.
+    pub gateway_listen: String,
+    /// Cores of the machine, shared by its workers.
+    pub cores: u32,
+}
+
+/// One process or task to start.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Instance {
+    /// Unique in the plan: `operator`, `worker-0`, …, `gateway`.
+    pub name: String,
+    /// What it is told.
+    pub node: NodeConfig,
+}
+
+/// What to start, in this order.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LaunchPlan {
+    /// Operator, workers by rank, gateway.
+    pub instances: Vec<Instance>,
+    /// Decisions that a user should be told of, one sentence each.
+    pub notes: Vec<String>,
+}
+
+/// Why a cluster cannot be launched.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum LaunchError {
+    /// The model has no experts or positions.
+    #[error(
+        "the model has {experts} experts per layer and {max_positions} positions: both must be positive"
+    )]
+    Model {
+        /// Experts per layer.
+        experts: u32,
+        /// Positions.
+        max_positions: u32,
+    },
+    /// Longer than the model was made for.
+    #[error(
+        "spec.model.maxModelLen is {wanted}, the model has {max_positions} positions: give at most {max_positions}"
+    )]
+    TooLong {
+        /// What the manifest wants.
+        wanted: u32,
+        /// What the model has.
+        max_positions: u32,
+    },
+    /// One sequence of the wanted length does not fit into a worker's KV cache.
+    #[error(
+        "spec.workers.kvMemory is {kv_bytes} bytes; one sequence of {tokens} tokens needs {pages} pages × \
+         {page_tokens} tokens × {kv_bytes_per_token} bytes = {needed} bytes: give more kvMemory or a smaller \
+         spec.model.maxModelLen"
+    )]
+    KvMemory {
+        /// What the manifest gives.
+        kv_bytes: u64,
+        /// The sequence.
+        tokens: u32,
+        /// Its pages.
+        pages: u64,
+        /// Tokens per page.
+        page_tokens: u32,
+        /// Bytes per token.
+        kv_bytes_per_token: u64,
+        /// The product.
+        needed: u128,
+    },
+}
+
+/// Everything the instances share.
+struct Shared<'a> {
+    cluster: &'a ValidatedCluster,
+    place: &'a Place,
+    slots: u32,
+    threads: u32,
+    max_model_len: u32,
+}
+
+/// The instances of a cluster.
+///
+/// # Errors
+/// If the model and the manifest do not go together, with the sum that shows it.
+pub fn launch(
+    cluster: &ValidatedCluster,
+    model: &ModelFacts,
+    place: &Place,
+) -> Result<LaunchPlan, LaunchError> {
+    if model.experts == 0 || model.max_positions == 0 || model.kv_bytes_per_token == 0 {
+        return Err(LaunchError::Model {
+            experts: model.experts,
+            max_positions: model.max_positions,
+        });
+    }
+    let mut notes = Vec::new();
+    let shared = Shared {
+        cluster,
+        place,
+        slots: slots(cluster, model, &mut notes),
+        threads: match cluster.workers.threads {
+            Threads::Fixed(threads) => threads,
+            Threads::Shared => (place.cores / cluster.workers.count).max(1),
+        },
+        max_model_len: max_model_len(cluster, model, &mut notes)?,
+    };
+    let mut instances = vec![shared.instance("operator".to_owned(), shared.operator())];
+    for (rank, domain) in (0..cluster.workers.count).zip(&cluster.workers.domains) {
+        let worker = shared.worker(Rank(rank), domain);
+        instances.push(shared.instance(format!("worker-{rank}"), worker));
+    }
+    instances.push(shared.instance("gateway".to_owned(), shared.gateway()));
+    Ok(LaunchPlan { instances, notes })
+}
+
+/// Slots per rank and layer: enough for every expert once, and the redundant ones.
+fn slots(cluster: &ValidatedCluster, model: &ModelFacts, notes: &mut Vec<String>) -> u32 {
+    let count = cluster.workers.count;
+    let once = model.experts.div_ceil(count);
+    let linked = slots_to_link(model.experts as usize, count as usize);
+    let linked = u32::try_from(linked).unwrap_or(model.experts);
+    let wanted = match cluster.workers.redundancy {
+        Redundancy::Linked => once.max(linked),
+        Redundancy::Slots(redundant) => once.saturating_add(redundant),
+    };
+    let slots = wanted.min(model.experts);
+    if slots < linked {
+        notes.push(format!(
+            "{slots} expert slots per worker and layer cannot link all {count} workers (that takes {linked}): load \
+             can be balanced less well; raise spec.workers.redundantSlots to {}",
+            linked - once
+        ));
+    }
+    slots
+}
+
+/// The longest sequence, which must fit into one worker's KV cache.
+fn max_model_len(
+    cluster: &ValidatedCluster,
+    model: &ModelFacts,
+    notes: &mut Vec<String>,
+) -> Result<u32, LaunchError> {
+    let workers = &cluster.workers;
+    let page_bytes = u128::from(workers.page_tokens) * u128::from(model.kv_bytes_per_token);
+    let pages = u128::from(workers.kv_bytes) / page_bytes;
+    let room = u32::try_from(pages * u128::from(workers.page_tokens)).unwrap_or(u32::MAX);
+    let wanted = match cluster.model.length {
+        ModelLength::AsPossible => model.max_positions.min(room.max(1)),
+        ModelLength::Tokens(tokens) if tokens > model.max_positions => {
+            return Err(LaunchError::TooLong {
+                wanted: tokens,
+                max_positions: model.max_positions,
+            });
+        }
+        ModelLength::Tokens(tokens) => tokens,
+    };
+    if wanted > room {
+        let pages = u64::from(wanted.div_ceil(workers.page_tokens));
+        return Err(LaunchError::KvMemory {
+            kv_bytes: workers.kv_bytes,
+            tokens: wanted,
+            pages,
+            page_tokens: workers.page_tokens,
+            kv_bytes_per_token: model.kv_bytes_per_token,
+            needed: u128::from(pages) * page_bytes,
+        });
+    }
+    if wanted < model.max_positions && cluster.model.length == ModelLength::AsPossible {
+        notes.push(format!(
+            "sequences are limited to {wanted} of the model's {} tokens by spec.workers.kvMemory",
+            model.max_positions
+        ));
+    }
+    Ok(wanted)
+}
+
+impl Shared<'_> {
+    fn instance(&self, name: String, role: RoleConfig) -> Instance {
+        let store = match &self.place.form {
+            Form::InProcess => StoreConfig::InProcess,
+            Form::Processes { etcd } => StoreConfig::Etcd {
+                endpoints: etcd.clone(),
+            },
+        };
+        Instance {
+            name,
+            node: NodeConfig {
+                cluster: self.cluster.name.clone(),
+                store,
+                role,
+                status_listen: any_port(),
+            },
+        }
+    }
+
+    fn operator(&self) -> RoleConfig {
+        let balancing = &self.cluster.balancing;
+        RoleConfig::Operator(OperatorConfig {
+            workers: self.cluster.workers.count,
+            enabled: balancing.enabled,
+            window_ms: balancing.window_ms,
+            threshold: balancing.threshold,
+            max_moves_per_layer: balancing.max_moves_per_layer,
+            min_rows: balancing.min_rows,
+        })
+    }
+
+    fn worker(&self, rank: Rank, domain: &str) -> RoleConfig {
+        let workers = &self.cluster.workers;
+        RoleConfig::Worker(WorkerConfig {
+            rank,
+            model_dir: self.place.model_dir.clone(),
+            rpc_listen: any_port(),
+            exchange_listen: any_port(),
+            fabric: match self.place.form {
+                Form::InProcess => FabricKind::Local,
+                Form::Processes { .. } => FabricKind::Tcp,
+            },
+            slots: self.slots,
+            threads: self.threads,
+            max_num_seqs: workers.max_num_seqs,
+            max_num_batched_tokens: workers.max_num_batched_tokens,
+            max_waiting: workers.max_waiting,
+            max_model_len: self.max_model_len,
+            page_tokens: workers.page_tokens,
+            kv_bytes: workers.kv_bytes,
+            exchange_deadline_ms: workers.exchange_deadline_ms,
+            domain: domain.to_owned(),
+            window_ms: self.cluster.balancing.window_ms,
+        })
+    }
+
+    fn gateway(&self) -> RoleConfig {
+        let gateway = &self.cluster.gateway;
+        RoleConfig::Gateway(GatewayConfig {
+            listen: self.place.gateway_listen.clone(),
+            model_dir: self.place.model_dir.clone(),
+            served_names: self.cluster.model.served_names.clone(),
+            max_model_len: self.max_model_len,
+            routing: gateway.routing,
+            max_in_flight: gateway.max_in_flight,
+            max_queued: gateway.max_queued,
+            queue_timeout_ms: gateway.queue_timeout_ms,
+            request_timeout_ms: gateway.request_timeout_ms,
+        })
+    }
+}
+
+/// Loopback, and a port that the system chooses; the instance tells it through the store.
+fn any_port() -> String {
+    "127.0.0.1:0".to_owned()
+}
+
+#[cfg(test)]
+mod tests;

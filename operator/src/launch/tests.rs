@@ -1,0 +1,145 @@
+use foregate_api::manifest::Manifest;
+
+use super::*;
+use crate::{parse_manifest, validate};
+
+const DEMO: ModelFacts = ModelFacts {
+    experts: 32,
+    max_positions: 1024,
+    kv_bytes_per_token: 4096,
+};
+
+fn cluster(change: impl FnOnce(&mut Manifest)) -> ValidatedCluster {
+    let text = include_str!("../../../charts/examples/tiny.yaml");
+    let mut manifest = parse_manifest(text).unwrap();
+    change(&mut manifest);
+    validate(manifest).unwrap()
+}
+
+fn place(form: Form) -> Place {
+    Place {
+        form,
+        model_dir: "/models/demo".to_owned(),
+        gateway_listen: "127.0.0.1:8000".to_owned(),
+        cores: 8,
+    }
+}
+
+fn workers(plan: &LaunchPlan) -> Vec<&WorkerConfig> {
+    let roles = plan.instances.iter().map(|instance| &instance.node.role);
+    roles
+        .filter_map(|role| match role {
+            RoleConfig::Worker(worker) => Some(worker),
+            RoleConfig::Operator(_) | RoleConfig::Gateway(_) => None,
+        })
+        .collect()
+}
+
+#[test]
+fn one_operator_all_workers_one_gateway() {
+    let cluster = cluster(|m| m.spec.workers.domains = vec!["a".into(), "b".into()]);
+    let plan = launch(&cluster, &DEMO, &place(Form::InProcess)).unwrap();
+    let names: Vec<&str> = plan.instances.iter().map(|i| i.name.as_str()).collect();
+    assert_eq!(names, ["operator", "worker-0", "worker-1", "gateway"]);
+    assert!(plan.instances.iter().all(|i| i.node.cluster == "tiny"));
+    assert!(
+        plan.instances
+            .iter()
+            .all(|i| i.node.store == StoreConfig::InProcess)
+    );
+    let workers = workers(&plan);
+    assert_eq!(workers[1].rank, Rank(1));
+    assert_eq!(workers[1].domain, "b");
+    assert_eq!(workers[0].fabric, FabricKind::Local);
+    assert_eq!((workers[0].threads, workers[0].slots), (4, 18));
+    assert_eq!(workers[0].max_model_len, 1024);
+    assert!(plan.notes.is_empty(), "{:?}", plan.notes);
+}
+
+#[test]
+fn processes_meet_in_etcd_over_tcp() {
+    let etcd = vec!["http://127.0.0.1:2379".to_owned()];
+    let form = Form::Processes { etcd: etcd.clone() };
+    let plan = launch(&cluster(|_| ()), &DEMO, &place(form)).unwrap();
+    let store = StoreConfig::Etcd { endpoints: etcd };
+    assert!(plan.instances.iter().all(|i| i.node.store == store));
+    assert!(workers(&plan).iter().all(|w| w.fabric == FabricKind::Tcp));
+}
+
+#[test]
+fn slots_by_the_rule_or_by_wish() {
+    let slots = |count, redundant, experts| {
+        let cluster = cluster(|m| {
+            m.spec.workers.count = Some(count);
+            m.spec.workers.redundant_slots = redundant;
+        });
+        let model = ModelFacts { experts, ..DEMO };
+        let plan = launch(&cluster, &model, &place(Form::InProcess)).unwrap();
+        (workers(&plan)[0].slots, plan.notes.len())
+    };
+    // 1 + ⌈31/4⌉ = 9; the rule's smallest.
+    assert_eq!(slots(4, None, 32), (9, 0));
+    assert_eq!(slots(1, None, 32), (32, 0));
+    assert_eq!(slots(8, None, 4), (2, 0));
+    assert_eq!(
+        slots(4, Some(0), 32),
+        (8, 1),
+        "told that the workers are not linked"
+    );
+    assert_eq!(slots(4, Some(100), 32), (32, 0));
+    assert_eq!(
+        slots(5, Some(0), 32),
+        (7, 1),
+        "7 × 5 = 35 hold 32, but 1 + ⌈31/5⌉ = 8 link"
+    );
+}
+
+#[test]
+fn threads_are_never_none() {
+    let cluster = cluster(|m| m.spec.workers.count = Some(16));
+    let plan = launch(&cluster, &DEMO, &place(Form::InProcess)).unwrap();
+    assert_eq!(workers(&plan)[0].threads, 1);
+}
+
+#[test]
+fn lengths_that_do_not_fit_show_the_sum() {
+    let with = |length, memory: &str| {
+        let cluster = cluster(|m| {
+            m.spec.model.max_model_len = length;
+            m.spec.workers.kv_memory = Some(memory.to_owned());
+        });
+        launch(&cluster, &DEMO, &place(Form::InProcess))
+    };
+    let error = with(Some(2000), "128Mi").unwrap_err().to_string();
+    assert!(
+        error.contains("maxModelLen is 2000") && error.contains("1024"),
+        "{error}"
+    );
+    // 1 MiB holds 256 tokens of 4 KiB.
+    let error = with(Some(500), "1Mi").unwrap_err().to_string();
+    assert!(
+        error.contains("32 pages × 16 tokens × 4096 bytes = 2097152 bytes"),
+        "{error}"
+    );
+    let plan = with(None, "1Mi").unwrap();
+    assert_eq!(workers(&plan)[0].max_model_len, 256);
+    assert!(
+        plan.notes[0].contains("256 of the model's 1024"),
+        "{:?}",
+        plan.notes
+    );
+    // A gateway promises what the workers can do.
+    let RoleConfig::Gateway(gateway) = &plan.instances.last().unwrap().node.role else {
+        panic!("the gateway comes last");
+    };
+    assert_eq!(gateway.max_model_len, 256);
+    let huge = ModelFacts {
+        kv_bytes_per_token: 1 << 40,
+        ..DEMO
+    };
+    let one = launch(&cluster(|_| ()), &huge, &place(Form::InProcess));
+    assert!(
+        matches!(one, Err(LaunchError::KvMemory { tokens: 1, .. })),
+        "{one:?}"
+    );
+}

@@ -1,0 +1,65 @@
+//! Cluster state → planning problem. Pure.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use foregate_api::ids::{Epoch, Rank};
+use foregate_api::member::{Member, Phase};
+use foregate_api::model::ModelSpec;
+use foregate_api::placement::{Placement, Reason};
+use foregate_planner::{Problem, RankSlots};
+use foregate_store::ClusterState;
+
+/// The model of the cluster: that of the lowest rank. Members with another one take no part.
+pub(crate) fn model(state: &ClusterState) -> Option<&ModelSpec> {
+    state.members.values().next().map(|member| &member.model)
+}
+
+/// Members that may hold experts: alive, not leaving, with slots, of the cluster's model.
+pub(crate) fn eligible<'a>(
+    state: &'a ClusterState,
+    alive: &BTreeSet<Rank>,
+) -> Vec<&'a Arc<Member>> {
+    let model = model(state);
+    state
+        .members
+        .values()
+        .filter(|member| alive.contains(&member.rank))
+        .filter(|member| member.phase != Phase::Draining && member.slots > 0)
+        .filter(|member| Some(&member.model) == model)
+        .collect()
+}
+
+/// The problem over `members`.
+pub(crate) fn problem(
+    members: &[&Arc<Member>],
+    model: &ModelSpec,
+    demand: Vec<Vec<f64>>,
+    above: Epoch,
+) -> Problem {
+    Problem {
+        ranks: members
+            .iter()
+            .map(|member| RankSlots {
+                rank: member.rank,
+                slots: member.slots as usize,
+                domain: member.domain.clone(),
+            })
+            .collect(),
+        layers: model.moe_layers(),
+        experts: model.experts,
+        demand,
+        above,
+    }
+}
+
+/// Ranks that leave by intent are a resize, not a repair: nothing of theirs is lost.
+pub(crate) fn name_reason(plan: &mut Placement, state: &ClusterState, lost: &[Rank]) {
+    let leaving = |rank: &Rank| {
+        let member = state.members.get(rank);
+        member.is_some_and(|member| member.phase == Phase::Draining)
+    };
+    if plan.reason == Reason::Repair && lost.iter().all(leaving) {
+        plan.reason = Reason::Resize;
+    }
+}

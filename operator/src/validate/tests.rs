@@ -1,0 +1,227 @@
+use foregate_api::manifest::{BalancingSpec, ClusterSpec, Metadata};
+use proptest::prelude::*;
+
+use super::*;
+
+fn manifest() -> Manifest {
+    Manifest {
+        api_version: API_VERSION.to_owned(),
+        kind: KIND.to_owned(),
+        metadata: Metadata {
+            name: "tiny".to_owned(),
+            namespace: None,
+            labels: std::collections::BTreeMap::new(),
+            annotations: std::collections::BTreeMap::new(),
+        },
+        spec: ClusterSpec {
+            model: ModelSource {
+                uri: "./models/demo/".to_owned(),
+                served_names: Vec::new(),
+                max_model_len: None,
+            },
+            workers: WorkersSpec::default(),
+            gateway: GatewaySpec::default(),
+            balancing: BalancingSpec::default(),
+        },
+    }
+}
+
+#[test]
+fn what_is_left_open_gets_the_documented_defaults() {
+    let cluster = validate(manifest()).unwrap();
+    assert_eq!(
+        cluster,
+        ValidatedCluster {
+            name: "tiny".to_owned(),
+            model: ValidatedModel {
+                uri: "./models/demo/".to_owned(),
+                served_names: vec!["demo".to_owned()],
+                length: ModelLength::AsPossible,
+            },
+            workers: ValidatedWorkers {
+                count: 2,
+                redundancy: Redundancy::Linked,
+                threads: Threads::Shared,
+                max_num_seqs: 64,
+                max_num_batched_tokens: 512,
+                max_waiting: 256,
+                page_tokens: 16,
+                kv_bytes: 512 << 20,
+                exchange_deadline_ms: 2000,
+                domains: vec![String::new(); 2],
+            },
+            gateway: ValidatedGateway {
+                routing: RoutingPolicy::Signature,
+                max_in_flight: 256,
+                max_queued: 1024,
+                queue_timeout_ms: 30_000,
+                request_timeout_ms: 600_000,
+            },
+            balancing: ValidatedBalancing {
+                enabled: true,
+                window_ms: 2000,
+                threshold: 0.97,
+                max_moves_per_layer: 4,
+                min_rows: 256,
+            },
+        }
+    );
+}
+
+/// A change that makes the good manifest wrong, with the field that must be named.
+type Wrong = (&'static str, fn(&mut Manifest));
+
+const WRONG: &[Wrong] = &[
+    ("apiVersion", |m| m.api_version = "v1".into()),
+    ("kind", |m| m.kind = "Pod".into()),
+    ("metadata.name", |m| m.metadata.name = "Tiny".into()),
+    ("metadata.name", |m| m.metadata.name = "a".repeat(64)),
+    ("metadata.name", |m| m.metadata.name = "-a".into()),
+    ("metadata.name", |m| m.metadata.name = String::new()),
+    ("metadata.namespace", |m| {
+        m.metadata.namespace = Some("a/b".into())
+    }),
+    ("spec.model.uri", |m| m.spec.model.uri = " ".into()),
+    ("spec.model.uri", |m| {
+        m.spec.model.uri = "s3://bucket/x".into()
+    }),
+    ("spec.model.uri", |m| m.spec.model.uri = "hf://".into()),
+    ("spec.model.uri", |m| m.spec.model.uri = "a\0b".into()),
+    ("spec.model.servedNames[1]", |m| {
+        m.spec.model.served_names = vec!["a".into(), "a".into()];
+    }),
+    ("spec.model.servedNames[0]", |m| {
+        m.spec.model.served_names = vec!["a b".into()]
+    }),
+    ("spec.model.maxModelLen", |m| {
+        m.spec.model.max_model_len = Some(1)
+    }),
+    ("spec.workers.count", |m| m.spec.workers.count = Some(0)),
+    ("spec.workers.count", |m| m.spec.workers.count = Some(1025)),
+    ("spec.workers.redundantSlots", |m| {
+        m.spec.workers.redundant_slots = Some(5000)
+    }),
+    ("spec.workers.threads", |m| m.spec.workers.threads = Some(0)),
+    ("spec.workers.maxNumSeqs", |m| {
+        m.spec.workers.max_num_seqs = Some(0)
+    }),
+    ("spec.workers.maxNumBatchedTokens", |m| {
+        m.spec.workers.max_num_batched_tokens = Some(0);
+    }),
+    ("spec.workers.maxWaiting", |m| {
+        m.spec.workers.max_waiting = Some(0)
+    }),
+    ("spec.workers.pageTokens", |m| {
+        m.spec.workers.page_tokens = Some(24)
+    }),
+    ("spec.workers.pageTokens", |m| {
+        m.spec.workers.page_tokens = Some(512)
+    }),
+    ("spec.workers.kvMemory", |m| {
+        m.spec.workers.kv_memory = Some("512MiB".into())
+    }),
+    ("spec.workers.kvMemory", |m| {
+        m.spec.workers.kv_memory = Some("1".into())
+    }),
+    ("spec.workers.exchangeDeadlineMs", |m| {
+        m.spec.workers.exchange_deadline_ms = Some(0);
+    }),
+    ("spec.workers.domains", |m| {
+        m.spec.workers.domains = vec!["a".into()]
+    }),
+    ("spec.workers.domains[1]", |m| {
+        m.spec.workers.domains = vec!["a".into(), String::new()];
+    }),
+    ("spec.gateway.maxInFlight", |m| {
+        m.spec.gateway.max_in_flight = Some(0)
+    }),
+    ("spec.gateway.maxQueued", |m| {
+        m.spec.gateway.max_queued = Some(2_000_000)
+    }),
+    ("spec.gateway.queueTimeoutMs", |m| {
+        m.spec.gateway.queue_timeout_ms = Some(0)
+    }),
+    ("spec.gateway.requestTimeoutMs", |m| {
+        m.spec.gateway.request_timeout_ms = Some(0)
+    }),
+    ("spec.balancing.windowMs", |m| {
+        m.spec.balancing.window_ms = Some(1)
+    }),
+    ("spec.balancing.threshold", |m| {
+        m.spec.balancing.threshold = Some(1.01)
+    }),
+    ("spec.balancing.threshold", |m| {
+        m.spec.balancing.threshold = Some(0.0)
+    }),
+    ("spec.balancing.threshold", |m| {
+        m.spec.balancing.threshold = Some(f64::NAN)
+    }),
+    ("spec.balancing.maxMovesPerLayer", |m| {
+        m.spec.balancing.max_moves_per_layer = Some(9999);
+    }),
+    ("spec.balancing.minRows", |m| {
+        m.spec.balancing.min_rows = Some(u64::MAX)
+    }),
+];
+
+#[test]
+fn each_wrong_value_is_found_alone_with_a_remedy() {
+    for (field, change) in WRONG {
+        let mut manifest = manifest();
+        change(&mut manifest);
+        let Findings(findings) = validate(manifest).unwrap_err();
+        let fields: Vec<&str> = findings.iter().map(|f| f.field.as_str()).collect();
+        assert_eq!(fields, [*field], "{findings:?}");
+        assert!(!findings[0].remedy.is_empty() && !findings[0].what.is_empty());
+    }
+}
+
+#[test]
+fn all_findings_come_at_once_one_per_line() {
+    let mut manifest = manifest();
+    manifest.metadata.name = "Tiny".into();
+    manifest.spec.workers.count = Some(0);
+    manifest.spec.balancing.threshold = Some(7.0);
+    let text = validate(manifest).unwrap_err().to_string();
+    let lines: Vec<&str> = text.lines().collect();
+    assert_eq!(lines.len(), 3, "{text}");
+    assert!(
+        lines[1].starts_with("spec.workers.count: is 0; give 1 to 1024"),
+        "{text}"
+    );
+}
+
+#[test]
+fn served_name_of_uris() {
+    for (uri, name) in [
+        ("hf://Qwen/Qwen3-30B-A3B@main", "Qwen3-30B-A3B"),
+        ("Qwen/Qwen3-30B-A3B", "Qwen3-30B-A3B"),
+        ("file:///models/my model/", "my-model"),
+        ("/", "model"),
+        ("..", "model"),
+        ("./a@b", "a@b"),
+    ] {
+        let mut manifest = manifest();
+        manifest.spec.model.uri = uri.into();
+        assert_eq!(
+            validate(manifest).unwrap().model.served_names,
+            [name],
+            "{uri}"
+        );
+    }
+}
+
+proptest! {
+    #[test]
+    fn no_strings_panic(name in "\\PC{0,70}", uri in "\\PC{0,40}", kv in "\\PC{0,10}", threshold: f64) {
+        let mut manifest = manifest();
+        manifest.metadata.name = name;
+        manifest.spec.model.uri = uri;
+        manifest.spec.workers.kv_memory = Some(kv);
+        manifest.spec.balancing.threshold = Some(threshold);
+        if let Ok(cluster) = validate(manifest) {
+            prop_assert!(!cluster.model.served_names.is_empty());
+            prop_assert!(cluster.balancing.threshold > 0.0 && cluster.balancing.threshold <= 1.0);
+        }
+    }
+}
