@@ -236,30 +236,46 @@ pub async fn next(stream: &mut EventStream) -> Option<Result<Event, StreamError>
     event.expect("no event in time")
 }
 
-/// Reads a stream to its end and checks the order of its events.
-pub async fn collect(mut stream: EventStream) -> Result<Answer, StreamError> {
-    let mut answer = Answer::default();
-    while let Some(event) = next(&mut stream).await {
-        match event? {
+/// Puts a stream's events together and checks their order.
+#[derive(Debug, Default)]
+pub struct Gather(Answer);
+
+impl Gather {
+    pub fn add(&mut self, event: Event) {
+        let answer = &mut self.0;
+        assert!(answer.finished.is_none(), "an event after the last");
+        match event {
             Event::Prefilled(event) => {
                 assert!(answer.prefilled.is_none() && answer.tokens.is_empty());
                 answer.prefilled = Some(event);
             }
             Event::Token(event) => {
-                assert!(answer.prefilled.is_some() && answer.finished.is_none());
+                assert!(answer.prefilled.is_some());
                 if let Some(last) = answer.tokens.last() {
                     assert_eq!(event.index, last.index + 1);
                 }
                 answer.tokens.push(event);
             }
-            Event::Finished(event) => {
-                assert!(answer.finished.is_none());
-                answer.finished = Some(event);
-            }
+            Event::Finished(event) => answer.finished = Some(event),
         }
     }
-    assert!(answer.finished.is_some());
-    Ok(answer)
+
+    pub fn end(self) -> Answer {
+        assert!(
+            self.0.finished.is_some(),
+            "the stream ended without its last event"
+        );
+        self.0
+    }
+}
+
+/// Reads a stream to its end.
+pub async fn collect(mut stream: EventStream) -> Result<Answer, StreamError> {
+    let mut gather = Gather::default();
+    while let Some(event) = next(&mut stream).await {
+        gather.add(event?);
+    }
+    Ok(gather.end())
 }
 
 pub async fn run(engine: &EngineHandle, request: Request) -> Answer {

@@ -1,0 +1,156 @@
+//! The gRPC service over a real connection: events, refusals and cancellation.
+
+mod rig;
+
+use foregate_api::model::Family;
+use foregate_wire::connect::channel;
+use foregate_wire::generation::generation_client::GenerationClient;
+use foregate_wire::generation::{FinishReason, GenerateRequest, Sampling};
+use foregate_wire::serve::{serve, server};
+use foregate_wire::tonic::transport::Channel;
+use foregate_wire::tonic::{Code, Status};
+use foregate_worker::engine::EngineHandle;
+use foregate_worker::serve::GenerationService;
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use rig::{Answer, Gather, Rig, Sizes, run, until};
+
+struct Served {
+    engine: EngineHandle,
+    client: GenerationClient<Channel>,
+    _tasks: JoinSet<()>,
+}
+
+impl Served {
+    async fn start(sizes: Sizes) -> Self {
+        let engine = Rig::tiny(Family::Qwen3Moe).alone(sizes);
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let router = server().add_service(GenerationService::new(engine.clone()).into_server());
+        let mut tasks = JoinSet::new();
+        tasks.spawn(async move {
+            serve(router, listener, CancellationToken::new())
+                .await
+                .unwrap();
+        });
+        Self {
+            engine,
+            client: GenerationClient::new(channel(&address).unwrap()),
+            _tasks: tasks,
+        }
+    }
+
+    async fn ask(&mut self, request: GenerateRequest) -> Result<Answer, Status> {
+        let mut stream = self.client.generate(request).await?.into_inner();
+        let mut gather = Gather::default();
+        while let Some(event) = stream.message().await? {
+            gather.add(event.event.unwrap());
+        }
+        Ok(gather.end())
+    }
+}
+
+fn request(max_tokens: u32) -> GenerateRequest {
+    GenerateRequest {
+        request_id: "r-1".to_owned(),
+        token_ids: vec![5, 6, 7],
+        prompt_len: 3,
+        max_tokens,
+        ignore_eos: true,
+        deadline_ms: 60_000,
+        sampling: Some(Sampling {
+            top_p: 1.0,
+            repetition_penalty: 1.0,
+            ..Sampling::default()
+        }),
+        ..GenerateRequest::default()
+    }
+}
+
+#[tokio::test]
+async fn streams_what_the_engine_gives() {
+    let mut served = Served::start(Sizes::default()).await;
+    let got = served.ask(request(9)).await.unwrap();
+    let want = run(&served.engine, rig::request(&[5, 6, 7], 9)).await;
+    assert_eq!(got.ids(), want.ids());
+    assert_eq!(got.end().reason(), FinishReason::Length);
+    assert_eq!(
+        (got.end().prompt_tokens, got.end().generated_tokens),
+        (3, 9)
+    );
+}
+
+#[tokio::test]
+async fn refuses_by_name_and_by_kind() {
+    let mut served = Served::start(Sizes {
+        seqs: 1,
+        waiting: 0,
+        pages: 16,
+        ..Sizes::default()
+    })
+    .await;
+    let mut bad = request(5);
+    bad.token_ids[0] = 1_000_000;
+    let status = served.ask(bad).await.unwrap_err();
+    assert_eq!(status.code(), Code::InvalidArgument);
+    assert!(
+        status.message().starts_with("token_ids: 1000000"),
+        "{status}"
+    );
+
+    let status = served.ask(request(200)).await.unwrap_err();
+    assert_eq!(status.code(), Code::InvalidArgument);
+    assert!(status.message().starts_with("max_tokens: "), "{status}");
+
+    let held = served
+        .engine
+        .submit(rig::request(&[4], 2), None, tracing::Span::none());
+    let status = served.ask(request(5)).await.unwrap_err();
+    assert_eq!(status.code(), Code::ResourceExhausted);
+    drop(held);
+    served.ask(request(5)).await.unwrap();
+
+    served.engine.drain().await;
+    let status = served.ask(request(5)).await.unwrap_err();
+    assert_eq!(status.code(), Code::Unavailable);
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_cancels() {
+    let mut served = Served::start(Sizes::default()).await;
+    let mut stream = served
+        .client
+        .generate(request(200))
+        .await
+        .unwrap()
+        .into_inner();
+    stream.message().await.unwrap();
+    drop(stream);
+    until(&served.engine, "nothing runs", |load| {
+        load.running == 0 && load.kv_pages_used == 0
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_stopped_engine_ends_streams_as_unavailable() {
+    let mut served = Served::start(Sizes::default()).await;
+    let mut stream = served
+        .client
+        .generate(request(250))
+        .await
+        .unwrap()
+        .into_inner();
+    stream.message().await.unwrap();
+    served.engine.stop().await;
+    let status = loop {
+        match stream.message().await {
+            Ok(Some(_)) => {}
+            Ok(None) => panic!("it ended as if it were complete"),
+            Err(status) => break status,
+        }
+    };
+    assert_eq!(status.code(), Code::Unavailable);
+}

@@ -1,0 +1,155 @@
+//! A sequence's bits do not depend on where and with whom it runs.
+//!
+//! Each case draws a cluster (1 to 4 workers, fabric, threads, batch and chunk sizes, page size, KV
+//! memory), requests on random workers, and random placements with copies, one after the other while
+//! the requests run. Token ids and the bits of every log-probability must be those of the same request
+//! alone on one engine with all experts in its process.
+
+mod cluster;
+mod random;
+mod rig;
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use foregate_api::ids::Rank;
+use foregate_api::model::Family;
+use foregate_api::node::FabricKind;
+use foregate_checkpoint::tiny::Tiny;
+use foregate_wire::generation::{GenerateRequest, Sampling};
+use foregate_worker::serve::validate;
+use futures::future::join_all;
+
+use cluster::{Cluster, Form};
+use random::Random;
+use rig::{Answer, Rig, Sizes, collect, info_bits, prompt, submit};
+
+fn draw_form(random: &mut Random) -> Form {
+    let page_tokens = random.pick(&[2, 4, 16]);
+    // A page of the tiny models has 3 layers, 2 heads of 8: keys for a multiple of 16 tokens, values.
+    let page_bytes = 3 * 2 * 8 * 4 * (16 + u64::from(page_tokens));
+    let tokens = random.pick(&[220, 2_000]);
+    Form {
+        workers: random.within(1, 4),
+        fabric: random.pick(&[FabricKind::Local, FabricKind::Tcp]),
+        threads: random.within(1, 2),
+        max_num_seqs: random.within(2, 6),
+        max_num_batched_tokens: random.within(6, 40),
+        page_tokens,
+        kv_bytes: page_bytes * u64::from(tokens / page_tokens),
+        spare_slots: random.within(0, 3),
+    }
+}
+
+fn draw_request(random: &mut Random, vocab: usize) -> GenerateRequest {
+    // Some prompts begin alike, so that prefixes are reused.
+    let seed = u64::from(random.within(0, 1));
+    let mut token_ids = prompt(random.within(1, 30) as usize, vocab, seed);
+    token_ids.extend(prompt(
+        random.within(0, 20) as usize,
+        vocab,
+        u64::from(random.next()),
+    ));
+    let prompt_len = token_ids.len() as u32;
+    GenerateRequest {
+        request_id: "fuzz".to_owned(),
+        token_ids,
+        prompt_len,
+        max_tokens: random.within(30, 120),
+        ignore_eos: random.chance(80),
+        logprobs: Some(random.within(0, 4)),
+        prompt_logprobs: random.chance(30).then_some(2),
+        return_routed_experts: random.chance(30),
+        deadline_ms: 100_000,
+        sampling: Some(Sampling {
+            temperature: random.pick(&[0.0, 0.7, 1.0]),
+            top_k: random.pick(&[0, 10]),
+            top_p: random.pick(&[1.0, 0.9]),
+            repetition_penalty: random.pick(&[1.0, 1.2]),
+            seed: u64::from(random.next()),
+            ..Sampling::default()
+        }),
+        ..GenerateRequest::default()
+    }
+}
+
+/// All that must be equal.
+fn bits(answer: &Answer) -> impl PartialEq + std::fmt::Debug + use<> {
+    let start = answer.start();
+    (
+        answer.bits(),
+        start
+            .prompt_logprobs
+            .iter()
+            .map(info_bits)
+            .collect::<Vec<_>>(),
+        start.routed.clone(),
+        answer
+            .tokens
+            .iter()
+            .map(|token| token.routed.clone())
+            .collect::<Vec<_>>(),
+        (answer.end().reason, answer.end().stop_token),
+    )
+}
+
+/// Runs one case; the number of requests that ran across a switch of placement.
+async fn case(family: Family, seed: u64) -> usize {
+    let random = &mut Random::new(seed);
+    let rig = Rig::drawn(&Tiny::new(family));
+    let form = draw_form(random);
+    let mut cluster = Cluster::start(rig.checkpoint.dir(), rig.spec(), form).await;
+    cluster.move_to_random(random).await;
+    let requests: Vec<(Rank, GenerateRequest)> = (0..random.within(3, 8))
+        .map(|_| {
+            let rank = Rank(random.within(0, form.workers - 1));
+            (rank, draw_request(random, rig.spec().vocab))
+        })
+        .collect();
+    let ended = AtomicUsize::new(0);
+    let answers = requests.iter().map(|(rank, request)| {
+        let answer = cluster.ask(*rank, request.clone());
+        async {
+            let answer = answer.await;
+            ended.fetch_add(1, Ordering::Relaxed);
+            answer
+        }
+    });
+    let answers = join_all(answers.collect::<Vec<_>>());
+    let moves = async {
+        let mut across = 0;
+        for _ in 0..2 {
+            cluster.move_to_random(random).await;
+            across = across.max(requests.len() - ended.load(Ordering::Relaxed));
+        }
+        across
+    };
+    let (answers, across) = tokio::join!(answers, moves);
+    cluster.stop().await;
+
+    let alone = rig.alone(Sizes::default());
+    for ((rank, request), got) in requests.into_iter().zip(&answers) {
+        let stream = submit(&alone, validate(request.clone(), alone.limits()).unwrap());
+        let want = collect(stream).await.unwrap();
+        assert_eq!(
+            bits(got),
+            bits(&want),
+            "seed {seed} {family:?} {form:?} {rank} {request:?}"
+        );
+    }
+    across
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn bits_do_not_depend_on_the_cluster() {
+    let families = [
+        Family::Qwen3Moe,
+        Family::Qwen2Moe,
+        Family::Mixtral,
+        Family::Olmoe,
+    ];
+    let mut across = 0;
+    for seed in 0..8 {
+        across += case(families[seed as usize % families.len()], seed).await;
+    }
+    assert!(across > 0, "no request ran while a placement changed");
+}
