@@ -242,6 +242,7 @@ impl Worker {
             Arc::clone(&spec),
             Arc::clone(&loaded.checkpoint),
             Arc::clone(&metrics),
+            config.threads as usize,
         );
         let follower = Follower::new(FollowerParts {
             rank: me.rank,

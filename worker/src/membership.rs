@@ -13,7 +13,7 @@ use foregate_api::member::{Ack, Member};
 use foregate_store::coord::Coord;
 use foregate_store::kv::{Lease, StoreError};
 use tokio::sync::watch;
-use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
+use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep};
 use tokio_util::sync::CancellationToken;
 
 /// Time to live of a lease: a dead worker is gone from the store after it.
@@ -95,7 +95,7 @@ impl Publisher {
 
     /// Writes until `shutdown`, then revokes the lease: the worker's keys vanish at once.
     pub async fn run(mut self, shutdown: CancellationToken) {
-        let mut ticks = interval(self.window);
+        let mut ticks = interval_at(Instant::now() + self.window, self.window);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let (mut sequence, mut closed) = (0, Instant::now());
         let mut retry = RETRY_FIRST;

@@ -25,9 +25,6 @@ use crate::fabric::{Fabric, PeerAddress};
 use crate::membership::PublisherHandle;
 use crate::metrics::WorkerMetrics;
 
-/// Experts on their way at a time. One is packed while another travels; more would take the processor from
-/// serving.
-const AT_ONCE: usize = 2;
 /// Wait before an expert that could not be loaded is tried again.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -180,13 +177,14 @@ impl Follower {
     }
 
     fn fetch(&mut self, state: &ClusterState, items: &[Item], resident: &BTreeSet<Item>) {
-        if self.parts.gate.view().serving == Epoch(0) && !items.is_empty() {
+        let serving = self.parts.gate.view().serving > Epoch(0);
+        if !serving && !items.is_empty() {
             let here = resident.len();
             let total = here + items.len() + self.loading.len();
             (self.parts.progress)(here, total);
         }
         for item in items {
-            if self.loading.len() >= AT_ONCE {
+            if self.loading.len() >= self.parts.loader.at_once(serving) {
                 return;
             }
             if self.failed.contains_key(item) {

@@ -25,8 +25,6 @@ use crate::metrics::{Source, WorkerMetrics};
 
 /// Longest time one fetch may take.
 const FETCH_DEADLINE: Duration = Duration::from_secs(20);
-/// Experts packed at a time, whatever the number of loads in flight: packing takes a core.
-const PACK_AT_ONCE: usize = 1;
 
 /// Why an expert did not come from a source.
 #[derive(Debug, thiserror::Error)]
@@ -80,21 +78,35 @@ pub struct Loader {
     checkpoint: Arc<Checkpoint>,
     metrics: Arc<WorkerMetrics>,
     packing: Semaphore,
+    threads: usize,
 }
 
 impl Loader {
-    /// A loader over the local files.
+    /// A loader over the local files. Packing takes a core: at most `threads` experts are packed at a time.
     #[must_use]
     pub fn new(
         spec: Arc<ModelSpec>,
         checkpoint: Arc<Checkpoint>,
         metrics: Arc<WorkerMetrics>,
+        threads: usize,
     ) -> Self {
         Self {
             spec,
             checkpoint,
             metrics,
-            packing: Semaphore::new(PACK_AT_ONCE),
+            packing: Semaphore::new(threads.max(1)),
+            threads: threads.max(1),
+        }
+    }
+
+    /// Loads that may be in flight: all cores before the worker serves, a fraction of them afterwards, so
+    /// that a migration does not take the processor from serving.
+    #[must_use]
+    pub fn at_once(&self, serving: bool) -> usize {
+        if serving {
+            (self.threads / 4).clamp(1, 4)
+        } else {
+            self.threads * 2
         }
     }
 
@@ -164,7 +176,7 @@ impl Loader {
             .await
     }
 
-    /// Packs on a blocking thread, one at a time.
+    /// Packs on a blocking thread.
     async fn pack(
         &self,
         work: impl FnOnce() -> Result<ExpertWeights, LoadError> + Send + 'static,
