@@ -61,6 +61,7 @@ pub struct StepOutput {
     /// `logit_rows.len() × vocab`, in the order of [`StepBatch::logit_rows`].
     pub logits: Vec<f32>,
     /// `rows × moe_layers × top_k`: the experts each row chose, ascending by id within a layer.
+    /// Those of a dead row have no meaning.
     pub routes: Vec<u32>,
     /// For each row, whether it was lost on the way: its logits have no meaning and its cache
     /// positions must be written again.

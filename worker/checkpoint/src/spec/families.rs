@@ -15,6 +15,9 @@ const MOST_LAYERS: usize = 1 << 12;
 const MOST_HEADS: usize = 1 << 14;
 const MOST_EXPERTS: usize = 1 << 16;
 const MOST_POSITIONS: usize = 1 << 28;
+/// Experts over all layers; the largest public models have some forty thousand. Each has three names in
+/// the list that the weights are checked against.
+const MOST_EXPERTS_IN_ALL: usize = 1 << 18;
 
 /// What a family assumes where its configuration is silent.
 struct Defaults {
@@ -176,6 +179,13 @@ impl Shape {
                 "head_dim",
                 format!("{} is odd, but positions rotate pairs", self.head_dim),
                 "restore the value of the model's repository",
+            ));
+        }
+        if self.layers * self.experts > MOST_EXPERTS_IN_ALL {
+            return Err(refuse(
+                "num_experts",
+                format!("{} in each of {} layers", self.experts, self.layers),
+                format!("at most {MOST_EXPERTS_IN_ALL} over all layers are supported"),
             ));
         }
         if !self.moe_blocks.contains(&true) {

@@ -222,6 +222,13 @@ fn end_tokens_come_from_the_generation_config_first() {
     assert_eq!((both.eos.as_slice(), both.bos), (&[7, 9][..], Some(1)));
     assert_eq!(read(json!({ "bos_token_id": 5 })).bos, Some(5));
     assert_eq!(read(json!({ "eos_token_id": null })).eos, [2]);
+    let wrong = parse(config.as_bytes(), Some(br#"{"eos_token_id": 32000}"#)).unwrap_err();
+    assert!(
+        wrong
+            .to_string()
+            .contains("eos_token_id of generation_config.json"),
+        "{wrong}"
+    );
 }
 
 #[test]
@@ -326,6 +333,7 @@ fn what_would_change_the_computation_is_refused_by_name() {
         (0, "dtype", json!("float32"), "dtype"),
         (0, "num_local_experts", json!(64), "num_experts"),
         (0, "num_experts", json!(0), "num_experts"),
+        (0, "num_experts", json!(65_536), "num_experts"),
         (0, "num_experts_per_tok", json!(129), "num_experts_per_tok"),
         (0, "num_key_value_heads", json!(5), "num_key_value_heads"),
         (0, "head_dim", json!(127), "head_dim"),

@@ -20,8 +20,10 @@ pub(super) fn read(
     let mut generation = generation.map(|value| Fields::nested(value, ""));
     let mut pick = |name: &'static str| {
         let own = config.value(name);
-        let first = generation.as_mut().and_then(|fields| fields.value(name));
-        ids(name, first.or(own), vocab)
+        match generation.as_mut().and_then(|fields| fields.value(name)) {
+            Some(first) => ids(&format!("{name} of generation_config.json"), first, vocab),
+            None => own.map_or(Ok(Vec::new()), |own| ids(name, own, vocab)),
+        }
     };
     let eos = pick("eos_token_id")?;
     let bos = pick("bos_token_id")?;
@@ -31,11 +33,10 @@ pub(super) fn read(
     })
 }
 
-fn ids(name: &str, value: Option<&Value>, vocab: usize) -> Result<Vec<u32>, SpecError> {
+fn ids(name: &str, value: &Value, vocab: usize) -> Result<Vec<u32>, SpecError> {
     let list = match value {
-        None => return Ok(Vec::new()),
-        Some(Value::Array(list)) => list.as_slice(),
-        Some(one) => std::slice::from_ref(one),
+        Value::Array(list) => list.as_slice(),
+        one => std::slice::from_ref(one),
     };
     list.iter()
         .map(|value| {
