@@ -5,6 +5,7 @@ use std::sync::Arc;
 use axum::body::Body;
 use axum::extract::State;
 use axum::http::{HeaderValue, Response, StatusCode, header};
+use foregate_api::ids::Rank;
 use foregate_api::load::sum_gate;
 use foregate_api::placement::Placement;
 use foregate_store::coord::ClusterState;
@@ -83,15 +84,16 @@ pub(super) async fn experts(State(gateway): State<Arc<Gateway>>) -> Response<Bod
         "active": placement(state.active.as_ref().map(|(plan, _)| plan.as_ref())),
         "target": placement(state.target.as_ref().map(|(plan, _)| plan.as_ref())),
         "load": sum_gate(state.loads.values().map(AsRef::as_ref), layers, experts),
-        "rank_rows": by_rank(rows.iter().map(|(rank, rows)| (rank, json!(rows)))),
+        "rank_rows": by_rank(rows.iter().map(|(rank, rows)| (*rank, json!(rows))).collect()),
         "imbalance": imbalance(&rows),
-        "workers": by_rank(state.members.keys().map(|rank| (rank, worker(state, rank)))),
+        "workers": by_rank(state.members.keys().map(|rank| (*rank, worker(state, *rank))).collect()),
     });
     json_response(StatusCode::OK, &document)
 }
 
-fn by_rank(entries: impl Iterator<Item = (&foregate_api::ids::Rank, Value)>) -> Value {
+fn by_rank(entries: Vec<(Rank, Value)>) -> Value {
     entries
+        .into_iter()
         .map(|(rank, value)| (rank.to_string(), value))
         .collect::<Map<_, _>>()
         .into()
@@ -104,15 +106,15 @@ fn placement(plan: Option<&Placement>) -> Value {
     serde_json::to_value(plan).unwrap_or(Value::Null)
 }
 
-fn worker(state: &ClusterState, rank: &foregate_api::ids::Rank) -> Value {
-    let member = state.members.get(rank);
+fn worker(state: &ClusterState, rank: Rank) -> Value {
+    let member = state.members.get(&rank);
     json!({
         "phase": member.map(|member| member.phase),
         "rpc": member.map(|member| member.rpc.as_str()),
         "domain": member.map(|member| member.domain.as_str()),
         "slots": member.map(|member| member.slots),
         "cpu_path": member.map(|member| member.cpu_path.as_str()),
-        "ack": state.acks.get(rank),
-        "window": state.loads.get(rank).map(AsRef::as_ref),
+        "ack": state.acks.get(&rank),
+        "window": state.loads.get(&rank).map(AsRef::as_ref),
     })
 }

@@ -107,10 +107,7 @@ impl ChatShape {
                 .prompt
                 .as_ref()
                 .and_then(|prompt| prompt.routed.as_ref());
-            fields.insert(
-                "routed_experts".into(),
-                routed(of_prompt.into_iter().chain(&delta.routed)),
-            );
+            fields.insert("routed_experts".into(), routed(of_prompt, &delta.routed));
         }
         fields
     }

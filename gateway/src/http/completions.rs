@@ -217,10 +217,7 @@ impl CompletionsShape {
                 .prompt
                 .as_ref()
                 .and_then(|prompt| prompt.routed.as_ref());
-            fields.insert(
-                "routed_experts".into(),
-                routed(of_prompt.into_iter().chain(&delta.routed)),
-            );
+            fields.insert("routed_experts".into(), routed(of_prompt, &delta.routed));
         }
         if let (Some(_), Some(prompt)) = (self.asked.prompt_logprobs, &delta.prompt) {
             fields.insert(

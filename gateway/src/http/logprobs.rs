@@ -154,9 +154,9 @@ fn finite(logprob: f32) -> f32 {
 }
 
 /// Experts as nested lists: position → MoE layer → chosen experts.
-pub(super) fn routed(reports: impl IntoIterator<Item = &RoutedExperts>) -> Value {
+pub(super) fn routed(of_prompt: Option<&RoutedExperts>, later: &[RoutedExperts]) -> Value {
     let mut positions = Vec::new();
-    for report in reports {
+    for report in of_prompt.into_iter().chain(later) {
         let top_k = (report.top_k as usize).max(1);
         let per_token = (report.layers as usize * top_k).max(1);
         for token in report.experts.chunks_exact(per_token) {

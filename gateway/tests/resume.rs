@@ -1,0 +1,172 @@
+//! Sequences that lose their worker: nothing is lost, nothing comes twice.
+
+mod support;
+
+use std::sync::atomic::Ordering;
+
+use serde_json::{Value, json};
+use support::{Cluster, config, experts_of, ids};
+
+const ANSWER: &str = "Blessed are the meek: for they shall inherit the earth 😀 and more.";
+
+fn body(extra: &Value) -> Value {
+    let mut body =
+        json!({"prompt": "In the beginning", "max_tokens": 60, "temperature": 0, "seed": 7});
+    for (key, value) in extra.as_object().unwrap() {
+        body[key] = value.clone();
+    }
+    body
+}
+
+/// The first attempt of every sequence goes to the lowest rank, as both are idle.
+#[tokio::test]
+async fn another_worker_goes_on_at_the_next_index() {
+    let cluster = Cluster::start(2, ANSWER, config()).await;
+    for quietly in [false, true] {
+        let first = &cluster.workers[0].behaviour;
+        first.break_after.store(5, Ordering::SeqCst);
+        first.end_quietly.store(quietly, Ordering::SeqCst);
+        cluster.workers[1].behaviour.seen.lock().unwrap().clear();
+        let extra =
+            json!({"stream": true, "return_token_ids": true, "return_routed_experts": true});
+        let (events, done) = cluster.stream("/v1/completions", &body(&extra)).await;
+        assert!(done);
+        let choice = |event: &Value, field: &str| event["choices"][0][field].clone();
+        let text: String = events
+            .iter()
+            .filter_map(|event| event["choices"][0]["text"].as_str())
+            .collect();
+        assert_eq!(text, ANSWER);
+        let tokens: Vec<Value> = events
+            .iter()
+            .flat_map(|event| choice(event, "token_ids").as_array().unwrap().clone())
+            .collect();
+        assert_eq!(json!(tokens), json!(ids(ANSWER)));
+        let routed: Vec<Value> = events
+            .iter()
+            .flat_map(|event| choice(event, "routed_experts").as_array().unwrap().clone())
+            .collect();
+        let prompt = ids("In the beginning");
+        let all: Vec<u32> = prompt.iter().copied().chain(ids(ANSWER)).collect();
+        let expected: Vec<Value> = all[..all.len() - 1]
+            .iter()
+            .enumerate()
+            .map(|(at, id)| experts_of(at, *id).chunks(2).map(Value::from).collect())
+            .collect();
+        assert_eq!(json!(routed), json!(expected));
+
+        let resumed = cluster.workers[1].requests().remove(0);
+        assert_eq!(
+            resumed.prompt_len as usize,
+            prompt.len(),
+            "the prompt stays the prompt"
+        );
+        assert_eq!(resumed.token_ids, all[..prompt.len() + 5]);
+        assert_eq!(resumed.sampling.unwrap().seed, 7);
+        assert_eq!(resumed.max_tokens, 60);
+        // Suspicion of the first one ends after two seconds.
+        tokio::time::sleep(std::time::Duration::from_millis(2100)).await;
+    }
+    let metrics = cluster.get("/metrics").await.1;
+    assert!(
+        metrics.contains("foregate_gateway_resumes_total 2"),
+        "{metrics}"
+    );
+}
+
+#[tokio::test]
+async fn a_killed_worker_is_replaced_in_mid_stream_for_all_choices() {
+    let mut cluster = Cluster::start(2, ANSWER, config()).await;
+    for worker in &cluster.workers {
+        worker.behaviour.pace_ms.store(10, Ordering::SeqCst);
+    }
+    let extra = json!({"stream": true, "n": 4, "temperature": 1});
+    let expected = {
+        let whole = cluster
+            .json("/v1/completions", &body(&json!({"n": 4, "temperature": 1})))
+            .await;
+        let texts: Vec<String> = (0..4)
+            .map(|at| whole["choices"][at]["text"].as_str().unwrap().to_owned())
+            .collect();
+        texts
+    };
+    assert_ne!(expected[0], expected[1], "seeds differ");
+    let response = cluster.post("/v1/completions", &body(&extra)).await;
+    assert_eq!(response.headers()["x-foregate-worker"], "0,1");
+    tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    cluster.workers[0].kill();
+    let (events, done) = support::events(&response.text().await.unwrap());
+    assert!(done);
+    for (index, expected) in expected.iter().enumerate() {
+        let text: String = events
+            .iter()
+            .map(|event| &event["choices"][0])
+            .filter(|choice| choice["index"] == index)
+            .filter_map(|choice| choice["text"].as_str())
+            .collect();
+        assert_eq!(&text, expected, "choice {index}");
+    }
+}
+
+#[tokio::test]
+async fn a_full_worker_is_passed_over_and_all_full_is_429() {
+    let cluster = Cluster::start(2, ANSWER, config()).await;
+    cluster.workers[0]
+        .behaviour
+        .busy
+        .store(true, Ordering::SeqCst);
+    let response = cluster.post("/v1/completions", &body(&json!({}))).await;
+    assert_eq!(response.status(), 200);
+    assert_eq!(response.headers()["x-foregate-worker"], "1");
+    cluster.workers[1]
+        .behaviour
+        .busy
+        .store(true, Ordering::SeqCst);
+    let response = cluster
+        .post("/v1/completions", &body(&json!({"stream": true})))
+        .await;
+    assert_eq!(response.status(), 429);
+    assert!(response.headers().contains_key("retry-after"));
+}
+
+#[tokio::test]
+async fn losses_without_end_become_an_error_event() {
+    let cluster = Cluster::start(2, ANSWER, config()).await;
+    for worker in &cluster.workers {
+        worker.behaviour.break_after.store(1, Ordering::SeqCst);
+    }
+    let (events, done) = cluster
+        .stream("/v1/completions", &body(&json!({"stream": true})))
+        .await;
+    assert!(!done);
+    let error = &events[events.len() - 1]["error"];
+    assert_eq!(error["type"], "service_unavailable_error");
+    assert!(
+        error["message"]
+            .as_str()
+            .unwrap()
+            .contains("lost 4 workers"),
+        "{error}"
+    );
+    let requests = cluster.workers.iter().map(|worker| worker.requests().len());
+    assert_eq!(requests.sum::<usize>(), 4, "the first try and three more");
+}
+
+#[tokio::test]
+async fn an_end_that_is_lost_after_the_last_token_is_no_loss() {
+    let cluster = Cluster::start(1, ANSWER, config()).await;
+    cluster.workers[0]
+        .behaviour
+        .break_after
+        .store(4, Ordering::SeqCst);
+    cluster.workers[0]
+        .behaviour
+        .end_quietly
+        .store(true, Ordering::SeqCst);
+    // The fifth token is where the fake breaks, so four are all that was asked for.
+    let whole = cluster
+        .json("/v1/completions", &body(&json!({"max_tokens": 4})))
+        .await;
+    assert_eq!(whole["choices"][0]["finish_reason"], "length");
+    assert_eq!(whole["usage"]["completion_tokens"], 4);
+}
