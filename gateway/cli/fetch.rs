@@ -20,7 +20,9 @@ pub(crate) enum FetchError {
     BadUri { uri: String, what: String },
     #[error("model directory {0} does not exist")]
     NoDirectory(PathBuf),
-    #[error("{0} is not a directory; a model is a directory with config.json and *.safetensors")]
+    #[error(
+        "{0} is not a directory; a model is a directory with config.json and *.safetensors"
+    )]
     NotADirectory(PathBuf),
     #[error("model directory {directory} has no {file}")]
     Incomplete { directory: PathBuf, file: String },
@@ -38,7 +40,9 @@ pub(crate) enum FetchError {
     Forbidden { endpoint: String, repo: String },
     #[error("{endpoint} has no model {repo} (404): check the spelling of org/name")]
     NoRepo { endpoint: String, repo: String },
-    #[error("{repo} on {endpoint} has no revision {revision} (404): use a branch, tag or commit that exists")]
+    #[error(
+        "{repo} on {endpoint} has no revision {revision} (404): use a branch, tag or commit that exists"
+    )]
     NoRevision {
         endpoint: String,
         repo: String,
@@ -56,7 +60,9 @@ pub(crate) enum FetchError {
     Unreachable { endpoint: String, what: String },
     #[error("{repo} has no {what}; Foregate serves safetensors checkpoints with a config.json")]
     NotServable { repo: String, what: String },
-    #[error("download of {file} from {repo} failed: {what}; run the command again to resume it")]
+    #[error(
+        "download of {file} from {repo} failed: {what}; run the command again to resume it"
+    )]
     Download {
         repo: String,
         file: String,

@@ -1,1 +1,128 @@
-fn main() {}
+//! The binary: the composition root. It alone reads the environment and the command line, builds store,
+//! fabric and telemetry, and hands them to the roles.
+//!
+//! Exit codes: 0 a clean end, 1 something failed, 2 wrong arguments or a wrong manifest, 130 stopped at once.
+//! Start reading at [`up`], then [`roles`].
+#![forbid(unsafe_code)]
+
+mod bench;
+mod doctor;
+mod environment;
+mod error;
+mod fetch;
+mod progress;
+mod roles;
+mod shutdown;
+mod status;
+mod telemetry;
+mod up;
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Parser, Subcommand};
+
+use error::CliError;
+use progress::Progress;
+use shutdown::Signals;
+use telemetry::LogFormat;
+
+/// Serve mixture-of-experts models with one expert plan shared by operator, gateway and workers.
+#[derive(Debug, Parser)]
+#[command(name = "foregate", version, propagate_version = true)]
+struct Cli {
+    /// Form of the log lines on stderr; what is logged is up to RUST_LOG.
+    #[arg(long, global = true, value_enum, default_value_t)]
+    log_format: LogFormat,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serve a model on this machine: operator, gateway and workers together.
+    Up(up::UpArgs),
+    /// Run one operator.
+    Operator(roles::RoleArgs),
+    /// Run one gateway.
+    Gateway(roles::RoleArgs),
+    /// Run one worker.
+    Worker(roles::RoleArgs),
+    /// Measure a running gateway, a rebalance, or the engine alone.
+    Bench(bench::BenchArgs),
+    /// Check whether this machine can serve, and say what to do where it cannot.
+    Doctor(doctor::DoctorArgs),
+}
+
+impl Command {
+    const fn name(&self) -> &'static str {
+        match self {
+            Self::Up(_) => "up",
+            Self::Operator(_) => "operator",
+            Self::Gateway(_) => "gateway",
+            Self::Worker(_) => "worker",
+            Self::Bench(_) => "bench",
+            Self::Doctor(_) => "doctor",
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version come this way too, with code 0.
+            drop(error.print());
+            return u8::try_from(error.exit_code()).map_or(ExitCode::FAILURE, ExitCode::from);
+        }
+    };
+    let runtime = match tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+    {
+        Ok(runtime) => runtime,
+        Err(error) => return CliError::runtime("the runtime does not start", &error).report(),
+    };
+    let code = runtime.block_on(run(cli));
+    // A download thread that does not react must not keep the process.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    code
+}
+
+async fn run(cli: Cli) -> ExitCode {
+    let progress = Progress::detect();
+    let mut telemetry = match telemetry::init(cli.command.name(), cli.log_format, &progress) {
+        Ok(telemetry) => telemetry,
+        Err(error) => return CliError::Usage(error.to_string()).report(),
+    };
+    let signals = match Signals::listen() {
+        Ok(signals) => signals,
+        Err(error) => return CliError::runtime("signals cannot be handled", &error).report(),
+    };
+    let drain = signals.drain();
+    let work = async {
+        match cli.command {
+            Command::Up(args) => up::run(args, &mut telemetry, &progress, drain).await,
+            Command::Operator(args) => {
+                roles::run_alone("operator", &args, &mut telemetry, drain).await
+            }
+            Command::Gateway(args) => {
+                roles::run_alone("gateway", &args, &mut telemetry, drain).await
+            }
+            Command::Worker(args) => {
+                roles::run_alone("worker", &args, &mut telemetry, drain).await
+            }
+            Command::Bench(args) => bench::run(args, &progress, drain).await,
+            Command::Doctor(args) => doctor::run(&args).await,
+        }
+    };
+    let end = tokio::select! {
+        end = Box::pin(work) => end,
+        () = signals.at_once() => return ExitCode::from(130),
+    };
+    telemetry.flush().await;
+    match end {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => error.report(),
+    }
+}

@@ -40,7 +40,11 @@ impl Progress {
 
     /// A task counted in bytes.
     pub(crate) fn bytes(&self, name: &str, total: u64) -> Task {
-        self.task(name, total, "{msg} {bar:30} {bytes}/{total_bytes} {bytes_per_sec}")
+        self.task(
+            name,
+            total,
+            "{msg} {bar:30} {bytes}/{total_bytes} {bytes_per_sec}",
+        )
     }
 
     /// A task counted in steps.

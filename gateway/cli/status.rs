@@ -1,37 +1,46 @@
 //! /metrics, /healthz and /readyz of operator and worker. The gateway has its own.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
+use axum::Router;
 use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
-use axum::Router;
+use foregate_worker::Health;
 use prometheus::{Registry, TextEncoder};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-/// Whether a role is ready to do its work; shared with whoever knows.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct Ready(Arc<AtomicBool>);
+/// Who knows how a role is.
+#[derive(Debug, Clone)]
+pub(crate) enum Probe {
+    /// An operator works from its start on: what it waits for, it waits for by design.
+    Operator,
+    /// A worker says so itself.
+    Worker(Health),
+}
 
-impl Ready {
-    /// Says so.
-    pub(crate) fn set(&self, ready: bool) {
-        self.0.store(ready, Ordering::Release);
+impl Probe {
+    fn alive(&self) -> Result<(), String> {
+        match self {
+            Self::Operator => Ok(()),
+            Self::Worker(health) => health.alive(),
+        }
     }
 
-    fn get(&self) -> bool {
-        self.0.load(Ordering::Acquire)
+    fn ready(&self) -> Result<(), String> {
+        match self {
+            Self::Operator => Ok(()),
+            Self::Worker(health) => health.ready(),
+        }
     }
 }
 
 #[derive(Clone)]
 struct Status {
     registry: Registry,
-    ready: Ready,
+    probe: Probe,
 }
 
 /// Serves until `shutdown`.
@@ -41,14 +50,14 @@ struct Status {
 pub(crate) async fn serve(
     listener: TcpListener,
     registry: Registry,
-    ready: Ready,
+    probe: Probe,
     shutdown: CancellationToken,
 ) -> std::io::Result<()> {
     let router = Router::new()
         .route("/metrics", get(metrics))
-        .route("/healthz", get(|| async { "ok\n" }))
+        .route("/healthz", get(healthz))
         .route("/readyz", get(readyz))
-        .with_state(Status { registry, ready });
+        .with_state(Status { registry, probe });
     axum::serve(listener, router)
         .with_graceful_shutdown(shutdown.cancelled_owned())
         .await
@@ -78,9 +87,15 @@ pub(crate) struct BindError {
 
 fn remedy(error: &std::io::Error) -> &'static str {
     match error.kind() {
-        std::io::ErrorKind::AddrInUse => "; something else uses this port, choose another with --port",
-        std::io::ErrorKind::PermissionDenied => "; ports below 1024 need privileges, choose a higher one",
-        std::io::ErrorKind::AddrNotAvailable => "; this machine has no such address, see --host",
+        std::io::ErrorKind::AddrInUse => {
+            "; something else uses this port, choose another with --port"
+        }
+        std::io::ErrorKind::PermissionDenied => {
+            "; ports below 1024 need privileges, choose a higher one"
+        }
+        std::io::ErrorKind::AddrNotAvailable => {
+            "; this machine has no such address, see --host"
+        }
         _ => "",
     }
 }
@@ -88,7 +103,10 @@ fn remedy(error: &std::io::Error) -> &'static str {
 async fn metrics(State(status): State<Status>) -> Response {
     match TextEncoder::new().encode_to_string(&status.registry.gather()) {
         Ok(text) => (
-            [(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")],
+            [(
+                header::CONTENT_TYPE,
+                "text/plain; version=0.0.4; charset=utf-8",
+            )],
             text,
         )
             .into_response(),
@@ -96,10 +114,17 @@ async fn metrics(State(status): State<Status>) -> Response {
     }
 }
 
+async fn healthz(State(status): State<Status>) -> Response {
+    verdict(status.probe.alive())
+}
+
 async fn readyz(State(status): State<Status>) -> Response {
-    if status.ready.get() {
-        "ready\n".into_response()
-    } else {
-        (StatusCode::SERVICE_UNAVAILABLE, "not ready\n").into_response()
+    verdict(status.probe.ready())
+}
+
+fn verdict(said: Result<(), String>) -> Response {
+    match said {
+        Ok(()) => "ok\n".into_response(),
+        Err(why) => (StatusCode::SERVICE_UNAVAILABLE, format!("{why}\n")).into_response(),
     }
 }

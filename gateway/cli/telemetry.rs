@@ -199,7 +199,11 @@ impl Exports {
             .connect_timeout(Duration::from_secs(3))
             .timeout(Duration::from_secs(3))
             .connect_lazy();
-        Ok(Some(Push::new(channel, self.service.clone(), self.interval)))
+        Ok(Some(Push::new(
+            channel,
+            self.service.clone(),
+            self.interval,
+        )))
     }
 }
 

@@ -40,11 +40,10 @@ impl HubSettings {
         );
         let cache = home.join("hub");
         Self {
-            endpoint: environment::variable("HF_ENDPOINT")
-                .map_or_else(
-                    || DEFAULT_ENDPOINT.to_owned(),
-                    |url| url.trim_end_matches('/').to_owned(),
-                ),
+            endpoint: environment::variable("HF_ENDPOINT").map_or_else(
+                || DEFAULT_ENDPOINT.to_owned(),
+                |url| url.trim_end_matches('/').to_owned(),
+            ),
             token: environment::variable("HF_TOKEN")
                 .or_else(|| Cache::new(cache.clone()).token()),
             offline: environment::flag("HF_HUB_OFFLINE"),

@@ -27,7 +27,9 @@ impl ModelUri {
             what: what.to_owned(),
         };
         if uri.trim().is_empty() {
-            return Err(bad("is empty; give a directory, file://…, hf://org/name or org/name"));
+            return Err(bad(
+                "is empty; give a directory, file://…, hf://org/name or org/name",
+            ));
         }
         if let Some(rest) = uri.strip_prefix("hf://") {
             return hub(rest)
@@ -36,7 +38,9 @@ impl ModelUri {
         if let Some(rest) = uri.strip_prefix("file://") {
             let path = rest.strip_prefix("localhost").unwrap_or(rest);
             if !path.starts_with('/') {
-                return Err(bad("file:// wants an absolute path, as in file:///models/demo"));
+                return Err(bad(
+                    "file:// wants an absolute path, as in file:///models/demo",
+                ));
             }
             return Ok(Self::Directory(unescape(path).ok_or_else(|| {
                 bad("has a % that does not begin an escape such as %20")
@@ -49,21 +53,13 @@ impl ModelUri {
         }
         let directory = base.join(uri);
         let explicit = uri.starts_with(['.', '/', '~']);
-        if !explicit && !directory.exists() && let Some(found) = hub(uri) {
+        if !explicit
+            && !directory.exists()
+            && let Some(found) = hub(uri)
+        {
             return Ok(found);
         }
         Ok(Self::Directory(directory))
-    }
-
-    /// The last part of the URI, the default name of the model.
-    pub(crate) fn short_name(&self) -> String {
-        let name = match self {
-            Self::Directory(path) => path
-                .file_name()
-                .map(|name| name.to_string_lossy().into_owned()),
-            Self::Hub { repo, .. } => Some(repo.clone()),
-        };
-        name.unwrap_or_else(|| "model".to_owned())
     }
 }
 

@@ -175,10 +175,7 @@ fn check_length(
             tracing::debug!(file = %file.display(), %error, "not removed");
         }
     }
-    Err(wanted.failed(
-        name,
-        &format!("{length} bytes arrived instead of {total}"),
-    ))
+    Err(wanted.failed(name, &format!("{length} bytes arrived instead of {total}")))
 }
 
 /// Removes a partial file that cannot be resumed.

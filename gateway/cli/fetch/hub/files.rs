@@ -51,7 +51,8 @@ pub(super) fn weights(
     }
     if has(INDEX) {
         let index = get(INDEX)?;
-        let shards = shards(&index).map_err(|what| lacks(format!("readable {INDEX}: {what}")))?;
+        let shards =
+            shards(&index).map_err(|what| lacks(format!("readable {INDEX}: {what}")))?;
         if let Some(missing) = shards.iter().find(|shard| !has(shard)) {
             return Err(lacks(format!("{missing}, which {INDEX} names")));
         }

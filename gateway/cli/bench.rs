@@ -1,0 +1,47 @@
+//! `foregate bench`: numbers, measured from outside where a user would see them.
+
+mod client;
+mod engine;
+mod plot;
+mod rebalance;
+mod report;
+mod serve;
+mod workload;
+
+use tokio_util::sync::CancellationToken;
+
+use crate::error::CliError;
+use crate::progress::Progress;
+
+/// Arguments of `foregate bench`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct BenchArgs {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum What {
+    /// Load a gateway and report time to first token, inter-token latency and throughput.
+    Serve(serve::ServeArgs),
+    /// Shift the mix of texts under a running gateway and record how the plan follows.
+    Rebalance(rebalance::RebalanceArgs),
+    /// Decode and prefill speed of the engine alone, in this process.
+    Engine(engine::EngineArgs),
+}
+
+/// Runs a benchmark.
+///
+/// # Errors
+/// Wrong arguments, or nothing to measure.
+pub(crate) async fn run(
+    args: BenchArgs,
+    progress: &Progress,
+    drain: CancellationToken,
+) -> Result<(), CliError> {
+    match args.what {
+        What::Serve(args) => Box::pin(serve::run(&args, progress, drain)).await,
+        What::Rebalance(args) => Box::pin(rebalance::run(&args, progress, drain)).await,
+        What::Engine(args) => Box::pin(engine::run(&args, progress)).await,
+    }
+}

@@ -1,0 +1,286 @@
+//! `foregate bench rebalance`: the mix of texts shifts, and the plan follows.
+//!
+//! Each phase sends mostly one kind of text. Meanwhile /debug/experts is sampled; the result is a record of
+//! epoch and imbalance over time, the longest pause any stream saw, and a plot of both.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::Serialize;
+use serde_json::Value;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, interval};
+use tokio_util::sync::CancellationToken;
+
+use super::client::{Seen, Target};
+use super::plot;
+use super::serve::write_json;
+use super::workload::{Draw, Text, heldout};
+use crate::error::{CliError, print};
+use crate::progress::Progress;
+
+const SAMPLE: Duration = Duration::from_millis(500);
+/// One request in this many is of another kind than the phase's.
+const OTHERS: usize = 10;
+
+/// Arguments of `foregate bench rebalance`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct RebalanceArgs {
+    /// URL of the gateway.
+    #[arg(long, default_value = "http://127.0.0.1:8000")]
+    url: String,
+    /// Files, one per kind of text; default: the demonstration model's held-out texts.
+    #[arg(long, num_args = 1..)]
+    prompts: Vec<PathBuf>,
+    /// Seconds per kind.
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..))]
+    seconds: u64,
+    /// Requests in work at a time.
+    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    concurrency: u32,
+    /// Characters per prompt.
+    #[arg(long, default_value_t = 400, value_parser = clap::value_parser!(u32).range(1..))]
+    prompt_chars: u32,
+    /// Tokens per answer.
+    #[arg(long, default_value_t = 48, value_parser = clap::value_parser!(u32).range(1..))]
+    max_tokens: u32,
+    /// Write the record as JSON to this file.
+    #[arg(long)]
+    json: Option<PathBuf>,
+    /// Write the plot as SVG to this file.
+    #[arg(long)]
+    svg: Option<PathBuf>,
+}
+
+/// The cluster at one moment.
+#[derive(Debug, Clone, Serialize)]
+pub(super) struct Sample {
+    /// Since the start.
+    pub(super) seconds: f64,
+    /// Active placement.
+    pub(super) epoch: u64,
+    /// Most rows of a rank over the mean of all, mean over MoE layers, of the last load window.
+    pub(super) imbalance: Option<f64>,
+}
+
+/// When one kind took over.
+#[derive(Debug, Clone, Serialize)]
+pub(super) struct Phase {
+    /// Since the start.
+    pub(super) seconds: f64,
+    /// Which kind.
+    pub(super) kind: String,
+}
+
+/// All of it.
+#[derive(Debug, Serialize)]
+pub(super) struct Record {
+    /// Phases in order.
+    pub(super) phases: Vec<Phase>,
+    /// Samples in order.
+    pub(super) samples: Vec<Sample>,
+    requests: usize,
+    failed: usize,
+    errors: Vec<String>,
+    first_epoch: u64,
+    last_epoch: u64,
+    longest_pause_ms: f64,
+    tokens: u64,
+}
+
+/// Runs all phases, prints a summary and writes the files.
+pub(super) async fn run(
+    args: &RebalanceArgs,
+    progress: &Progress,
+    drain: CancellationToken,
+) -> Result<(), CliError> {
+    let files = if args.prompts.is_empty() {
+        heldout()?
+    } else {
+        args.prompts.clone()
+    };
+    let texts: Arc<[Text]> = files
+        .iter()
+        .map(|file| Text::read(file))
+        .collect::<Result<_, _>>()?;
+    let target = Target::new(&args.url)?;
+    let model = target.model().await?;
+    let record = Box::pin(drive(args, &texts, &target, &model, progress, &drain)).await;
+    print(&record.text());
+    if let Some(path) = &args.json {
+        write_json(path, &record)?;
+    }
+    if let Some(path) = &args.svg {
+        plot::write(path, &record)?;
+    }
+    Ok(())
+}
+
+async fn drive(
+    args: &RebalanceArgs,
+    texts: &Arc<[Text]>,
+    target: &Target,
+    model: &str,
+    progress: &Progress,
+    drain: &CancellationToken,
+) -> Record {
+    let since = Instant::now();
+    let stop = drain.child_token();
+    let mut sampler = JoinSet::new();
+    sampler.spawn(sample(target.clone(), since, stop.clone()));
+    let (mut phases, mut results) = (Vec::new(), Vec::new());
+    for kind in 0..texts.len() {
+        if drain.is_cancelled() {
+            break;
+        }
+        progress.say(&format!(
+            "mostly {} for {} s",
+            texts[kind].kind, args.seconds
+        ));
+        phases.push(Phase {
+            seconds: since.elapsed().as_secs_f64(),
+            kind: texts[kind].kind.clone(),
+        });
+        let end = Instant::now() + Duration::from_secs(args.seconds);
+        let mut clients = JoinSet::new();
+        for number in 0..args.concurrency {
+            clients.spawn(client(Client {
+                target: target.clone(),
+                model: model.to_owned(),
+                texts: Arc::clone(texts),
+                kind,
+                length: args.prompt_chars as usize,
+                max_tokens: args.max_tokens,
+                draw: Draw::new((kind as u64) << 32 | u64::from(number)),
+                end,
+                drain: drain.clone(),
+            }));
+        }
+        while let Some(done) = clients.join_next().await {
+            results.extend(done.unwrap_or_else(|error| vec![Err(error.to_string())]));
+        }
+    }
+    stop.cancel();
+    let samples = match sampler.join_next().await {
+        Some(Ok(samples)) => samples,
+        _ => Vec::new(),
+    };
+    Record::of(phases, samples, results)
+}
+
+struct Client {
+    target: Target,
+    model: String,
+    texts: Arc<[Text]>,
+    kind: usize,
+    length: usize,
+    max_tokens: u32,
+    draw: Draw,
+    end: Instant,
+    drain: CancellationToken,
+}
+
+/// One request after the other until the phase ends.
+async fn client(mut it: Client) -> Vec<Result<Seen, String>> {
+    let mut results = Vec::new();
+    while Instant::now() < it.end && !it.drain.is_cancelled() {
+        let kind = match it.draw.below(OTHERS) {
+            0 => it.draw.below(it.texts.len()),
+            _ => it.kind,
+        };
+        let prompt = it.texts[kind].cut(it.length, &mut it.draw);
+        results.push(it.target.complete(&it.model, &prompt, it.max_tokens).await);
+    }
+    results
+}
+
+async fn sample(target: Target, since: Instant, stop: CancellationToken) -> Vec<Sample> {
+    let mut samples = Vec::new();
+    let mut ticks = interval(SAMPLE);
+    loop {
+        tokio::select! {
+            _ = ticks.tick() => {}
+            () = stop.cancelled() => return samples,
+        }
+        match target.json("/debug/experts").await {
+            Ok(experts) => samples.push(Sample {
+                seconds: since.elapsed().as_secs_f64(),
+                epoch: experts["active"]["epoch"].as_u64().unwrap_or(0),
+                imbalance: mean(&experts["imbalance"]),
+            }),
+            Err(error) => tracing::warn!(%error, "no sample"),
+        }
+    }
+}
+
+fn mean(layers: &Value) -> Option<f64> {
+    let figures: Vec<f64> = layers
+        .as_array()?
+        .iter()
+        .filter_map(Value::as_f64)
+        .collect();
+    (!figures.is_empty()).then(|| figures.iter().sum::<f64>() / figures.len() as f64)
+}
+
+impl Record {
+    fn of(
+        phases: Vec<Phase>,
+        samples: Vec<Sample>,
+        results: Vec<Result<Seen, String>>,
+    ) -> Self {
+        let requests = results.len();
+        let mut errors: Vec<String> = results.iter().filter_map(|r| r.clone().err()).collect();
+        let failed = errors.len();
+        errors.sort();
+        errors.dedup();
+        errors.truncate(10);
+        let seen = || results.iter().flatten();
+        let longest = seen().map(Seen::longest_pause).max().unwrap_or_default();
+        Self {
+            requests,
+            failed,
+            errors,
+            first_epoch: samples.first().map_or(0, |sample| sample.epoch),
+            last_epoch: samples.last().map_or(0, |sample| sample.epoch),
+            longest_pause_ms: longest.as_secs_f64() * 1000.0,
+            tokens: seen().map(|one| one.tokens).sum(),
+            phases,
+            samples,
+        }
+    }
+
+    fn text(&self) -> String {
+        let mut lines = vec![format!(
+            "{} requests, {} failed, {} tokens; epoch {} to {}; longest pause {:.0} ms",
+            self.requests,
+            self.failed,
+            self.tokens,
+            self.first_epoch,
+            self.last_epoch,
+            self.longest_pause_ms
+        )];
+        for (at, phase) in self.phases.iter().enumerate() {
+            let end = self
+                .phases
+                .get(at + 1)
+                .map_or(f64::INFINITY, |next| next.seconds);
+            let inside: Vec<f64> = self
+                .samples
+                .iter()
+                .filter(|s| s.seconds >= phase.seconds && s.seconds < end)
+                .filter_map(|s| s.imbalance)
+                .collect();
+            if let (Some(worst), Some(last)) =
+                (inside.iter().copied().reduce(f64::max), inside.last())
+            {
+                lines.push(format!(
+                    "{:<10} imbalance at worst {worst:.2}, at the end {last:.2}",
+                    phase.kind
+                ));
+            }
+        }
+        lines.extend(self.errors.iter().map(|error| format!("error: {error}")));
+        lines.join("\n")
+    }
+}

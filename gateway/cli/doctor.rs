@@ -1,0 +1,198 @@
+//! `foregate doctor`: can this machine serve? One line per check, each with its remedy.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use foregate_checkpoint::Checkpoint;
+
+use crate::error::{CliError, print};
+use crate::status;
+
+/// Arguments of `foregate doctor`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct DoctorArgs {
+    /// Also check this model directory.
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+    /// Port that `foregate up` would use.
+    #[arg(long, default_value_t = 8000)]
+    port: u16,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Verdict {
+    Ok,
+    Warn,
+    Fail,
+}
+
+/// One line of the report.
+#[derive(Debug)]
+struct Check {
+    name: &'static str,
+    verdict: Verdict,
+    finding: String,
+}
+
+impl Check {
+    fn new(name: &'static str, verdict: Verdict, finding: impl Into<String>) -> Self {
+        Self {
+            name,
+            verdict,
+            finding: finding.into(),
+        }
+    }
+
+    fn line(&self) -> String {
+        let word = match self.verdict {
+            Verdict::Ok => "OK  ",
+            Verdict::Warn => "WARN",
+            Verdict::Fail => "FAIL",
+        };
+        format!("{word}  {:<7} {}", self.name, self.finding)
+    }
+}
+
+/// Runs the checks.
+///
+/// # Errors
+/// If one of them fails (exit code 1).
+pub(crate) async fn run(args: &DoctorArgs) -> Result<(), CliError> {
+    let mut checks = vec![
+        processor(),
+        cores(),
+        memory(),
+        etcd(),
+        port(args.port).await,
+    ];
+    if let Some(directory) = &args.model {
+        checks.push(model(directory));
+    }
+    for check in &checks {
+        print(&check.line());
+    }
+    let failed = checks.iter().filter(|c| c.verdict == Verdict::Fail).count();
+    match failed {
+        0 => Ok(()),
+        n => Err(CliError::Runtime(format!(
+            "{n} of {} checks failed",
+            checks.len()
+        ))),
+    }
+}
+
+fn processor() -> Check {
+    let path = foregate_kernels::Cpu::new(1).path();
+    let name = path.to_string();
+    if name == "portable" {
+        let finding = "portable path only: serves, but slowly; AVX2 or AVX-512 would be used";
+        return Check::new("cpu", Verdict::Warn, finding);
+    }
+    Check::new("cpu", Verdict::Ok, format!("kernels use the {name} path"))
+}
+
+fn cores() -> Check {
+    match std::thread::available_parallelism().map(usize::from) {
+        Ok(1) => Check::new(
+            "cores",
+            Verdict::Warn,
+            "1: workers share it; prefer `foregate up --workers 1`",
+        ),
+        Ok(n) => Check::new("cores", Verdict::Ok, format!("{n}")),
+        Err(error) => Check::new(
+            "cores",
+            Verdict::Warn,
+            format!("cannot be counted: {error}"),
+        ),
+    }
+}
+
+fn memory() -> Check {
+    const WANTED: u64 = 2 << 30;
+    let available = std::fs::read_to_string("/proc/meminfo")
+        .ok()
+        .and_then(|text| available_bytes(&text));
+    match available {
+        Some(bytes) if bytes >= WANTED => Check::new(
+            "memory",
+            Verdict::Ok,
+            format!("{} MiB available", bytes >> 20),
+        ),
+        Some(bytes) => Check::new(
+            "memory",
+            Verdict::Warn,
+            format!(
+                "{} MiB available: lower spec.workers.kvMemory or the number of workers",
+                bytes >> 20
+            ),
+        ),
+        None => Check::new("memory", Verdict::Warn, "/proc/meminfo cannot be read"),
+    }
+}
+
+fn available_bytes(meminfo: &str) -> Option<u64> {
+    let line = meminfo
+        .lines()
+        .find_map(|l| l.strip_prefix("MemAvailable:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    kib.checked_mul(1024)
+}
+
+fn etcd() -> Check {
+    match Command::new("etcd").arg("--version").output() {
+        Ok(output) if output.status.success() => {
+            let text = String::from_utf8_lossy(&output.stdout);
+            let first = text.lines().next().unwrap_or_default().to_owned();
+            Check::new("etcd", Verdict::Ok, first)
+        }
+        _ => Check::new(
+            "etcd",
+            Verdict::Warn,
+            "not on PATH: only `up --processes` needs it; apt-get install etcd-server, or give --etcd URL",
+        ),
+    }
+}
+
+async fn port(port: u16) -> Check {
+    match status::bind(&format!("127.0.0.1:{port}")).await {
+        Ok(_) => Check::new("port", Verdict::Ok, format!("{port} is free")),
+        Err(error) => Check::new("port", Verdict::Fail, error.to_string()),
+    }
+}
+
+fn model(directory: &Path) -> Check {
+    match Checkpoint::open(directory) {
+        Ok(checkpoint) => {
+            let spec = checkpoint.spec();
+            Check::new(
+                "model",
+                Verdict::Ok,
+                format!(
+                    "{:?}, {} layers, {} experts, top {}",
+                    spec.family, spec.layers, spec.experts, spec.top_k
+                ),
+            )
+        }
+        Err(error) => Check::new("model", Verdict::Fail, error.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn available_memory_is_read_in_bytes() {
+        let text = "MemTotal:  4 kB\nMemAvailable:     2048 kB\n";
+        assert_eq!(available_bytes(text), Some(2 << 20));
+        assert_eq!(available_bytes("MemTotal: 4 kB\n"), None);
+    }
+
+    #[tokio::test]
+    async fn a_port_in_use_fails_with_a_remedy() {
+        let taken = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let check = port(taken.local_addr().unwrap().port()).await;
+        assert_eq!(check.verdict, Verdict::Fail);
+        assert!(check.finding.contains("--port"), "{}", check.finding);
+    }
+}

@@ -1,0 +1,280 @@
+//! operator | gateway | worker: from a `NodeConfig` to a running role.
+//!
+//! Here the seams are chosen: which store, which fabric. A role never asks whether it is alone in its process.
+
+use std::io::Read;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use foregate_api::node::{
+    FabricKind, GatewayConfig, NodeConfig, OperatorConfig, RoleConfig, StoreConfig,
+    WorkerConfig,
+};
+use foregate_store::etcd::EtcdStore;
+use foregate_store::kv::Store;
+use foregate_worker::Health;
+use foregate_worker::fabric::local::LocalHub;
+use prometheus::Registry;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+use crate::error::CliError;
+use crate::status::{self, Probe};
+use crate::telemetry::Telemetry;
+
+/// How long a role waits for etcd when it starts.
+const CONNECT: Duration = Duration::from_secs(30);
+
+/// Arguments of `foregate operator|gateway|worker`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct RoleArgs {
+    /// The node file: one NodeConfig as JSON.
+    #[arg(long, value_name = "NODE.json")]
+    config: PathBuf,
+    /// Drain when stdin ends; `up --processes` sets it so that no child outlives its parent.
+    #[arg(long, hide = true)]
+    stdin_is_parent: bool,
+}
+
+/// What the roles of one process share.
+#[derive(Debug, Clone)]
+pub(crate) struct Seams {
+    /// Where the roles meet.
+    pub store: Arc<dyn Store>,
+    /// Where local fabrics meet.
+    pub hub: Arc<LocalHub>,
+}
+
+/// One role, ready to run.
+#[derive(Debug)]
+pub(crate) struct Role {
+    /// What it is told.
+    pub node: NodeConfig,
+    /// The seams.
+    pub seams: Seams,
+    /// Its metrics.
+    pub registry: Registry,
+    /// The bound listener of a gateway, if it is bound already.
+    pub listener: Option<TcpListener>,
+    /// Told how far a worker's start has come.
+    pub progress: Sink,
+    /// Asks it to drain.
+    pub shutdown: CancellationToken,
+}
+
+/// Receives a worker's progress.
+#[derive(Clone)]
+pub(crate) struct Sink(pub(crate) foregate_worker::ProgressSink);
+
+impl Default for Sink {
+    fn default() -> Self {
+        Self(Arc::new(|_| {}))
+    }
+}
+
+impl std::fmt::Debug for Sink {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Sink")
+    }
+}
+
+/// Runs one role as this process.
+///
+/// # Errors
+/// A wrong node file, an unreachable store, or the role's own.
+pub(crate) async fn run_alone(
+    kind: &'static str,
+    args: &RoleArgs,
+    telemetry: &mut Telemetry,
+    shutdown: CancellationToken,
+) -> Result<(), CliError> {
+    let node = read_node(kind, args)?;
+    let registry = Registry::new();
+    telemetry.export(registry.clone());
+    let seams = Seams {
+        store: connect(&node).await?,
+        hub: LocalHub::new(),
+    };
+    let role = Role {
+        node,
+        seams,
+        registry,
+        listener: None,
+        progress: Sink::default(),
+        shutdown: shutdown.clone(),
+    };
+    let parent = args.stdin_is_parent;
+    if parent {
+        watch_parent(shutdown)?;
+    }
+    Box::pin(run(role)).await
+}
+
+/// Asks for a drain when stdin ends. On a thread of its own: a read of stdin cannot be cancelled, and the
+/// thread simply ends with the process.
+fn watch_parent(shutdown: CancellationToken) -> Result<(), CliError> {
+    let watch = move || {
+        let mut byte = [0_u8; 1];
+        while matches!(std::io::stdin().read(&mut byte), Ok(1..)) {}
+        shutdown.cancel();
+    };
+    std::thread::Builder::new()
+        .name("parent".to_owned())
+        .spawn(watch)
+        .map(drop)
+        .map_err(|error| CliError::runtime("a thread cannot start", &error))
+}
+
+fn read_node(kind: &str, args: &RoleArgs) -> Result<NodeConfig, CliError> {
+    let path = args.config.display();
+    let text = std::fs::read(&args.config)
+        .map_err(|error| CliError::Usage(format!("node file {path}: {error}")))?;
+    let node: NodeConfig = serde_json::from_slice(&text)
+        .map_err(|error| CliError::Usage(format!("node file {path}: {error}")))?;
+    let is = match &node.role {
+        RoleConfig::Operator(_) => "operator",
+        RoleConfig::Gateway(_) => "gateway",
+        RoleConfig::Worker(_) => "worker",
+    };
+    if is != kind {
+        return Err(CliError::Usage(format!(
+            "node file {path} is for a role {is}; run `foregate {is} --config {path}`"
+        )));
+    }
+    if let RoleConfig::Worker(worker) = &node.role
+        && worker.fabric == FabricKind::Local
+    {
+        return Err(CliError::Usage(format!(
+            "node file {path}: fabric local joins workers of one process; a worker alone wants tcp"
+        )));
+    }
+    Ok(node)
+}
+
+async fn connect(node: &NodeConfig) -> Result<Arc<dyn Store>, CliError> {
+    match &node.store {
+        StoreConfig::InProcess => Err(CliError::Usage(
+            "the node file names the in-process store, which only `foregate up` has; name etcd"
+                .to_owned(),
+        )),
+        StoreConfig::Etcd { endpoints } => connect_etcd(endpoints).await,
+    }
+}
+
+/// Connects to etcd.
+///
+/// # Errors
+/// When it does not answer in time.
+pub(crate) async fn connect_etcd(endpoints: &[String]) -> Result<Arc<dyn Store>, CliError> {
+    let what = format!("etcd at {}", endpoints.join(", "));
+    match tokio::time::timeout(CONNECT, EtcdStore::connect(endpoints)).await {
+        Ok(Ok(store)) => Ok(Arc::new(store)),
+        Ok(Err(error)) => Err(CliError::runtime(&what, &error)),
+        Err(_) => Err(CliError::Runtime(format!(
+            "{what}: no answer within {} s",
+            CONNECT.as_secs()
+        ))),
+    }
+}
+
+/// Runs a role until it is told to stop and has drained.
+///
+/// # Errors
+/// An address that cannot be listened on; the role's own.
+pub(crate) async fn run(role: Role) -> Result<(), CliError> {
+    match role.node.role.clone() {
+        RoleConfig::Operator(config) => operator(&role, config).await,
+        RoleConfig::Worker(config) => worker(&role, config).await,
+        RoleConfig::Gateway(config) => gateway(role, config).await,
+    }
+}
+
+async fn operator(role: &Role, config: OperatorConfig) -> Result<(), CliError> {
+    let deps = foregate_operator::Deps {
+        cluster: role.node.cluster.clone(),
+        config,
+        store: Arc::clone(&role.seams.store),
+        registry: role.registry.clone(),
+        shutdown: role.shutdown.clone(),
+    };
+    beside_status(role, Probe::Operator, foregate_operator::run(deps)).await
+}
+
+async fn worker(role: &Role, config: WorkerConfig) -> Result<(), CliError> {
+    let rpc_listener = listen("rpc_listen", &config.rpc_listen).await?;
+    let exchange_listener = match config.fabric {
+        FabricKind::Local => None,
+        // The fabric has threads of its own, so its listener is a plain one.
+        FabricKind::Tcp => {
+            let bound = std::net::TcpListener::bind(&config.exchange_listen);
+            let what = format!(
+                "exchange_listen: cannot listen on {}",
+                config.exchange_listen
+            );
+            Some(bound.map_err(|error| CliError::runtime(&what, &error))?)
+        }
+    };
+    let health = Health::new();
+    let deps = foregate_worker::Deps {
+        cluster: role.node.cluster.clone(),
+        config,
+        store: Arc::clone(&role.seams.store),
+        local_hub: Some(Arc::clone(&role.seams.hub)),
+        rpc_listener,
+        exchange_listener,
+        registry: role.registry.clone(),
+        progress: Arc::clone(&role.progress.0),
+        health: health.clone(),
+        shutdown: role.shutdown.clone(),
+    };
+    beside_status(role, Probe::Worker(health), foregate_worker::run(deps)).await
+}
+
+async fn gateway(role: Role, config: GatewayConfig) -> Result<(), CliError> {
+    let listener = match role.listener {
+        Some(listener) => listener,
+        None => listen("listen", &config.listen).await?,
+    };
+    let deps = foregate_gateway::Deps {
+        cluster: role.node.cluster,
+        config,
+        listener,
+        store: role.seams.store,
+        registry: role.registry,
+        shutdown: role.shutdown,
+    };
+    let end = foregate_gateway::run(deps).await;
+    end.map_err(|error| CliError::runtime("gateway", &error))
+}
+
+async fn listen(field: &str, address: &str) -> Result<TcpListener, CliError> {
+    let bound = status::bind(address).await;
+    let (listener, _) =
+        bound.map_err(|error| CliError::Runtime(format!("{field}: {error}")))?;
+    Ok(listener)
+}
+
+/// Runs a role with its status server beside it; the server ends after the role.
+async fn beside_status<E: std::error::Error + 'static>(
+    role: &Role,
+    probe: Probe,
+    work: impl Future<Output = Result<(), E>>,
+) -> Result<(), CliError> {
+    let listener = listen("status_listen", &role.node.status_listen).await?;
+    if let Ok(address) = listener.local_addr() {
+        tracing::info!(%address, "status server listens");
+    }
+    let end = CancellationToken::new();
+    let server = status::serve(listener, role.registry.clone(), probe, end.clone());
+    let work = async {
+        let done = work.await;
+        end.cancel();
+        done
+    };
+    let (done, served) = tokio::join!(work, server);
+    if let Err(error) = served {
+        tracing::warn!(%error, "the status server ended");
+    }
+    done.map_err(|error| CliError::runtime("the role failed", &error))
+}

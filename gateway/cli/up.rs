@@ -1,0 +1,100 @@
+//! `foregate up`: the whole cluster on one machine.
+//!
+//! Manifest → validate → launch plan → tasks of this process, or child processes. The steps are those of the
+//! operator on Kubernetes; only who starts the instances differs.
+
+mod launch;
+mod processes;
+mod ready;
+mod tasks;
+mod wish;
+
+use std::path::PathBuf;
+
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+use crate::error::CliError;
+use crate::fetch::{self, HubSettings};
+use crate::progress::Progress;
+use crate::status;
+use crate::telemetry::Telemetry;
+use launch::Prepared;
+use wish::Wish;
+
+/// Arguments of `foregate up`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct UpArgs {
+    /// The MoeCluster manifest; default: charts/examples/tiny.yaml of the checkout.
+    #[arg(
+        short = 'f',
+        long = "file",
+        value_name = "MANIFEST",
+        conflicts_with = "model"
+    )]
+    file: Option<PathBuf>,
+    /// Serve this model with default settings instead of a manifest: a directory, file://…, hf://org/name[@rev] or org/name.
+    #[arg(long, value_name = "DIR_OR_URI")]
+    model: Option<String>,
+    /// Number of workers, in place of the manifest's.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=256))]
+    workers: Option<u32>,
+    /// Run each role as a child process, over TCP and a real etcd.
+    #[arg(long)]
+    processes: bool,
+    /// Use this etcd instead of starting one.
+    #[arg(long, value_name = "URL", requires = "processes")]
+    etcd: Option<String>,
+    /// Address the HTTP API listens on.
+    #[arg(long, value_name = "H", default_value = "127.0.0.1")]
+    host: String,
+    /// Port of the HTTP API; 0 lets the system choose.
+    #[arg(long, default_value_t = 8000)]
+    port: u16,
+    /// Names of the model in /v1/models, in place of the manifest's; the first is the main one.
+    #[arg(long = "served-model-name", value_name = "NAME", num_args = 1..)]
+    served_model_name: Vec<String>,
+}
+
+/// Runs `foregate up` to its end.
+///
+/// # Errors
+/// Exit code 2: arguments or manifest; 1: anything else.
+pub(crate) async fn run(
+    args: UpArgs,
+    telemetry: &mut Telemetry,
+    progress: &Progress,
+    drain: CancellationToken,
+) -> Result<(), CliError> {
+    let wish = Wish::read(&args)?;
+    let listener = bind(&args).await?;
+    let hub = HubSettings::from_environment();
+    let fetching = fetch::resolve(&wish.cluster.model.uri, &wish.base, &hub, progress);
+    let directory = tokio::select! {
+        found = fetching => found.map_err(|error| CliError::Runtime(error.to_string()))?,
+        () = drain.cancelled() => return Ok(()),
+    };
+    let prepared = Prepared {
+        cluster: wish.cluster,
+        directory,
+        listener,
+    };
+    if args.processes {
+        processes::run(args.etcd.as_deref(), prepared, progress, drain).await
+    } else {
+        tasks::run(prepared, telemetry, progress, drain).await
+    }
+}
+
+/// Takes the port before anything slow, so that one in use is told at once.
+async fn bind(args: &UpArgs) -> Result<TcpListener, CliError> {
+    let address = if args.host.contains(':') {
+        format!("[{}]:{}", args.host.trim_matches(['[', ']']), args.port)
+    } else {
+        format!("{}:{}", args.host, args.port)
+    };
+    let (listener, _) = status::bind(&address)
+        .await
+        .map_err(|error| CliError::Runtime(error.to_string()))?;
+    Ok(listener)
+}

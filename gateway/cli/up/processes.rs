@@ -1,0 +1,310 @@
+//! The instances as child processes: a real etcd, the TCP fabric.
+//!
+//! Each child gets its node file in a directory that only this user can read, and drains when its stdin ends, so
+//! none outlives this process. A child that dies is started again after a pause.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{ExitStatus, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
+
+use foregate_api::node::RoleConfig;
+use foregate_operator::launch::{Form, Instance};
+use foregate_store::own_etcd::OwnEtcd;
+use tempfile::TempDir;
+use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
+use tokio::process::{Child, Command};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep, timeout};
+use tokio_util::sync::CancellationToken;
+
+use super::launch::{Launch, Prepared, drain_order};
+use super::ready;
+use crate::error::CliError;
+use crate::progress::Progress;
+use crate::roles;
+
+/// Longest wait for one child to drain; then it is killed.
+const DRAIN: Duration = Duration::from_secs(30);
+const FIRST_PAUSE: Duration = Duration::from_millis(500);
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+/// A child that lived this long has recovered; its next pause is short again.
+const HEALTHY: Duration = Duration::from_secs(30);
+/// Deaths in a row before the cluster was ever ready that end the attempt.
+const HOPELESS: u32 = 3;
+
+/// Runs the cluster to its end.
+///
+/// # Errors
+/// A wrong manifest or model, no etcd, a child that cannot start.
+pub(crate) async fn run(
+    url: Option<&str>,
+    prepared: Prepared,
+    progress: &Progress,
+    drain: CancellationToken,
+) -> Result<(), CliError> {
+    let (own, endpoints) = etcd(url).await?;
+    let form = Form::Processes {
+        etcd: endpoints.clone(),
+    };
+    let launch = Launch::plan(prepared, form, progress).await?;
+    let store = roles::connect_etcd(&endpoints).await?;
+    // From here on the gateway owns the port; it binds it again as its own process.
+    drop(launch.listener);
+    let mut children = Children::new(progress)?;
+    for instance in launch.instances {
+        children.start(instance)?;
+    }
+    let end = tokio::select! {
+        error = children.first_end() => Err(error),
+        end = ready::ready(&launch.awaited, store, progress) => end,
+        () = drain.cancelled() => Ok(()),
+    };
+    children.was_ready.cancel();
+    let end = match end {
+        Ok(()) => tokio::select! {
+            error = children.first_end() => Err(error),
+            () = drain.cancelled() => Ok(()),
+        },
+        error => error,
+    };
+    if end.is_ok() {
+        progress.say("draining; press ctrl-c again to stop at once");
+    }
+    children.drain().await;
+    drop(own);
+    end
+}
+
+/// The given etcd, or one of our own.
+async fn etcd(url: Option<&str>) -> Result<(Option<OwnEtcd>, Vec<String>), CliError> {
+    if let Some(url) = url {
+        let fine = url.starts_with("http://") && url.len() > "http://".len();
+        if !fine {
+            return Err(CliError::Usage(format!(
+                "--etcd {url:?}: give a client URL such as http://127.0.0.1:2379"
+            )));
+        }
+        return Ok((None, vec![url.to_owned()]));
+    }
+    let own = OwnEtcd::start()
+        .await
+        .map_err(|error| CliError::runtime("etcd", &error))?;
+    let endpoints = own.endpoints();
+    Ok((Some(own), endpoints))
+}
+
+/// The children by their order of draining.
+struct Children {
+    executable: PathBuf,
+    files: TempDir,
+    progress: Progress,
+    was_ready: CancellationToken,
+    tokens: [CancellationToken; 3],
+    keepers: [JoinSet<Option<CliError>>; 3],
+}
+
+impl Children {
+    fn new(progress: &Progress) -> Result<Self, CliError> {
+        Ok(Self {
+            executable: std::env::current_exe()
+                .map_err(|error| CliError::runtime("this binary cannot be found", &error))?,
+            // tempfile makes it with mode 0700.
+            files: TempDir::with_prefix("foregate-")
+                .map_err(|error| CliError::runtime("no directory for node files", &error))?,
+            progress: progress.clone(),
+            was_ready: CancellationToken::new(),
+            tokens: Default::default(),
+            keepers: Default::default(),
+        })
+    }
+
+    fn start(&mut self, instance: Instance) -> Result<(), CliError> {
+        let order = drain_order(&instance.node);
+        let file = write_node(self.files.path(), &instance)?;
+        let keeper = Keeper {
+            name: instance.name,
+            role: match instance.node.role {
+                RoleConfig::Operator(_) => "operator",
+                RoleConfig::Gateway(_) => "gateway",
+                RoleConfig::Worker(_) => "worker",
+            },
+            file,
+            executable: self.executable.clone(),
+            progress: self.progress.clone(),
+            was_ready: self.was_ready.clone(),
+            shutdown: self.tokens[order].clone(),
+        };
+        self.keepers[order].spawn(keeper.run());
+        Ok(())
+    }
+
+    /// Resolves when a child is given up.
+    async fn first_end(&mut self) -> CliError {
+        let [gateways, workers, operators] = &mut self.keepers;
+        let end = tokio::select! {
+            Some(end) = gateways.join_next() => end,
+            Some(end) = workers.join_next() => end,
+            Some(end) = operators.join_next() => end,
+            else => Ok(None),
+        };
+        match end {
+            Ok(Some(error)) => error,
+            Ok(None) => CliError::Runtime("a child ended by itself".to_owned()),
+            Err(error) => CliError::runtime("a child's keeper failed", &error),
+        }
+    }
+
+    async fn drain(&mut self) {
+        for (token, keepers) in self.tokens.iter().zip(&mut self.keepers) {
+            token.cancel();
+            // Each keeper bounds its own wait.
+            while keepers.join_next().await.is_some() {}
+        }
+    }
+}
+
+fn write_node(directory: &Path, instance: &Instance) -> Result<PathBuf, CliError> {
+    let path = directory.join(format!("{}.json", instance.name));
+    let failed = |error: &dyn std::error::Error| {
+        CliError::runtime(&format!("node file {}", path.display()), error)
+    };
+    let text = serde_json::to_vec_pretty(&instance.node).map_err(|error| failed(&error))?;
+    let mut file = std::fs::File::create(&path).map_err(|error| failed(&error))?;
+    file.write_all(&text).map_err(|error| failed(&error))?;
+    Ok(path)
+}
+
+/// Keeps one child running.
+struct Keeper {
+    name: String,
+    role: &'static str,
+    file: PathBuf,
+    executable: PathBuf,
+    progress: Progress,
+    was_ready: CancellationToken,
+    shutdown: CancellationToken,
+}
+
+impl Keeper {
+    /// `None` after a drain; an error when the child is given up.
+    async fn run(self) -> Option<CliError> {
+        let mut pause = FIRST_PAUSE;
+        let mut deaths = 0;
+        let words = Arc::new(LastWords::default());
+        loop {
+            let born = Instant::now();
+            let (mut child, _output) = match self.spawn(&words) {
+                Ok(spawned) => spawned,
+                Err(error) => return Some(error),
+            };
+            let status = tokio::select! {
+                status = child.wait() => status,
+                () = self.shutdown.cancelled() => {
+                    self.stop(child).await;
+                    return None;
+                }
+            };
+            let how = describe(status);
+            deaths += 1;
+            if !self.was_ready.is_cancelled() && deaths >= HOPELESS {
+                return Some(CliError::Runtime(format!(
+                    "{} {how}, {deaths} times before the cluster was ready; its last words: {}",
+                    self.name,
+                    words.get()
+                )));
+            }
+            if born.elapsed() > HEALTHY {
+                pause = FIRST_PAUSE;
+            }
+            self.progress.say(&format!(
+                "{} {how}; starting it again in {:.1} s",
+                self.name,
+                pause.as_secs_f64()
+            ));
+            tokio::select! {
+                () = sleep(pause) => {}
+                () = self.shutdown.cancelled() => return None,
+            }
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+
+    fn spawn(&self, words: &Arc<LastWords>) -> Result<(Child, JoinSet<()>), CliError> {
+        let mut child = Command::new(&self.executable)
+            .arg(self.role)
+            .arg("--config")
+            .arg(&self.file)
+            .arg("--stdin-is-parent")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            // ctrl-c on the terminal reaches this process only, which then drains in order.
+            .process_group(0)
+            .kill_on_drop(true)
+            .spawn()
+            .map_err(|error| CliError::runtime(&format!("{} cannot start", self.name), &error))?;
+        let pid = child.id().unwrap_or_default();
+        self.progress
+            .say(&format!("{} runs as process {pid}", self.name));
+        let mut output = JoinSet::new();
+        if let Some(stderr) = child.stderr.take() {
+            let (name, progress) = (self.name.clone(), self.progress.clone());
+            output.spawn(pass_on(stderr, name, progress, Arc::clone(words)));
+        }
+        Ok((child, output))
+    }
+
+    /// Ends stdin, which asks the child to drain; kills it if it takes too long.
+    async fn stop(&self, mut child: Child) {
+        drop(child.stdin.take());
+        if timeout(DRAIN, child.wait()).await.is_err() {
+            self.progress.say(&format!(
+                "{} did not drain in {} s and is killed",
+                self.name,
+                DRAIN.as_secs()
+            ));
+            if let Err(error) = child.kill().await {
+                tracing::warn!(name = %self.name, %error, "cannot be killed");
+            }
+        }
+    }
+}
+
+/// The last line a child wrote, for the message when it is given up.
+#[derive(Debug, Default)]
+struct LastWords(std::sync::Mutex<String>);
+
+impl LastWords {
+    fn set(&self, line: &str) {
+        if let Ok(mut last) = self.0.lock() {
+            line.clone_into(&mut last);
+        }
+    }
+
+    fn get(&self) -> String {
+        self.0.lock().map(|last| last.clone()).unwrap_or_default()
+    }
+}
+
+/// A child's log lines under its name.
+async fn pass_on(
+    from: impl AsyncRead + Unpin,
+    name: String,
+    progress: Progress,
+    words: Arc<LastWords>,
+) {
+    let mut lines = BufReader::new(from).lines();
+    while let Ok(Some(line)) = lines.next_line().await {
+        progress.say(&format!("[{name}] {line}"));
+        words.set(&line);
+    }
+}
+
+fn describe(status: std::io::Result<ExitStatus>) -> String {
+    match status {
+        Ok(status) => format!("ended ({status})"),
+        Err(error) => format!("is lost ({error})"),
+    }
+}
