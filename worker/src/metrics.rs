@@ -185,10 +185,13 @@ impl WorkerMetrics {
     /// Experts loaded since start.
     #[must_use]
     pub fn experts_loaded_total(&self) -> u64 {
-        [Source::Peer, Source::Checkpoint]
-            .iter()
-            .map(|source| self.migrated.with_label_values(&[source.name()]).get())
-            .sum()
+        self.loaded_from(Source::Peer) + self.loaded_from(Source::Checkpoint)
+    }
+
+    /// Experts loaded since start from one kind of source.
+    #[must_use]
+    pub fn loaded_from(&self, source: Source) -> u64 {
+        self.migrated.with_label_values(&[source.name()]).get()
     }
 
     /// Microseconds by which the last switch delayed a step.
