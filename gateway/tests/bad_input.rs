@@ -532,7 +532,7 @@ async fn harmless_fields_are_taken() {
     let cluster = Cluster::start(1, "x", config()).await;
     let body = json!({
         "messages": [{"role": "developer", "content": [{"type": "text", "text": "a"}, "b"], "name": "x", "tool_calls": null}],
-        "user": "me", "metadata": {"a": "b"}, "store": false, "service_tier": "auto", "best_of": 1, "n": 1.0,
+        "temperature": 0, "user": "me", "metadata": {"a": "b"}, "store": false, "service_tier": "auto", "best_of": 1, "n": 1.0,
         "response_format": {"type": "text"}, "tools": [], "tool_choice": "none", "parallel_tool_calls": true,
         "stop": null, "seed": null, "functions": null, "modalities": ["text"], "prompt_cache_key": "k",
         "max_tokens": 5, "max_completion_tokens": 5, "logit_bias": {}, "echo": false, "guided_json": null,

@@ -294,7 +294,7 @@ async fn answer(
             .is_some_and(|sampling| sampling.temperature > 0.0);
         // A "sampler": with a temperature, the seed shifts the token.
         let id = if hot {
-            300 + ((u64::from(id) + seed) % 64) as u32
+            300 + (u64::from(id).wrapping_add(seed) % 64) as u32
         } else {
             id
         };
