@@ -238,7 +238,10 @@ impl Engine {
             self.end_overdue();
             let plan = self.scheduler.schedule(self.clock());
             self.note(&plan);
-            wake_at = plan.chunks.is_empty().then_some(plan.wake_at).flatten();
+            wake_at = plan
+                .chunks
+                .is_empty()
+                .then(|| plan.wake_at.unwrap_or(u64::MAX));
             if !plan.chunks.is_empty() {
                 self.step(&plan);
             }

@@ -1,4 +1,10 @@
 //! The engine over real forward passes with all experts in this process.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test says what it expects by failing"
+)]
 
 mod golden;
 mod rig;

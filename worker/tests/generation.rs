@@ -1,4 +1,10 @@
 //! The gRPC service over a real connection: events, refusals and cancellation.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test says what it expects by failing"
+)]
 
 mod rig;
 

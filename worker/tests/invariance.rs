@@ -4,6 +4,12 @@
 //! memory), requests on random workers, and random placements with copies, one after the other while
 //! the requests run. Token ids and the bits of every log-probability must be those of the same request
 //! alone on one engine with all experts in its process.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test says what it expects by failing"
+)]
 
 mod cluster;
 mod random;
