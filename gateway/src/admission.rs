@@ -187,7 +187,8 @@ mod tests {
     async fn a_full_queue_and_a_long_wait_are_429() {
         let (gate, _) = gate(1, 1);
         let first = gate.admit(1).await.unwrap();
-        let waiting = tokio::spawn({
+        let mut tasks = tokio::task::JoinSet::new();
+        tasks.spawn({
             let gate = Arc::clone(&gate);
             async move { gate.admit(1).await.map(|_| ()) }
         });
@@ -199,7 +200,7 @@ mod tests {
             (429, "queue_full")
         );
         assert!(refused.retry_after.is_some());
-        let late = waiting.await.unwrap().unwrap_err();
+        let late = tasks.join_next().await.unwrap().unwrap().unwrap_err();
         assert_eq!(late.reason, "queue_timeout");
         assert_eq!(gate.queued(), 0);
         drop(first);
@@ -220,13 +221,24 @@ mod tests {
     async fn draining_refuses_new_and_waiting_ones() {
         let (gate, draining) = gate(1, 8);
         let _held = gate.admit(1).await.unwrap();
-        let waiting = tokio::spawn({
+        let mut tasks = tokio::task::JoinSet::new();
+        tasks.spawn({
             let gate = Arc::clone(&gate);
             async move { gate.admit(1).await.map(|_| ()) }
         });
         tokio::task::yield_now().await;
         draining.cancel();
-        assert_eq!(waiting.await.unwrap().unwrap_err().status.as_u16(), 503);
+        assert_eq!(
+            tasks
+                .join_next()
+                .await
+                .unwrap()
+                .unwrap()
+                .unwrap_err()
+                .status
+                .as_u16(),
+            503
+        );
         assert_eq!(gate.admit(1).await.unwrap_err().reason, "draining");
     }
 }

@@ -30,7 +30,7 @@ impl Signature {
     /// A histogram as workers send it; `None` if its length is no multiple of `experts` or it is empty.
     #[must_use]
     pub fn new(experts: usize, counts: Vec<u32>) -> Option<Self> {
-        let fits = experts > 0 && !counts.is_empty() && counts.len() % experts == 0;
+        let fits = experts > 0 && !counts.is_empty() && counts.len().is_multiple_of(experts);
         (fits && counts.iter().any(|count| *count > 0)).then_some(Self { experts, counts })
     }
 }
@@ -182,7 +182,7 @@ mod tests {
         signatures.remember(&kept, &signature(1));
         for id in 0..(CAPACITY as u32 + 50) {
             assert!(signatures.known(&kept).signature.is_some());
-            signatures.remember(&vec![id + 2; 32], &signature(1));
+            signatures.remember(&[id + 2; 32], &signature(1));
         }
         assert_eq!(signatures.len(), CAPACITY);
         assert!(signatures.known(&[2; 32]).signature.is_none());

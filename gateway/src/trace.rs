@@ -107,7 +107,7 @@ impl Identity {
     }
 
     /// Puts id and trace context into an answer.
-    pub fn into_headers(&self, headers: &mut HeaderMap) {
+    pub fn write_headers(&self, headers: &mut HeaderMap) {
         if let Ok(value) = HeaderValue::from_str(&self.request_id) {
             headers.insert(REQUEST_ID, value);
         }
@@ -121,7 +121,7 @@ impl Identity {
     }
 
     /// Puts id and trace context into a call to a worker.
-    pub fn into_metadata(&self, span: &Span, metadata: &mut MetadataMap) {
+    pub fn write_metadata(&self, span: &Span, metadata: &mut MetadataMap) {
         let mut pairs = self.context_of(span);
         pairs.push(("x-request-id".into(), self.request_id.clone()));
         for (key, value) in pairs {

@@ -1,5 +1,7 @@
 //! The HTTP API end to end: shapes of answers, headers, limits, readiness.
 
+#![expect(clippy::unwrap_used, reason = "a test may end in a panic")]
+
 mod support;
 
 use std::sync::atomic::Ordering;

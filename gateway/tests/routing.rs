@@ -1,5 +1,7 @@
 //! Routing by expert signature, seen from outside: headers and which worker was asked.
 
+#![expect(clippy::unwrap_used, reason = "a test may end in a panic")]
+
 mod support;
 
 use std::sync::atomic::Ordering;

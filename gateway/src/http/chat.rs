@@ -76,7 +76,7 @@ struct ChatShape {
 }
 
 impl ChatShape {
-    fn frame(&self, object: &str, choices: Vec<Value>) -> Value {
+    fn frame(&self, object: &str, choices: &[Value]) -> Value {
         json!({
             "id": self.id,
             "object": object,
@@ -120,7 +120,7 @@ impl Shape for ChatShape {
         let reported = self.asked.logprobs.is_some()
             || self.asked.return_token_ids
             || self.asked.return_routed_experts;
-        if quiet && !(reported && !delta.tokens.is_empty()) {
+        if quiet && (!reported || delta.tokens.is_empty()) {
             return None;
         }
         let mut message = Map::new();
@@ -136,7 +136,7 @@ impl Shape for ChatShape {
         }
         let mut choice = self.report(&delta);
         choice.insert("delta".into(), message.into());
-        let mut frame = self.frame("chat.completion.chunk", vec![choice.into()]);
+        let mut frame = self.frame("chat.completion.chunk", &[choice.into()]);
         if self.asked.return_token_ids && first {
             frame["prompt_token_ids"] = Value::from(self.prompt.as_ref());
         }
@@ -147,7 +147,7 @@ impl Shape for ChatShape {
     }
 
     fn usage_chunk(&self, usage: Usage) -> Value {
-        let mut frame = self.frame("chat.completion.chunk", Vec::new());
+        let mut frame = self.frame("chat.completion.chunk", &[]);
         frame["usage"] = usage.to_json();
         frame
     }
@@ -159,7 +159,7 @@ impl Shape for ChatShape {
             .prompt_logprobs
             .and(prompt)
             .map(|prompt| self.labels.prompt(&prompt.logprobs));
-        let choices = choices
+        let choices: Vec<Value> = choices
             .iter()
             .map(|delta| {
                 let mut choice = self.report(delta);
@@ -172,7 +172,7 @@ impl Shape for ChatShape {
                 choice.into()
             })
             .collect();
-        let mut frame = self.frame("chat.completion", choices);
+        let mut frame = self.frame("chat.completion", &choices);
         frame["usage"] = usage.to_json();
         if let Some(prompt_logprobs) = prompt_logprobs {
             frame["prompt_logprobs"] = prompt_logprobs;

@@ -146,7 +146,7 @@ struct CompletionsShape {
 }
 
 impl CompletionsShape {
-    fn frame(&self, choices: Vec<Value>) -> Value {
+    fn frame(&self, choices: &[Value]) -> Value {
         json!({
             "id": self.id,
             "object": "text_completion",
@@ -242,7 +242,7 @@ impl Shape for CompletionsShape {
         if quiet && !speaks_of_prompt && !speaks_of_tokens {
             return None;
         }
-        let mut frame = self.frame(vec![self.choice(&delta).into()]);
+        let mut frame = self.frame(&[self.choice(&delta).into()]);
         if self.asked.include_usage {
             frame["usage"] = Value::Null;
         }
@@ -250,17 +250,17 @@ impl Shape for CompletionsShape {
     }
 
     fn usage_chunk(&self, usage: Usage) -> Value {
-        let mut frame = self.frame(Vec::new());
+        let mut frame = self.frame(&[]);
         frame["usage"] = usage.to_json();
         frame
     }
 
     fn whole(&self, choices: Vec<Delta>, usage: Usage) -> Value {
-        let choices = choices
+        let choices: Vec<Value> = choices
             .iter()
             .map(|delta| self.choice(delta).into())
             .collect();
-        let mut frame = self.frame(choices);
+        let mut frame = self.frame(&choices);
         frame["usage"] = usage.to_json();
         frame
     }

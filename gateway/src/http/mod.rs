@@ -76,7 +76,7 @@ async fn identify(
     identity
         .span
         .record("http.response.status_code", response.status().as_u16());
-    identity.into_headers(response.headers_mut());
+    identity.write_headers(response.headers_mut());
     if let Some(Rejection(reason)) = response.extensions().get() {
         gateway.metrics.rejected(reason);
     }

@@ -136,6 +136,7 @@ fn jinja(value: &Value) -> Jinja {
     }
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "the signature of a filter")]
 fn tojson(value: &Jinja, indent: Option<usize>, options: Kwargs) -> Result<String, Error> {
     let indent = match indent {
         Some(width) => Some(width),

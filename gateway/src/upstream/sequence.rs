@@ -392,7 +392,7 @@ impl Sequence {
         let left = self.deadline - now;
         message.deadline_ms = u64::try_from(left.as_millis()).unwrap_or(u64::MAX).max(1);
         let mut request = Request::new(message);
-        self.identity.into_metadata(span, request.metadata_mut());
+        self.identity.write_metadata(span, request.metadata_mut());
         let mut client = GenerationClient::new(channel).max_decoding_message_size(256 << 20);
         match timeout_at(self.deadline.min(now + ANSWER), client.generate(request)).await {
             Ok(Ok(response)) => Ok(response.into_inner()),

@@ -1,5 +1,15 @@
 //! A gateway over real sockets: fake workers that speak the real gRPC protocol, the in-memory store, a client.
-#![allow(dead_code, unreachable_pub, reason = "every test uses its part")]
+#![allow(
+    dead_code,
+    unreachable_pub,
+    missing_docs,
+    missing_debug_implementations,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::allow_attributes,
+    reason = "shared by tests, each of which uses its part"
+)]
 
 use std::collections::BTreeMap;
 use std::pin::Pin;
