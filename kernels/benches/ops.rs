@@ -2,7 +2,7 @@
 //!
 //! Beside them `read` measures how fast this machine reads memory with the same threads: a product with one
 //! row cannot be faster than its weights are read.
-#![expect(missing_docs, reason = "criterion's macros define public items")]
+#![expect(clippy::unwrap_used, reason = "a bench ends at its first error")]
 
 use std::hint::black_box;
 

@@ -1,5 +1,6 @@
 //! Every op: against its definition within a tolerance, and with equal bits on every instruction path, for
 //! every number of threads, and for a row alone or in any batch.
+#![expect(clippy::unwrap_used, reason = "a test ends at its first error")]
 
 #[path = "parity/attention.rs"]
 mod attention;

@@ -130,7 +130,7 @@ fn dirty(ops: &dyn Ops, s: Shape, pages: usize) -> KvCache {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(32))]
+    #![proptest_config(ProptestConfig::with_cases(100))]
 
     #[test]
     fn any_shape_any_chunks(

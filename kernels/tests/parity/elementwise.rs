@@ -21,7 +21,7 @@ fn norm(ops: &dyn Ops, x: &[f32], weight: &[f32]) -> Vec<f32> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(48))]
+    #![proptest_config(ProptestConfig::with_cases(128))]
 
     #[test]
     fn any_norm(rows in 1_usize..20, width in 1_usize..200, seed: u64) {

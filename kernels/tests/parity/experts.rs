@@ -50,7 +50,7 @@ fn run(
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(32))]
+    #![proptest_config(ProptestConfig::with_cases(100))]
 
     #[test]
     fn any_groups(

@@ -22,7 +22,7 @@ fn dtypes() -> impl Strategy<Value = Dtype> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(96))]
+    #![proptest_config(ProptestConfig::with_cases(200))]
 
     #[test]
     fn any_shape(

@@ -11,7 +11,7 @@ use crate::dtype::Dtype;
 pub(super) const MAX_ROWS: usize = 6;
 pub(super) const MAX_PANELS: usize = 4;
 /// Bytes ahead of the running position of each panel that are asked for.
-const AHEAD: usize = 1024;
+const AHEAD: usize = 512;
 
 /// Where a tile's results go: a row of `MAX_PANELS` panels for each of its rows.
 pub(super) type Results = [[f32; MAX_PANELS * WIDTH]];

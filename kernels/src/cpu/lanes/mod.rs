@@ -32,8 +32,16 @@ pub(super) enum Tiles {
     /// None: tiles bring nothing.
     One,
     /// Eight.
+    #[cfg_attr(
+        not(any(target_arch = "x86_64", target_arch = "aarch64")),
+        expect(dead_code, reason = "the portable path has no tiles")
+    )]
     Narrow,
     /// Thirty-two.
+    #[cfg_attr(
+        not(target_arch = "x86_64"),
+        expect(dead_code, reason = "only AVX-512 has so many")
+    )]
     Wide,
 }
 
