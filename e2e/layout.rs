@@ -180,7 +180,9 @@ fn judge_door(from: &str, package: &str, for_tests: bool) -> Option<String> {
         return None;
     }
     Some(match door {
-        Some((_, doors)) => format!("{from} uses {package}, whose door is {}", doors.join(", ")),
+        Some((_, doors)) => {
+            format!("{from} uses {package}, whose door is {}", doors.join(", "))
+        }
         None => format!("{from} uses {package}, which is in no table"),
     })
 }
@@ -223,7 +225,11 @@ fn the_table_names_exactly_the_crates_that_exist() {
 
 #[test]
 fn the_table_has_no_way_up() {
-    let order: BTreeMap<_, _> = EDGES.iter().enumerate().map(|(i, (n, _))| (*n, i)).collect();
+    let order: BTreeMap<_, _> = EDGES
+        .iter()
+        .enumerate()
+        .map(|(i, (n, _))| (*n, i))
+        .collect();
     for (from, edges) in EDGES {
         for to in *edges {
             assert!(order[to] < order[from], "{from} → {to} goes up");

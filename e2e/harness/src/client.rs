@@ -88,7 +88,12 @@ impl Client {
             .raw(path, "application/json", body.to_string().into_bytes())
             .await;
         let status = answer.status();
-        assert_eq!(status, StatusCode::OK, "{}", answer.text().await.unwrap_or_default());
+        assert_eq!(
+            status,
+            StatusCode::OK,
+            "{}",
+            answer.text().await.unwrap_or_default()
+        );
         let mut bytes = answer.bytes_stream();
         let (mut buffer, mut events) = (Vec::new(), Vec::new());
         loop {

@@ -18,6 +18,5 @@ pub fn signal(pid: u32, name: &str) {
 /// Whether a process exists and is no zombie.
 #[must_use]
 pub fn alive(pid: u32) -> bool {
-    std::fs::read_to_string(format!("/proc/{pid}/stat"))
-        .is_ok_and(|stat| !stat.contains(") Z"))
+    std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| !stat.contains(") Z"))
 }

@@ -26,7 +26,8 @@ impl Golden {
     /// If the file is not what the reference writes.
     #[must_use]
     pub fn read(directory: &Path) -> Self {
-        let bytes = std::fs::read(directory.join("golden.safetensors")).expect("golden.safetensors");
+        let bytes =
+            std::fs::read(directory.join("golden.safetensors")).expect("golden.safetensors");
         let file = SafeTensors::deserialize(&bytes).expect("golden.safetensors can be read");
         let (_, input) = integers(&file, "input_ids");
         let (_, greedy) = integers(&file, "greedy");

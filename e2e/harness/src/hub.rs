@@ -234,7 +234,11 @@ fn file_answer(content: &mut Content, file: &str, range: Option<&str>) -> Answer
         content.cut = None;
     }
     Answer {
-        status: if range.is_some() { "206 Partial Content" } else { "200 OK" },
+        status: if range.is_some() {
+            "206 Partial Content"
+        } else {
+            "200 OK"
+        },
         headers: vec![
             ("ETag", format!("\"{}\"", etag(file, size))),
             ("X-Repo-Commit", COMMIT.to_owned()),

@@ -118,7 +118,11 @@ impl TraceService for Kept {
         let mut spans = self.spans.lock().expect("no panic inside");
         for resource in request.into_inner().resource_spans {
             let service = service(resource.resource.as_ref());
-            for span in resource.scope_spans.into_iter().flat_map(|scope| scope.spans) {
+            for span in resource
+                .scope_spans
+                .into_iter()
+                .flat_map(|scope| scope.spans)
+            {
                 spans.push(Span {
                     service: service.clone(),
                     name: span.name,

@@ -1,0 +1,206 @@
+//! `foregate up` as a user starts it: answers equal the reference's in every form, text is text, ends are clean.
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a failure here is the test's failure"
+)]
+
+use foregate_harness::binary::{Foregate, Start};
+use foregate_harness::client::Client;
+use foregate_harness::golden::Golden;
+use foregate_harness::{on_path, repository, skip};
+use serde_json::{Value, json};
+
+const BINARY: &str = env!("CARGO_BIN_EXE_foregate");
+const FAMILIES: [&str; 4] = ["qwen3_moe", "qwen2_moe", "mixtral", "olmoe"];
+/// What the reference and we may differ by, in float32.
+const TOLERANCE: f64 = 2e-4;
+
+async fn up(family: &str, workers: &str, more: &[&str]) -> Foregate {
+    let model = repository(&format!("worker/models/tests/fixtures/{family}"));
+    let model = model.to_string_lossy();
+    let mut start = Start::up(BINARY, &["--model", &model, "--workers", workers]);
+    for argument in more {
+        start = start.arg(argument);
+    }
+    start.ready().await
+}
+
+fn floats(list: &Value) -> Vec<Option<f64>> {
+    list.as_array().unwrap().iter().map(Value::as_f64).collect()
+}
+
+/// Log-probabilities of the prompt, greedy tokens and routes of one fixture are the reference's.
+async fn agrees(client: &Client, golden: &Golden, what: &str) {
+    let body = json!({
+        "prompt": golden.input, "max_tokens": golden.greedy.len(), "temperature": 0,
+        "ignore_eos": true, "echo": true, "logprobs": 20, "prompt_logprobs": 20,
+        "return_token_ids": true, "return_routed_experts": true,
+    });
+    let answer = client.ok("/v1/completions", &body).await;
+    let choice = &answer["choices"][0];
+    let tokens: Vec<u32> = serde_json::from_value(choice["token_ids"].clone()).unwrap();
+    assert_eq!(tokens, golden.greedy, "{what}");
+
+    let logprobs = floats(&choice["logprobs"]["token_logprobs"]);
+    assert_eq!(
+        logprobs.len(),
+        golden.input.len() + golden.greedy.len(),
+        "{what}"
+    );
+    assert_eq!(logprobs[0], None, "{what}: the first token has none");
+    for at in 0..golden.input.len() - 1 {
+        let expected = golden.logprobs(at);
+        let near = |got: f64, id: usize| {
+            let off = (got - expected[id]).abs();
+            assert!(off < TOLERANCE, "{what}: token {at}, id {id}: {off}");
+        };
+        near(logprobs[at + 1].unwrap(), golden.input[at + 1] as usize);
+        let best = choice["prompt_logprobs"][at + 1].as_object().unwrap();
+        assert!(best.len() >= 20, "{what}");
+        for (id, entry) in best {
+            near(entry["logprob"].as_f64().unwrap(), id.parse().unwrap());
+        }
+    }
+    // The first generated token's distribution is that of the last prompt token.
+    let last = golden.logprobs(golden.input.len() - 1);
+    let first = logprobs[golden.input.len()].unwrap();
+    assert!(
+        (first - last[golden.greedy[0] as usize]).abs() < TOLERANCE,
+        "{what}"
+    );
+
+    let routes: Vec<Vec<Vec<u32>>> =
+        serde_json::from_value(choice["routed_experts"].clone()).unwrap();
+    for (token, layers) in routes.iter().take(golden.input.len()).enumerate() {
+        for (layer, experts) in layers.iter().enumerate() {
+            assert_eq!(
+                experts, &golden.routes[layer][token],
+                "{what}: token {token}, layer {layer}"
+            );
+        }
+    }
+    assert!(
+        routes.len() >= golden.input.len(),
+        "{what}: a route for every prompt token"
+    );
+}
+
+async fn parity(workers: &str, more: &[&str]) {
+    for family in FAMILIES {
+        let golden = Golden::read(&repository(&format!(
+            "worker/models/tests/fixtures/{family}"
+        )));
+        let cluster = up(family, workers, more).await;
+        let what = format!("{family}, {workers} workers {more:?}");
+        agrees(&Client::new(&cluster.url), &golden, &what).await;
+        let (status, stderr) = cluster.stop().await;
+        assert!(status.success(), "{what}: {status}\n{stderr}");
+    }
+}
+
+#[tokio::test]
+async fn one_worker_agrees_with_the_reference() {
+    parity("1", &[]).await;
+}
+
+#[tokio::test]
+async fn two_workers_agree_with_the_reference() {
+    parity("2", &[]).await;
+}
+
+#[tokio::test]
+async fn four_workers_agree_with_the_reference() {
+    parity("4", &[]).await;
+}
+
+#[tokio::test]
+async fn processes_agree_with_the_reference() {
+    if !on_path("etcd") {
+        return skip("no etcd on PATH");
+    }
+    for workers in ["1", "2", "4"] {
+        parity(workers, &["--processes"]).await;
+    }
+}
+
+#[tokio::test]
+async fn the_demonstration_model_streams_readable_text() {
+    let cluster = Start::up(BINARY, &[]).ready().await;
+    assert!(
+        cluster.stdout().contains("serves demo on 2 workers"),
+        "{}",
+        cluster.stdout()
+    );
+    let client = Client::new(&cluster.url);
+    let body = json!({
+        "model": "demo", "prompt": "And the LORD said unto", "max_tokens": 40, "temperature": 0,
+        "stream": true, "stream_options": {"include_usage": true},
+    });
+    let events = client.stream("/v1/completions", &body).await;
+    let text: String = events
+        .iter()
+        .filter_map(|event| event.data["choices"][0]["text"].as_str())
+        .collect();
+    let words: Vec<&str> = text.split_whitespace().collect();
+    assert!(words.len() > 15, "{text:?}");
+    let known = [
+        "the", "unto", "LORD", "and", "of", "shall", "him", "thou", "saith", "I",
+    ];
+    let common = words.iter().filter(|word| known.contains(word)).count();
+    assert!(
+        common * 5 >= words.len(),
+        "not the language of its kind: {text:?}"
+    );
+    let usage = &events.last().expect("events").data["usage"];
+    assert_eq!(usage["completion_tokens"], 40, "{usage}");
+    let again = client.stream("/v1/completions", &body).await;
+    let repeated: String = again
+        .iter()
+        .filter_map(|event| event.data["choices"][0]["text"].as_str())
+        .collect();
+    assert_eq!(repeated, text, "greedy text repeats");
+    let (status, stderr) = cluster.stop().await;
+    assert!(status.success(), "{status}\n{stderr}");
+}
+
+/// ctrl-c in mid-stream: the stream is finished first.
+#[tokio::test]
+async fn a_drain_finishes_what_runs() {
+    let cluster = Start::up(BINARY, &["--served-model-name", "one", "two"])
+        .ready()
+        .await;
+    let client = Client::new(&cluster.url);
+    let models = client.json("/v1/models").await;
+    let names: Vec<_> = models["data"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|m| &m["id"])
+        .collect();
+    assert_eq!(names, ["one", "two"]);
+    let body = json!({
+        "model": "two", "prompt": "def main():", "max_tokens": 200, "temperature": 0,
+        "ignore_eos": true, "stream": true, "stream_options": {"include_usage": true},
+    });
+    let stream = client.stream("/v1/completions", &body);
+    let stop = async {
+        client
+            .until(
+                "the stream runs",
+                std::time::Duration::from_secs(30),
+                || async {
+                    client
+                        .metric("foregate_gateway_requests_in_flight", "")
+                        .await
+                        == Some(1.0)
+                },
+            )
+            .await;
+        cluster.stop().await
+    };
+    let (events, (status, stderr)) = tokio::join!(stream, stop);
+    assert!(status.success(), "{status}\n{stderr}");
+    let usage = &events.last().expect("events").data["usage"];
+    assert_eq!(usage["completion_tokens"], 200, "{usage}");
+}
