@@ -103,6 +103,14 @@ impl ApiError {
         error
     }
 
+    /// 400: a worker found fault with the request; its words name the field.
+    #[must_use]
+    pub fn refused_by_worker(what: &str) -> Self {
+        let mut error = Self::malformed(format!("the worker refused the request: {what}"));
+        error.reason = "refused_by_worker";
+        error
+    }
+
     /// 404: no such model.
     pub fn no_such_model(asked: &str, served: &[String]) -> Self {
         let mut error = Self::new(

@@ -1,5 +1,7 @@
 //! Bad requests, one per row: what comes back names the field and what to do. Nothing here reaches a worker.
 
+#![expect(clippy::unwrap_used, reason = "a test may end in a panic")]
+
 mod support;
 
 use foregate_gateway::ApiError;
@@ -565,7 +567,7 @@ async fn bodies_and_routes_that_are_none() {
             .send()
             .await
             .unwrap();
-        assert_eq!(response.status(), 400, "{:.40}", body);
+        assert_eq!(response.status(), 400, "{body:.40}");
         let document: Value = response.json().await.unwrap();
         assert!(
             document["error"]["message"]

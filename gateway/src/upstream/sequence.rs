@@ -404,10 +404,9 @@ impl Sequence {
 
     fn meaning(&self, status: &Status) -> Failure {
         match status.code() {
-            Code::InvalidArgument | Code::OutOfRange => Failure::Final(ApiError::invalid(
-                "prompt",
-                format!("the worker refused the request: {}", status.message()),
-            )),
+            Code::InvalidArgument | Code::OutOfRange => {
+                Failure::Final(ApiError::refused_by_worker(status.message()))
+            }
             Code::Unimplemented | Code::PermissionDenied | Code::Unauthenticated => {
                 Failure::Final(ApiError::upstream(format!(
                     "the worker cannot serve this: {}",
