@@ -1,8 +1,7 @@
 //! How the binary fails: a message a person can act on, and an exit code.
 
 use std::error::Error;
-use std::fmt::Write as _;
-use std::io::Write as _;
+use std::io::Write;
 use std::process::ExitCode;
 
 /// A failure of a sub-command.
@@ -25,7 +24,7 @@ impl CliError {
             let cause_text = cause.to_string();
             // Many errors repeat their source in their own text.
             if !text.ends_with(&cause_text) {
-                drop(write!(text, ": {cause_text}"));
+                text.push_str(&format!(": {cause_text}"));
             }
             next = cause.source();
         }

@@ -13,12 +13,12 @@ use crate::error::CliError;
 use crate::progress::Progress;
 
 /// Where a role is in the order of draining: gateways end first, so that their streams still have workers;
-/// then workers; the operator last.
+/// then the operator, so that it makes no plans for a cluster that leaves; workers last.
 pub(super) fn drain_order(node: &NodeConfig) -> usize {
     match node.role {
         RoleConfig::Gateway(_) => 0,
-        RoleConfig::Worker(_) => 1,
-        RoleConfig::Operator(_) => 2,
+        RoleConfig::Operator(_) => 1,
+        RoleConfig::Worker(_) => 2,
     }
 }
 

@@ -14,7 +14,7 @@ use foregate_operator::launch::{Form, Instance};
 use foregate_store::own_etcd::OwnEtcd;
 use tempfile::TempDir;
 use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
-use tokio::process::{Child, Command};
+use tokio::process::{Child, ChildStdin, Command};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
@@ -142,11 +142,11 @@ impl Children {
 
     /// Resolves when a child is given up.
     async fn first_end(&mut self) -> CliError {
-        let [gateways, workers, operators] = &mut self.keepers;
+        let [first, second, third] = &mut self.keepers;
         let end = tokio::select! {
-            Some(end) = gateways.join_next() => end,
-            Some(end) = workers.join_next() => end,
-            Some(end) = operators.join_next() => end,
+            Some(end) = first.join_next() => end,
+            Some(end) = second.join_next() => end,
+            Some(end) = third.join_next() => end,
             else => Ok(None),
         };
         match end {
@@ -195,13 +195,15 @@ impl Keeper {
         let words = Arc::new(LastWords::default());
         loop {
             let born = Instant::now();
-            let (mut child, _output) = match self.spawn(&words) {
+            let (mut child, stdin, _output) = match self.spawn(&words) {
                 Ok(spawned) => spawned,
                 Err(error) => return Some(error),
             };
             let status = tokio::select! {
                 status = child.wait() => status,
                 () = self.shutdown.cancelled() => {
+                    // The end of stdin asks the child to drain.
+                    drop(stdin);
                     self.stop(child).await;
                     return None;
                 }
@@ -231,7 +233,12 @@ impl Keeper {
         }
     }
 
-    fn spawn(&self, words: &Arc<LastWords>) -> Result<(Child, JoinSet<()>), CliError> {
+    /// The child, its stdin, and the task that passes its log on. stdin is taken out of the child because
+    /// waiting for a child closes what it still holds.
+    fn spawn(
+        &self,
+        words: &Arc<LastWords>,
+    ) -> Result<(Child, Option<ChildStdin>, JoinSet<()>), CliError> {
         let mut child = Command::new(&self.executable)
             .arg(self.role)
             .arg("--config")
@@ -253,12 +260,12 @@ impl Keeper {
             let (name, progress) = (self.name.clone(), self.progress.clone());
             output.spawn(pass_on(stderr, name, progress, Arc::clone(words)));
         }
-        Ok((child, output))
+        let stdin = child.stdin.take();
+        Ok((child, stdin, output))
     }
 
-    /// Ends stdin, which asks the child to drain; kills it if it takes too long.
+    /// Waits for a drain; kills the child if it takes too long.
     async fn stop(&self, mut child: Child) {
-        drop(child.stdin.take());
         if timeout(DRAIN, child.wait()).await.is_err() {
             self.progress.say(&format!(
                 "{} did not drain in {} s and is killed",

@@ -95,16 +95,16 @@ impl Tasks {
 
     /// Resolves when any role ends.
     async fn first_end(&mut self) -> Option<Result<Ended, JoinError>> {
-        let [gateways, workers, operators] = &mut self.sets;
+        let [first, second, third] = &mut self.sets;
         tokio::select! {
-            Some(end) = gateways.join_next() => Some(end),
-            Some(end) = workers.join_next() => Some(end),
-            Some(end) = operators.join_next() => Some(end),
+            Some(end) = first.join_next() => Some(end),
+            Some(end) = second.join_next() => Some(end),
+            Some(end) = third.join_next() => Some(end),
             else => None,
         }
     }
 
-    /// Gateways end first, so that their streams still have workers; the operator last.
+    /// In the order of [`drain_order`].
     async fn drain(&mut self) {
         for (token, set) in self.tokens.iter().zip(&mut self.sets) {
             token.cancel();
