@@ -40,7 +40,7 @@ pub use crate::trigger::{Because, History, Verdict};
 use crate::layer::Layer;
 use crate::problem::{FLOOR, Room};
 use crate::report::{Heaviest, LayerReport, Step};
-use crate::split::{SOLVE_GAP, SOLVE_SWEEPS, SplitTable, solve};
+use crate::split::SplitTable;
 
 /// What an operator may set.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -228,23 +228,25 @@ impl<'a> Planner<'a> {
         if self.reshaped {
             return self.reshape(l, &old, before);
         }
-        let best = steps::best_balance(&old, &self.room, w);
+        let solved = steps::best_split(&old, &self.room, w);
+        let best = solved.balance();
         let because = match trigger::may_move(best, resting, self.settings) {
             Err(because) => because,
-            Ok(()) => {
-                let limit = self.settings.max_moves_per_layer;
-                match steps::lazy(&old, &self.room, w, best, limit) {
-                    Some(homes) => return self.moved(l, &old, homes, (before, best)),
-                    None => Because::NoGain,
-                }
-            }
+            Ok(()) => match steps::lazy(&old, &self.room, w, best, self.settings) {
+                Some(homes) => return self.moved(l, &old, homes, (before, best)),
+                None => Because::NoGain,
+            },
         };
-        self.stays(l, old, (before, best), because)
+        let homes = steps::Homes {
+            layer: old,
+            solved,
+            steps: Vec::new(),
+        };
+        self.stays(l, homes, &loads, (before, best), because)
     }
 
     fn scratch(&self, w: &[f64], old: Option<&Layer>) -> steps::Homes {
-        let limit = self.settings.max_moves_per_layer;
-        steps::from_scratch(&self.room, w, self.settings.threshold, limit, old)
+        steps::from_scratch(&self.room, w, self.settings, old)
     }
 
     /// Ranks or slots came or went: what survived is completed, or, if that is less than half, planned afresh.
@@ -257,12 +259,11 @@ impl<'a> Planner<'a> {
         let mut homes = steps::from_survivors(old, &self.room, w);
         if self.lost.is_empty() {
             // Nothing is missing, so the lazy step may follow at once; after a loss orphans come first and alone.
-            let q0 = steps::best_balance(&homes.layer, &self.room, w);
-            let limit = self.settings.max_moves_per_layer;
+            let q0 = homes.solved.balance();
             if q0 < self.settings.threshold
-                && let Some(more) = steps::lazy(&homes.layer, &self.room, w, q0, limit)
+                && let Some(more) = steps::lazy(&homes.layer, &self.room, w, q0, self.settings)
             {
-                homes.layer = more.layer;
+                (homes.layer, homes.solved) = (more.layer, more.solved);
                 homes.steps.extend(more.steps);
             }
         }
@@ -291,7 +292,7 @@ impl<'a> Planner<'a> {
     }
 
     fn moved(&self, l: usize, old: &Layer, homes: steps::Homes, was: (f64, f64)) -> Planned {
-        let mut planned = self.solved(l, homes.layer, was, homes.steps);
+        let mut planned = self.shared(l, homes, was);
         planned.to_load = (0..old.ranks())
             .map(|g| planned.homes.moved_on(old, g))
             .collect();
@@ -309,23 +310,37 @@ impl<'a> Planner<'a> {
         planned
     }
 
-    fn stays(&self, l: usize, homes: Layer, was: (f64, f64), because: Because) -> Planned {
-        let mut planned = self.solved(l, homes, was, Vec::new());
+    fn stays(
+        &self,
+        l: usize,
+        homes: steps::Homes,
+        loads: &[f64],
+        was: (f64, f64),
+        because: Because,
+    ) -> Planned {
+        let mut planned = self.shared(l, homes, was);
         planned.report.because = because;
         planned.report.verdict = trigger::without_move(was.0, was.1);
         if planned.report.verdict == Verdict::Keep {
+            // The shares in force stand, so it is their loads that the report is about.
+            let table = planned.homes.table(&self.room);
             planned.placement = None;
             planned.report.after = was.0;
+            planned.report.heaviest = self.heaviest(&table, &self.demand[l], loads);
             planned.report.steps.clear();
         }
         planned
     }
 
-    /// Solves the shares and says how the layer stands; verdict and reason are the caller's.
-    fn solved(&self, l: usize, homes: Layer, was: (f64, f64), mut steps: Vec<Step>) -> Planned {
+    /// Turns a solved split into shares and says how the layer stands; verdict and reason are the caller's.
+    fn shared(&self, l: usize, homes: steps::Homes, was: (f64, f64)) -> Planned {
         let w = &self.demand[l];
+        let steps::Homes {
+            layer: homes,
+            solved,
+            mut steps,
+        } = homes;
         let even = homes.table(&self.room);
-        let solved = solve(&even, w, SOLVE_SWEEPS, SOLVE_GAP);
         steps.push(Step::Split {
             sweeps: solved.sweeps,
             gap: solved.max() / solved.certificate - 1.0,

@@ -15,9 +15,9 @@ pub const BATCH_SWEEPS: usize = 8;
 /// Rows per copy below which fewer copies are used: an activated copy costs its weights' bytes whatever its rows.
 pub const FEW_ROWS: u32 = 8;
 /// Most sweeps of the planner's solve; it stops earlier when the certificate says that nothing is left to gain.
-pub const SOLVE_SWEEPS: usize = 240;
+pub const SOLVE_SWEEPS: usize = 160;
 /// Relative gap to the certificate at which the planner's solve stops.
-pub const SOLVE_GAP: f64 = 1e-4;
+pub const SOLVE_GAP: f64 = 2e-4;
 
 /// One layer's copies in dense form: who holds which expert, and the published shares.
 ///
@@ -141,6 +141,16 @@ impl SplitTable {
 ///
 /// `hosts` and `flow` run over the expert's copies; `order` is scratch.
 fn pour(loads: &mut [f64], hosts: &[u32], flow: &mut [f64], rows: f64, order: &mut Vec<f64>) {
+    if let ([a, b], [x, y]) = (hosts, &mut *flow) {
+        // Two copies, the common case: half the rows plus half the gap of the levels.
+        let (a, b) = (*a as usize, *b as usize);
+        let (low, high) = (loads[a] - *x, loads[b] - *y);
+        let first = ((rows + high - low) * 0.5).clamp(0.0, rows);
+        (*x, *y) = (first, rows - first);
+        loads[a] = low + *x;
+        loads[b] = high + *y;
+        return;
+    }
     for (host, y) in hosts.iter().zip(flow.iter()) {
         loads[*host as usize] -= y;
     }
@@ -222,6 +232,8 @@ pub fn solve(table: &SplitTable, rows: &[f64], sweeps: usize, gap: f64) -> Solve
             loads[table.hosts[copy] as usize] += part;
         }
     }
+    let shared = |e: &usize| table.span(*e).len() > 1 && of(*e) > 0.0;
+    let shared: Vec<usize> = (0..table.experts()).filter(shared).collect();
     let (mut order, mut done) = (Vec::new(), 0);
     let mut certificate = crate::bound::certificate_of(table, rows, &loads);
     while done < sweeps {
@@ -232,11 +244,8 @@ pub fn solve(table: &SplitTable, rows: &[f64], sweeps: usize, gap: f64) -> Solve
                 break;
             }
         }
-        for e in 0..table.experts() {
+        for e in shared.iter().copied() {
             let span = table.span(e);
-            if span.len() < 2 || of(e) <= 0.0 {
-                continue;
-            }
             let hosts = &table.hosts[span.clone()];
             pour(&mut loads, hosts, &mut flow[span], of(e), &mut order);
         }
@@ -483,17 +492,7 @@ impl Splitter {
                     &mut self.flow[item.start..item.end],
                 );
                 let rows = f64::from(item.rows);
-                if let ([a, b], [x, y]) = (hosts, &mut *flow) {
-                    // Two copies, the common case: half the rows plus half the gap of the levels.
-                    let (a, b) = (*a as usize, *b as usize);
-                    let (low, high) = (self.loads[a] - *x, self.loads[b] - *y);
-                    let first = ((rows + high - low) * 0.5).clamp(0.0, rows);
-                    (*x, *y) = (first, rows - first);
-                    self.loads[a] = low + *x;
-                    self.loads[b] = high + *y;
-                } else {
-                    pour(&mut self.loads, hosts, flow, rows, &mut self.level);
-                }
+                pour(&mut self.loads, hosts, flow, rows, &mut self.level);
             }
         }
     }

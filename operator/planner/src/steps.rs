@@ -2,6 +2,7 @@
 //!
 //! Each returns the layer and what every step did; shares are solved by the caller.
 
+use crate::Settings;
 use crate::bound;
 use crate::connect::connect;
 use crate::improve::improve;
@@ -12,7 +13,7 @@ use crate::relabel::relabel;
 use crate::repair::repair;
 use crate::replicate::counts;
 use crate::report::Step;
-use crate::split::{SOLVE_GAP, SOLVE_SWEEPS, solve};
+use crate::split::{SOLVE_GAP, SOLVE_SWEEPS, Solved, solve};
 
 /// How far above the mean the highest load of the local search may stay.
 const TARGET: f64 = 1.01;
@@ -25,12 +26,14 @@ const MOST_POLISH: usize = 512;
 #[derive(Debug, Clone)]
 pub(crate) struct Homes {
     pub(crate) layer: Layer,
+    /// The best split of the layer.
+    pub(crate) solved: Solved,
     pub(crate) steps: Vec<Step>,
 }
 
-/// Balance of the best split of this layer under `w`.
-pub(crate) fn best_balance(layer: &Layer, room: &Room, w: &[f64]) -> f64 {
-    solve(&layer.table(room), w, SOLVE_SWEEPS, SOLVE_GAP).balance()
+/// The best split of this layer under `w`.
+pub(crate) fn best_split(layer: &Layer, room: &Room, w: &[f64]) -> Solved {
+    solve(&layer.table(room), w, SOLVE_SWEEPS, SOLVE_GAP)
 }
 
 /// Counts, pack, improve, connect, and (after an earlier placement) relabel; then lazy steps until none helps, so
@@ -38,8 +41,7 @@ pub(crate) fn best_balance(layer: &Layer, room: &Room, w: &[f64]) -> f64 {
 pub(crate) fn from_scratch(
     room: &Room,
     w: &[f64],
-    threshold: f64,
-    limit: usize,
+    settings: &Settings,
     old: Option<&Layer>,
 ) -> Homes {
     let counts = counts(w, room.total(), room.ranks.len());
@@ -68,23 +70,27 @@ pub(crate) fn from_scratch(
         before,
         after: layer.components(),
     });
+    let mut solved = best_split(&layer, room, w);
     for _ in 0..MOST_POLISH {
-        let q0 = best_balance(&layer, room, w);
-        if q0 >= threshold {
+        if solved.balance() >= settings.threshold {
             break;
         }
-        let Some(better) = lazy(&layer, room, w, q0, limit) else {
+        let Some(better) = lazy(&layer, room, w, solved.balance(), settings) else {
             break;
         };
-        layer = better.layer;
+        (layer, solved) = (better.layer, better.solved);
         steps.extend(better.steps);
     }
     if let Some(old) = old {
         let (named, kept) = relabel(&layer, old, &room.slots);
-        layer = named;
+        (solved, layer) = (best_split(&named, room, w), named);
         steps.push(Step::Relabel { kept });
     }
-    Homes { layer, steps }
+    Homes {
+        layer,
+        solved,
+        steps,
+    }
 }
 
 /// What survived of an earlier placement, with every expert placed and every slot used again.
@@ -102,44 +108,64 @@ pub(crate) fn from_survivors(survivors: &Layer, room: &Room, w: &[f64]) -> Homes
     if filled > 0 {
         steps.push(Step::Fill { copies: filled });
     }
-    Homes { layer, steps }
+    Homes {
+        solved: best_split(&layer, room, w),
+        layer,
+        steps,
+    }
 }
 
 /// The lazy step: improve, then connect, within `limit` copies together. `q0` is the balance of the best split now.
 /// `None` if no way found gains more than [`LEAST_GAIN`].
 ///
 /// Local search judges even split and may cut links that the best split needs, and connecting costs copies as well.
-/// So the limit is tried in three divisions: all of it for the search, half of it, none.
+/// So the limit is divided in three ways: none of it for the search, half, all. The first that reaches the
+/// threshold wins, since it moves least; without one the best, where more copies must gain [`LEAST_GAIN`] more.
 pub(crate) fn lazy(
     origin: &Layer,
     room: &Room,
     w: &[f64],
     q0: f64,
-    limit: usize,
+    settings: &Settings,
 ) -> Option<Homes> {
-    let mut best: Option<(f64, Homes)> = None;
-    let mut shares = vec![limit, limit / 2, 0];
-    shares.dedup();
-    for share in shares {
-        let homes = improve_then_connect(origin, w, share, limit);
-        if homes.layer == *origin {
+    let limit = settings.max_moves_per_layer;
+    let mut divisions = vec![0, limit / 2, limit];
+    divisions.dedup();
+    let (mut best, mut reached): (Option<Homes>, f64) = (None, q0);
+    for search in divisions {
+        let (layer, steps) = improve_then_connect(origin, w, search, limit);
+        if layer == *origin {
             continue;
         }
-        let q1 = best_balance(&homes.layer, room, w);
-        if best.as_ref().is_none_or(|(q, _)| q1 > *q) {
-            best = Some((q1, homes));
+        let solved = best_split(&layer, room, w);
+        if solved.balance() <= reached + LEAST_GAIN {
+            continue;
+        }
+        reached = solved.balance();
+        best = Some(Homes {
+            layer,
+            solved,
+            steps,
+        });
+        if reached >= settings.threshold {
+            break;
         }
     }
-    best.filter(|(q1, _)| *q1 > q0 + LEAST_GAIN)
-        .map(|(_, homes)| homes)
+    best
 }
 
-fn improve_then_connect(origin: &Layer, w: &[f64], share: usize, limit: usize) -> Homes {
+fn improve_then_connect(
+    origin: &Layer,
+    w: &[f64],
+    search: usize,
+    limit: usize,
+) -> (Layer, Vec<Step>) {
     let mut layer = origin.clone();
-    improve(&mut layer, origin, w, target(origin, w), share);
+    improve(&mut layer, origin, w, target(origin, w), search);
     let copies = layer.moved_from(origin);
     let before = layer.components();
     let swaps = connect(&mut layer, origin, w, limit);
+    let after = layer.components();
     let mut steps = Vec::new();
     if copies > 0 {
         steps.push(Step::Improve { copies });
@@ -148,10 +174,10 @@ fn improve_then_connect(origin: &Layer, w: &[f64], share: usize, limit: usize) -
         steps.push(Step::Connect {
             swaps,
             before,
-            after: layer.components(),
+            after,
         });
     }
-    Homes { layer, steps }
+    (layer, steps)
 }
 
 fn target(layer: &Layer, w: &[f64]) -> f64 {
