@@ -1,9 +1,12 @@
 //! Placements change while calls run: three workers over the in-memory store follow the epoch protocol, fetch
 //! experts from each other over gRPC, and every layer of every step keeps the bits of one process. No row is
 //! late, and what nobody can call any more is released.
-#![expect(
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
     clippy::disallowed_methods,
-    reason = "engines of the test are threads on the wall clock, every wait is bounded"
+    reason = "a test says what it expects by failing; its threads run on the wall clock, every wait bounded"
 )]
 
 mod exchange_rig;
@@ -239,8 +242,10 @@ impl Cluster {
     }
 
     async fn until_settled(&self) {
-        self.until("the rollover to settle", |state| action(state) == Action::Settled)
-            .await;
+        self.until("the rollover to settle", |state| {
+            action(state) == Action::Settled
+        })
+        .await;
     }
 
     /// Proposes a placement and plays the operator until it is in force and its parent is gone.
@@ -293,7 +298,10 @@ struct Driver {
 
 impl Driver {
     fn start(model: &Model, node: &Node) -> Self {
-        let (stop, steps) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let (stop, steps) = (
+            Arc::new(AtomicBool::new(false)),
+            Arc::new(AtomicU64::new(0)),
+        );
         let (exchange, oracle) = (node.endpoint.exchange(), model.oracle());
         let (spec, rank) = (model.spec.clone(), node.rank);
         let (stop_there, steps_there) = (stop.clone(), steps.clone());
@@ -340,7 +348,13 @@ fn drive(
         epochs.insert(exchange.begin_step(None));
         for layer in 0..spec.moe_layers() {
             seed += u64::from(WORKERS);
-            compare(&mut exchange, &mut oracle, spec, LayerId(layer as u32), seed);
+            compare(
+                &mut exchange,
+                &mut oracle,
+                spec,
+                LayerId(layer as u32),
+                seed,
+            );
         }
         exchange.end_step();
         steps.fetch_add(1, Ordering::AcqRel);
@@ -363,7 +377,10 @@ fn compare(
         .iter()
         .flat_map(|x| {
             let first = ((x + 0.5) * (spec.experts - 1) as f32) as u32;
-            [first, first + 1 + (seed % 2) as u32 * u32::from(first + 2 < spec.experts as u32)]
+            [
+                first,
+                first + 1 + (seed % 2) as u32 * u32::from(first + 2 < spec.experts as u32),
+            ]
         })
         .collect();
     let dead: Vec<bool> = (0..rows).map(|row| row % 7 == 3).collect();
@@ -404,7 +421,9 @@ async fn connected(nodes: &[Node]) {
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
     };
-    timeout(PATIENCE, connect).await.expect("connections in time");
+    timeout(PATIENCE, connect)
+        .await
+        .expect("connections in time");
 }
 
 async fn experts_move_while_calls_run(fabrics: Fabrics) {
@@ -422,9 +441,7 @@ async fn experts_move_while_calls_run(fabrics: Fabrics) {
         [&[0, 1, 2, 3, 4, 5, 6, 7], &[1, 7], &[2, 6]],
         [&[0, 1, 2], &[3, 4, 5], &[6, 7, 0]],
     ];
-    cluster
-        .roll_to(cluster.model.placement(1, &plans[0]))
-        .await;
+    cluster.roll_to(cluster.model.placement(1, &plans[0])).await;
     connected(&nodes).await;
     let drivers: Vec<Driver> = nodes
         .iter()
@@ -434,16 +451,17 @@ async fn experts_move_while_calls_run(fabrics: Fabrics) {
         for driver in &drivers {
             driver.more(3).await;
         }
-        cluster
-            .roll_to(cluster.model.placement(epoch, slots))
-            .await;
+        cluster.roll_to(cluster.model.placement(epoch, slots)).await;
     }
     for driver in &drivers {
         driver.more(3).await;
     }
     for driver in drivers {
         let epochs = driver.end();
-        assert!(epochs.contains(&Epoch(1)) && epochs.contains(&Epoch(4)), "{epochs:?}");
+        assert!(
+            epochs.contains(&Epoch(1)) && epochs.contains(&Epoch(4)),
+            "{epochs:?}"
+        );
     }
     let last = cluster.model.placement(4, &plans[3]);
     for node in &nodes {
@@ -508,7 +526,9 @@ async fn a_lost_lease_is_taken_anew_and_the_store_may_go_away() {
     // The next rollover works as if nothing had been.
     let slots: [&[u32]; 3] = [&[3, 4, 5], &[6, 7], &[0, 1, 2]];
     cluster
-        .until("a fresh view", |state| state.connected && state.members.len() == 3)
+        .until("a fresh view", |state| {
+            state.connected && state.members.len() == 3
+        })
         .await;
     cluster.until_settled().await;
     cluster.roll_to(cluster.model.placement(2, &slots)).await;

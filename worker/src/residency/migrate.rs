@@ -122,7 +122,7 @@ impl Loader {
     ) -> Result<Arc<ExpertWeights>, LoadError> {
         for holder in holders {
             let begun = Instant::now();
-            match self.from_peer(item, holder).await {
+            match self.load_from_peer(item, holder).await {
                 Ok(weights) => {
                     self.done(Source::Peer, begun);
                     return Ok(weights);
@@ -133,12 +133,12 @@ impl Loader {
             }
         }
         let begun = Instant::now();
-        let weights = self.from_checkpoint(item).await?;
+        let weights = self.load_from_checkpoint(item).await?;
         self.done(Source::Checkpoint, begun);
         Ok(weights)
     }
 
-    async fn from_peer(
+    async fn load_from_peer(
         &self,
         item: Item,
         holder: &str,
@@ -170,7 +170,7 @@ impl Loader {
         collect(stream, self.spec.expert_bytes()).await
     }
 
-    async fn from_checkpoint(&self, item: Item) -> Result<Arc<ExpertWeights>, LoadError> {
+    async fn load_from_checkpoint(&self, item: Item) -> Result<Arc<ExpertWeights>, LoadError> {
         let checkpoint = Arc::clone(&self.checkpoint);
         self.pack(move || Ok(ExpertWeights::load(&checkpoint, item.0, item.1)?))
             .await

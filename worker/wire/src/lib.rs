@@ -18,6 +18,7 @@ pub mod serve;
     clippy::all,
     clippy::pedantic,
     clippy::allow_attributes,
+    clippy::allow_attributes_without_reason,
     clippy::wildcard_imports,
     clippy::same_name_method,
     clippy::large_enum_variant,

@@ -120,7 +120,7 @@ impl Outgoing {
                 Ok((link, reader)) => {
                     backoff = shared.settings.backoff_first;
                     tracing::info!(rank = %self.rank, "exchange_connected");
-                    let broken = self.read(&link, reader, shared);
+                    let broken = read_answers(&link, reader, shared);
                     self.link.store(None);
                     link.end();
                     self.report(&broken, shared);
@@ -176,25 +176,6 @@ impl Outgoing {
         Ok((link, reader))
     }
 
-    /// Reads answers until the connection ends, and says why it did.
-    fn read(&self, link: &Link, mut reader: BufReader<TcpStream>, shared: &Shared) -> Broken {
-        let mut buffer = Vec::new();
-        if let Err(error) = reader.get_ref().set_read_timeout(Some(LOOK)) {
-            return error.into();
-        }
-        loop {
-            if let Err(broken) = wait_readable(&mut reader, link, shared) {
-                return broken;
-            }
-            match read_frame(&mut reader, &mut buffer, MAX_FRAME) {
-                Ok(Frame::Reply(reply)) => link.pending.complete(Ok(reply)),
-                Ok(Frame::Refuse(refuse)) => link.pending.complete(Err(refuse)),
-                Ok(Frame::Hello(_) | Frame::Call(_)) => return Broken::Protocol,
-                Err(error) => return error.into(),
-            }
-        }
-    }
-
     fn report(&self, broken: &Broken, shared: &Shared) {
         if self.is_closed() {
             return;
@@ -224,6 +205,25 @@ impl Link {
     fn end(&self) {
         self.writer.shut();
         self.pending.close();
+    }
+}
+
+/// Reads answers until the connection ends, and says why it did.
+fn read_answers(link: &Link, mut reader: BufReader<TcpStream>, shared: &Shared) -> Broken {
+    let mut buffer = Vec::new();
+    if let Err(error) = reader.get_ref().set_read_timeout(Some(LOOK)) {
+        return error.into();
+    }
+    loop {
+        if let Err(broken) = wait_readable(&mut reader, link, shared) {
+            return broken;
+        }
+        match read_frame(&mut reader, &mut buffer, MAX_FRAME) {
+            Ok(Frame::Reply(reply)) => link.pending.complete(Ok(reply)),
+            Ok(Frame::Refuse(refuse)) => link.pending.complete(Err(refuse)),
+            Ok(Frame::Hello(_) | Frame::Call(_)) => return Broken::Protocol,
+            Err(error) => return error.into(),
+        }
     }
 }
 
