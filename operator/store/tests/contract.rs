@@ -1,7 +1,11 @@
 //! One suite for every store: in memory, and a real etcd started by the test.
 #![expect(
     clippy::disallowed_methods,
-    reason = "the environment says whether a missing etcd is a failure"
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stdout,
+    reason = "part of a test; the environment says whether a missing etcd is a failure"
 )]
 
 use std::sync::Arc;
@@ -24,7 +28,7 @@ struct Subject {
 
 enum Fault {
     Memory(MemoryStore),
-    Etcd(OwnEtcd),
+    Etcd(Box<OwnEtcd>),
 }
 
 impl Subject {
@@ -49,7 +53,7 @@ impl Subject {
         let store = EtcdStore::connect(&etcd.endpoints()).await.unwrap();
         Some(Self {
             store: Arc::new(store),
-            fault: Fault::Etcd(etcd),
+            fault: Fault::Etcd(Box::new(etcd)),
         })
     }
 

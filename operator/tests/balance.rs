@@ -1,0 +1,360 @@
+//! The operator over a store in memory with scripted workers, in simulated time.
+
+mod rig;
+
+use std::time::Duration;
+
+use foregate_api::ids::{Epoch, Rank};
+use foregate_api::placement::Reason;
+use foregate_store::Store;
+
+use rig::{Habit, Mix, Rig, balance, config, is_complete};
+
+/// Slots per rank: three ranks have 12 for 8 experts, enough to link them.
+const SLOTS: u32 = 4;
+const EVEN: Mix = [100; 8];
+/// No rank holds half of everything, so no placement for even load suits it.
+const HEAVY_LOW: Mix = [400, 380, 20, 20, 20, 20, 20, 20];
+const HEAVY_HIGH: Mix = [20, 20, 20, 20, 20, 20, 390, 410];
+
+fn ranks(of: &[u32]) -> Vec<Rank> {
+    of.iter().copied().map(Rank).collect()
+}
+
+/// A rig with an operator and three workers, settled on its first placement.
+async fn started() -> (Rig, rig::Operator) {
+    let mut rig = Rig::new();
+    let operator = rig.operator(config(3));
+    for rank in 0..3 {
+        rig.join(rank, SLOTS).await;
+    }
+    rig.until_settled("the first placement", |plan| plan.epoch == Epoch(1))
+        .await;
+    (rig, operator)
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_first_placement_waits_for_every_rank_and_is_complete() {
+    let mut rig = Rig::new();
+    let operator = rig.operator(config(3));
+    rig.join(0, SLOTS).await;
+    rig.join(2, SLOTS).await;
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert!(rig.state().target.is_none(), "rank 1 is missing");
+    assert!(operator.leads());
+    rig.join(1, SLOTS).await;
+    let plan = rig.until_settled("the first placement", |_| true).await;
+    assert_eq!(
+        (plan.epoch, plan.parent, plan.reason),
+        (Epoch(1), Epoch(0), Reason::Initial)
+    );
+    assert_eq!(plan.ranks, ranks(&[0, 1, 2]));
+    assert!(is_complete(&plan));
+    assert!((operator.metric("foregate_operator_plans_total", "initial") - 1.0).abs() < 1e-9);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_shifting_load_raises_the_epoch_and_the_balance() {
+    let (rig, operator) = started().await;
+    for mix in [HEAVY_LOW, HEAVY_HIGH, EVEN] {
+        let before = rig.active();
+        let was = balance(&before, &mix);
+        rig.mix.send_replace(mix);
+        tokio::time::sleep(Duration::from_secs(30)).await;
+        let plan = rig.until_settled("a settled placement", |_| true).await;
+        let is = balance(&plan, &mix);
+        assert!(is_complete(&plan));
+        assert!(is > 0.95, "{mix:?}: {was} -> {is}");
+        if was < 0.9 {
+            assert!(plan.epoch > before.epoch, "{mix:?}");
+            assert!(plan.balance_after > plan.balance_before);
+        }
+    }
+    assert!(rig.active().epoch > Epoch(2));
+    let planned = operator.metric("foregate_operator_plans_total", "");
+    assert!(planned >= 3.0);
+    // A load that stays is followed by nothing.
+    let epoch = rig.active().epoch;
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert_eq!(rig.active().epoch, epoch);
+    assert!(operator.metric("foregate_operator_layers_kept_total", "balanced") > 0.0);
+    assert!(operator.metric("foregate_operator_copies_moved_total", "") > 0.0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_balancer_that_is_switched_off_repairs_and_nothing_more() {
+    let mut rig = Rig::new();
+    let mut off = config(3);
+    off.enabled = false;
+    let _operator = rig.operator(off);
+    for rank in 0..3 {
+        rig.join(rank, 8).await;
+    }
+    rig.until_settled("the first placement", |_| true).await;
+    rig.mix.send_replace(HEAVY_LOW);
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert_eq!(rig.active().epoch, Epoch(1));
+    rig.kill(1);
+    let plan = rig
+        .until_settled("a repair", |plan| plan.epoch > Epoch(1))
+        .await;
+    assert_eq!(
+        (plan.reason, &plan.ranks),
+        (Reason::Repair, &ranks(&[0, 2]))
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lost_worker_is_repaired_and_taken_in_again() {
+    let (mut rig, operator) = started().await;
+    rig.kill(2);
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    assert_eq!(
+        rig.state().target.as_ref().unwrap().0.epoch,
+        Epoch(1),
+        "within its grace"
+    );
+    let plan = rig
+        .until_settled("a repair", |plan| plan.ranks == ranks(&[0, 1]))
+        .await;
+    assert_eq!(plan.reason, Reason::Repair);
+    assert!(
+        is_complete(&plan),
+        "both ranks together have 8 slots for 8 experts"
+    );
+    rig.join(2, SLOTS).await;
+    let plan = rig
+        .until_settled("rank 2 again", |plan| plan.ranks == ranks(&[0, 1, 2]))
+        .await;
+    assert_eq!(plan.reason, Reason::Resize);
+    assert!(is_complete(&plan));
+    assert!(operator.metric("foregate_operator_plans_total", "repair") > 0.5);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_worker_that_is_back_within_its_grace_keeps_its_experts() {
+    let (mut rig, _operator) = started().await;
+    rig.kill(1);
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    rig.join(1, SLOTS).await;
+    tokio::time::sleep(Duration::from_secs(20)).await;
+    let plan = rig.until_settled("rank 1 serves again", |_| true).await;
+    assert_eq!(plan.epoch, Epoch(1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn too_few_slots_after_a_loss_are_waited_out() {
+    let mut rig = Rig::new();
+    let operator = rig.operator(config(2));
+    rig.join(0, SLOTS).await;
+    rig.join(1, SLOTS).await;
+    rig.until_settled("the first placement", |_| true).await;
+    rig.kill(1);
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert_eq!(
+        rig.active().epoch,
+        Epoch(1),
+        "4 slots do not hold 8 experts"
+    );
+    assert!(operator.metric("foregate_operator_plan_failures_total", "") > 0.5);
+    rig.join(1, SLOTS).await;
+    rig.until_settled("rank 1 serves again", |plan| plan.ranks == ranks(&[0, 1]))
+        .await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_worker_that_leaves_by_intent_is_a_resize() {
+    let (rig, _operator) = started().await;
+    rig.drain(0);
+    let plan = rig
+        .until_settled("a plan without rank 0", |p| p.ranks == ranks(&[1, 2]))
+        .await;
+    assert_eq!(plan.reason, Reason::Resize);
+    assert!(is_complete(&plan));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_worker_that_never_prepares_is_done_without() {
+    let mut rig = Rig::new();
+    let _operator = rig.operator(config(3));
+    rig.join(0, SLOTS).await;
+    rig.join(1, SLOTS).await;
+    rig.join_as(2, SLOTS, Habit::Stuck).await;
+    rig.until("a first proposal", |state| state.target.is_some())
+        .await;
+    tokio::time::sleep(Duration::from_secs(200)).await;
+    assert!(rig.state().active.is_none());
+    let plan = rig
+        .until_settled("a plan without it", |plan| plan.ranks == ranks(&[0, 1]))
+        .await;
+    assert!(is_complete(&plan));
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert_eq!(
+        rig.active().ranks,
+        ranks(&[0, 1]),
+        "the same process is not asked again"
+    );
+    rig.kill(2);
+    rig.join(2, SLOTS).await;
+    rig.until_settled("a new process", |plan| plan.ranks == ranks(&[0, 1, 2]))
+        .await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_killed_operator_resumes_without_a_new_placement() {
+    let (mut rig, operator) = started().await;
+    rig.mix.send_replace(HEAVY_LOW);
+    tokio::time::sleep(Duration::from_secs(30)).await;
+    let before = rig
+        .until_settled("a settled placement", |plan| plan.epoch > Epoch(1))
+        .await;
+    operator.task.abort();
+    rig.mix.send_replace(HEAVY_HIGH);
+    tokio::time::sleep(Duration::from_secs(30)).await;
+    assert_eq!(
+        rig.active().epoch,
+        before.epoch,
+        "nobody re-balances, everybody serves"
+    );
+    assert_eq!(rig.state().leader, None);
+
+    rig.mix.send_replace(HEAVY_LOW);
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let next = rig.operator(config(3));
+    rig.until("a new leader", |state| state.leader.is_some())
+        .await;
+    tokio::time::sleep(Duration::from_secs(30)).await;
+    assert!(next.leads());
+    let plan = rig.active();
+    assert!(
+        plan.epoch == before.epoch || plan.reason == Reason::Reweigh,
+        "the load is as before: {:?}",
+        plan.reason
+    );
+    rig.mix.send_replace(HEAVY_HIGH);
+    let plan = rig
+        .until_settled("it balances", |p| p.epoch > plan.epoch)
+        .await;
+    assert!(is_complete(&plan));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_operator_killed_in_mid_rollover_is_finished_by_the_next() {
+    let mut rig = Rig::new();
+    let operator = rig.operator(config(2));
+    rig.join(0, 8).await;
+    rig.join_as(1, 8, Habit::Stuck).await;
+    rig.until("a proposal", |state| state.target.is_some())
+        .await;
+    operator.task.abort();
+    rig.kill(1);
+    rig.join(1, 8).await;
+    rig.until("rank 1 prepares", |s| {
+        s.acks.len() == 2 && s.acks.values().all(|a| a.prepared == Epoch(1))
+    })
+    .await;
+    assert!(rig.state().active.is_none());
+    let _next = rig.operator(config(2));
+    let plan = rig.until_settled("the same placement", |_| true).await;
+    assert_eq!(plan.epoch, Epoch(1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_two_operators_one_leads_and_the_other_takes_over() {
+    let (mut rig, first) = started().await;
+    let second = rig.operator(config(3));
+    tokio::time::sleep(Duration::from_secs(30)).await;
+    assert_eq!((first.leads(), second.leads()), (true, false));
+    first.task.abort();
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    assert!(second.leads());
+    rig.mix.send_replace(HEAVY_LOW);
+    rig.until_settled("the second one balances", |plan| plan.epoch > Epoch(1))
+        .await;
+    // One that stops in order gives the lead back at once.
+    let third = rig.operator(config(3));
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    second.shutdown.cancel();
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    assert!(third.leads());
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_outage_of_the_store_stops_re_balancing_only() {
+    let (rig, operator) = started().await;
+    let before = rig.active();
+    rig.store.interrupt();
+    rig.mix.send_replace(HEAVY_LOW);
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    let state = rig.state();
+    assert!(!state.connected);
+    assert_eq!(state.members.len(), 3, "what was known stays known");
+    assert_eq!(state.active.as_ref().unwrap().0, before);
+    rig.store.resume();
+    let plan = rig
+        .until_settled("it goes on", |plan| plan.epoch > before.epoch)
+        .await;
+    assert!(
+        matches!(plan.reason, Reason::Move | Reason::Reweigh),
+        "{:?}",
+        plan.reason
+    );
+    assert!(operator.leads());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lead_that_is_lost_is_won_again() {
+    let (rig, operator) = started().await;
+    let name = rig.state().leader.clone().unwrap();
+    let lease = name.strip_prefix("operator-").unwrap();
+    rig.store.expire(i64::from_str_radix(lease, 16).unwrap());
+    rig.until("it leads again, on another lease", |state| {
+        state.leader.as_ref().is_some_and(|leader| *leader != name)
+    })
+    .await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert!(operator.leads());
+    assert_eq!(rig.active().epoch, Epoch(1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_target_that_somebody_else_wrote_is_respected() {
+    let (mut rig, _operator) = started().await;
+    let active = rig.active();
+    let seen = rig.state().target.as_ref().unwrap().1;
+    let mut other = (*active).clone();
+    (other.epoch, other.parent, other.reason) = (Epoch(9), active.epoch, Reason::Move);
+    assert!(rig.coord.propose(&other, Some(seen)).await.unwrap());
+    assert!(
+        !rig.coord.propose(&other, Some(seen)).await.unwrap(),
+        "it is not that one any more"
+    );
+    let plan = rig
+        .until_settled("it is rolled out", |plan| plan.epoch >= Epoch(9))
+        .await;
+    assert_eq!(plan.epoch, Epoch(9));
+    rig.mix.send_replace(HEAVY_LOW);
+    rig.until_settled("the next number is above", |plan| plan.epoch > Epoch(9))
+        .await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn garbage_in_the_store_stops_nobody() {
+    let (mut rig, _operator) = started().await;
+    let garbage = bytes::Bytes::from_static(b"\xffnot json");
+    for key in [
+        "member/0",
+        "load/1",
+        "placement/ack/1",
+        "member/77",
+        "unknown/1",
+    ] {
+        rig.store
+            .put(&format!("/foregate/test/{key}"), garbage.clone(), None)
+            .await
+            .unwrap();
+    }
+    rig.mix.send_replace(HEAVY_LOW);
+    rig.until_settled("it goes on", |plan| plan.epoch > Epoch(1))
+        .await;
+}
