@@ -1,6 +1,6 @@
 //! `foregate-operator`: decides which worker holds which expert, and turns manifests into instances.
 //!
-//! In: a manifest (→ [`validate`] → [`launch`]), and through the store the workers' registrations, load windows
+//! In: a manifest (→ [`mod@validate`] → [`mod@launch`]), and through the store the workers' registrations, load windows
 //! and acknowledgements. Out: launch plans, and placements under `placement/target` and `placement/active`.
 //! Invariants: the operator talks to workers and gateways through the store only; it keeps nothing that it could
 //! not read there again, so a killed operator resumes; while it or the store is away, serving goes on and only

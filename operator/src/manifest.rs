@@ -34,7 +34,7 @@ pub enum ManifestError {
     Kind(String),
 }
 
-/// Reads a manifest. It may still be wrong in its values: see [`crate::validate`](fn@crate::validate::validate).
+/// Reads a manifest. It may still be wrong in its values: see [`validate`](fn@crate::validate).
 ///
 /// # Errors
 /// See [`ManifestError`].

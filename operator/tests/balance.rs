@@ -319,7 +319,7 @@ async fn a_lead_that_is_lost_is_won_again() {
 
 #[tokio::test(start_paused = true)]
 async fn a_target_that_somebody_else_wrote_is_respected() {
-    let (mut rig, _operator) = started().await;
+    let (rig, _operator) = started().await;
     let active = rig.active();
     let seen = rig.state().target.as_ref().unwrap().1;
     let mut other = (*active).clone();
@@ -340,7 +340,7 @@ async fn a_target_that_somebody_else_wrote_is_respected() {
 
 #[tokio::test(start_paused = true)]
 async fn garbage_in_the_store_stops_nobody() {
-    let (mut rig, _operator) = started().await;
+    let (rig, _operator) = started().await;
     let garbage = bytes::Bytes::from_static(b"\xffnot json");
     for key in [
         "member/0",

@@ -80,6 +80,12 @@ impl OwnEtcd {
         vec![format!("http://127.0.0.1:{}", self.client_port)]
     }
 
+    /// Number of the process, if it was started: what a fault test sends its signals to.
+    #[must_use]
+    pub fn pid(&self) -> Option<u32> {
+        self.child.as_ref().and_then(Child::id)
+    }
+
     /// Whether the process runs.
     pub fn is_running(&mut self) -> bool {
         self.child

@@ -370,3 +370,33 @@ async fn nobody_at_the_endpoint_is_an_error_in_time() {
     assert!(error.to_string().contains(&endpoint), "{error}");
     assert!(error.is_retryable());
 }
+
+/// An etcd that hangs is as bad as none, and is told apart from a quiet one: by deadlines and pings.
+#[tokio::test]
+async fn a_hanging_etcd_is_noticed_and_its_return_too() {
+    let Some(subject) = Subject::etcd().await else {
+        return;
+    };
+    let Fault::Etcd(etcd) = &subject.fault else {
+        panic!("etcd was asked for");
+    };
+    let pid = etcd.pid().unwrap().to_string();
+    let signal = async |name: &str| {
+        let sent = tokio::process::Command::new("kill")
+            .args([name, &pid])
+            .status()
+            .await;
+        assert!(sent.unwrap().success());
+    };
+    let mut events = subject.store.watch("/h/");
+    assert!(snapshot_keys(&mut events).await.is_empty());
+    signal("-STOP").await;
+    let call = timeout(LONG, subject.store.get("/h/a")).await;
+    let call = call.expect("calls have a deadline");
+    assert!(matches!(&call, Err(StoreError::Unavailable(_))), "{call:?}");
+    assert_eq!(next(&mut events).await, WatchEvent::Disconnected);
+    signal("-CONT").await;
+    assert!(snapshot_keys(&mut events).await.is_empty());
+    subject.store.put("/h/a", bytes("1"), None).await.unwrap();
+    assert!(matches!(next(&mut events).await, WatchEvent::Put(..)));
+}
