@@ -40,15 +40,20 @@ fn best_swap(
     room: isize,
 ) -> Option<(Place, Place)> {
     let mut best: Option<(f64, (Place, Place))> = None;
+    // Every pair is looked at, so what a pair needs is made ready here.
+    let per_copy: Vec<f64> = (0..w.len()).map(|e| layer.per_copy(w, e)).collect();
     for (g, s) in links.usable(layer) {
         let e = layer.slots(g)[s];
         for h in (0..layer.ranks()).filter(|h| links.component[*h] != links.component[g]) {
             for (t, f) in layer.slots(h).iter().copied().enumerate() {
-                let d = layer.per_copy(w, e) - layer.per_copy(w, f);
+                let d = per_copy[e] - per_copy[f];
                 let candidate = ((loads[g] - d).max(loads[h] + d), ((g, s), (h, t)));
+                if best.as_ref().is_some_and(|b| least(&candidate, b).is_ge()) {
+                    continue;
+                }
                 let cost =
                     Layer::move_cost(origin, g, e, f) + Layer::move_cost(origin, h, f, e);
-                if cost <= room && best.as_ref().is_none_or(|b| least(&candidate, b).is_lt()) {
+                if cost <= room {
                     best = Some(candidate);
                 }
             }

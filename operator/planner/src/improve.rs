@@ -35,6 +35,12 @@ struct Search<'a> {
     loads: Vec<f64>,
     /// Ranks by load, descending.
     order: Vec<usize>,
+    /// Load of one copy of each expert.
+    per_copy: Vec<f64>,
+    /// What every host of an expert is relieved of by one more copy.
+    relief: Vec<f64>,
+    /// What every other host of an expert carries more with one copy less; meaningless for a single copy.
+    burden: Vec<f64>,
 }
 
 /// Improves `layer` until its highest load is at most `target`, nothing helps, or more than `limit` copies would
@@ -43,12 +49,15 @@ pub(crate) fn improve(layer: &mut Layer, origin: &Layer, w: &[f64], target: f64,
     let mut search = Search {
         loads: Vec::new(),
         order: (0..layer.ranks()).collect(),
+        per_copy: Vec::new(),
+        relief: Vec::new(),
+        burden: Vec::new(),
         layer,
         origin,
         w,
     };
+    search.refresh();
     for _ in 0..MOST_OPERATIONS {
-        search.refresh();
         let worst = search.order[0];
         if search.loads[worst] <= target {
             return;
@@ -57,16 +66,54 @@ pub(crate) fn improve(layer: &mut Layer, origin: &Layer, w: &[f64], target: f64,
         let Some(best) = search.best(worst, room) else {
             return;
         };
+        let before = (search.layer.clone(), search.potential());
         search.apply(worst, best);
+        search.refresh();
+        if search.potential().falls_short_of(before.1) {
+            *search.layer = before.0;
+            return;
+        }
+    }
+}
+
+/// What every operation must lower. The score of a candidate looks at two ranks and the maximum only, so an overwrite
+/// may pay on other ranks; without this the search could go in circles over operations that cost no copy.
+#[derive(Debug, Clone, Copy)]
+struct Potential {
+    max: f64,
+    squares: f64,
+}
+
+impl Potential {
+    fn falls_short_of(self, before: Self) -> bool {
+        let max_falls = self.max < before.max * (1.0 - LEAST_GAIN);
+        let squares_fall = self.squares < before.squares && self.max <= before.max;
+        !(max_falls || squares_fall)
     }
 }
 
 impl Search<'_> {
     fn refresh(&mut self) {
         self.loads = self.layer.even_loads(self.w);
+        self.per_copy.clear();
+        self.relief.clear();
+        self.burden.clear();
+        for (e, w) in self.w.iter().enumerate() {
+            let c = self.layer.count(e).max(1) as f64;
+            self.per_copy.push(w / c);
+            self.relief.push(w / c - w / (c + 1.0));
+            self.burden.push(w / (c - 1.0).max(1.0) - w / c);
+        }
         let loads = &self.loads;
         self.order
             .sort_by(|a, b| loads[*b].total_cmp(&loads[*a]).then(a.cmp(b)));
+    }
+
+    fn potential(&self) -> Potential {
+        Potential {
+            max: self.loads[self.order[0]],
+            squares: self.loads.iter().map(|load| load * load).sum(),
+        }
     }
 
     /// The operation with the least score that fits `room` more copies; ties go to the lower (s, g, t).
@@ -94,7 +141,7 @@ impl Search<'_> {
         let f = self.layer.slots(c.g)[c.t];
         let (on_h, on_g, others) = match c.kind {
             Kind::Swap => {
-                let d = self.layer.per_copy(self.w, e) - self.layer.per_copy(self.w, f);
+                let d = self.per_copy[e] - self.per_copy[f];
                 if d <= 0.0 || self.layer.has(h, f) {
                     return None;
                 }
@@ -104,9 +151,8 @@ impl Search<'_> {
                 if self.layer.count(f) < 2 {
                     return None;
                 }
-                let (de, df) = (self.relief(e), self.burden(f));
-                let gone = self.layer.per_copy(self.w, f);
-                let new = self.w[e] / (self.layer.count(e) + 1) as f64;
+                let (de, df) = (self.relief[e], self.burden[f]);
+                let (gone, new) = (self.per_copy[f], self.per_copy[e] - de);
                 let on_h = self.loads[h] - de + if self.layer.has(h, f) { df } else { 0.0 };
                 (on_h, self.loads[c.g] + new - gone, Some((de, df)))
             }
@@ -119,18 +165,6 @@ impl Search<'_> {
         }
         let v = near.max(self.rest(h, c.g, e, f, others)) + tie;
         (v < best).then_some(v)
-    }
-
-    /// What every host of e is relieved of by one more copy.
-    fn relief(&self, e: usize) -> f64 {
-        let c = self.layer.count(e) as f64;
-        self.w[e] / c - self.w[e] / (c + 1.0)
-    }
-
-    /// What every other host of f carries more with one copy less.
-    fn burden(&self, f: usize) -> f64 {
-        let c = self.layer.count(f) as f64;
-        self.w[f] / (c - 1.0) - self.w[f] / c
     }
 
     /// Copies more than before that would differ from the origin.

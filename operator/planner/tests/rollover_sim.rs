@@ -539,18 +539,18 @@ fn simulate(seed: u64, ranks: u32, turns: usize, faults: bool) -> usize {
         world.assert_all();
     }
     let activated = world.activated.len();
-    world.settle((faults && seed % 2 == 0).then_some(Rank(0)));
+    world.settle((faults && seed.is_multiple_of(2)).then_some(Rank(0)));
     activated
 }
 
 #[test]
 fn planned_rollovers_never_lose_an_expert() {
     let mut activations = 0;
-    for seed in 0..60 {
+    for seed in 0..40 {
         activations += simulate(seed, 3 + (seed % 2) as u32, 3000, false);
     }
     assert!(
-        activations > 60 * 3,
+        activations > 40 * 3,
         "the runs must contain rollovers: {activations}"
     );
 }
@@ -558,11 +558,11 @@ fn planned_rollovers_never_lose_an_expert() {
 #[test]
 fn crashes_restarts_and_lost_leases_keep_every_promise() {
     let mut activations = 0;
-    for seed in 1000..1100 {
+    for seed in 1000..1070 {
         activations += simulate(seed, 3 + (seed % 3) as u32, 3000, true);
     }
     assert!(
-        activations > 100 * 3,
+        activations > 70 * 3,
         "the runs must contain rollovers: {activations}"
     );
 }
