@@ -384,7 +384,7 @@ fn a_corrupt_call_resets_the_connection_and_is_counted() {
     assert!(matches!(caller.ask(call(1)), Outcome::Reply(_)));
     proxy.corrupt_next_request();
     assert_eq!(caller.ask(call(2)), Outcome::Lost);
-    assert_eq!(callee.metrics.corrupt_frames_total(), 1);
+    wait_for("the count", || callee.metrics.corrupt_frames_total() == 1);
     wait_for("a new connection", || caller.fabric.is_up(CALLEE));
     let good = call(3);
     let expected = answer(&good);

@@ -258,12 +258,11 @@ impl Cluster {
         .await;
         let seen = self.state.borrow().active.as_ref().map(|(_, at)| *at);
         assert!(self.coord.activate(&plan, seen).await.unwrap());
+        // "Settled" alone does not say that a worker which served nothing before has begun to serve.
         let epoch = plan.epoch;
-        self.until("the new epoch", |state| {
-            state
-                .active
-                .as_ref()
-                .is_some_and(|(active, _)| active.epoch == epoch)
+        self.until("everybody to serve the new epoch", |state| {
+            state.acks.len() == WORKERS as usize
+                && state.acks.values().all(|ack| ack.serving == epoch)
         })
         .await;
         self.until_settled().await;
