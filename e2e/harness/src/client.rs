@@ -53,6 +53,13 @@ impl Client {
             .unwrap_or_else(|error| panic!("{path}: {error}"))
     }
 
+    /// Status of a body that the server may refuse before it has read it; `None` if it closed the connection.
+    pub async fn refused(&self, path: &str, body: Vec<u8>) -> Option<StatusCode> {
+        let request = self.http.post(format!("{}{path}", self.base)).body(body);
+        let answer = timeout(WAIT, request.send()).await.ok()?;
+        answer.ok().map(|answer| answer.status())
+    }
+
     /// POSTs JSON and returns status and JSON.
     ///
     /// # Panics

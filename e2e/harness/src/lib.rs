@@ -20,6 +20,7 @@ pub mod etcd;
 pub mod faults;
 pub mod golden;
 pub mod hub;
+pub mod manifest;
 pub mod otlp;
 
 use std::path::PathBuf;

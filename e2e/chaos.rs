@@ -1,0 +1,228 @@
+//! `up --processes` over a real etcd, with parts of it killed: streams go on and their tokens do not change.
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a failure here is the test's failure"
+)]
+
+use std::time::Duration;
+
+use foregate_harness::binary::{Foregate, Start};
+use foregate_harness::client::Client;
+use foregate_harness::etcd::Etcd;
+use foregate_harness::faults::{alive, signal};
+use foregate_harness::manifest::ManifestFile;
+use foregate_harness::{on_path, skip};
+use serde_json::{Value, json};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep};
+
+const BINARY: &str = env!("CARGO_BIN_EXE_foregate");
+const PROMPTS: [&str; 6] = [
+    "And the LORD spake unto",
+    "def read(self, size):\n    ",
+    "impl Iterator for ",
+    "# Usage\n\nTo install ",
+    "In the beginning",
+    "import os\n",
+];
+
+/// Three workers of which any two can hold all experts.
+fn manifest() -> ManifestFile {
+    ManifestFile::demo(
+        "  workers:\n    count: 3\n    redundantSlots: 6\n    kvMemory: 64Mi\n  balancing:\n    windowMs: 500\n",
+    )
+}
+
+fn missing() -> bool {
+    if on_path("etcd") {
+        return false;
+    }
+    skip("no etcd on PATH");
+    true
+}
+
+/// The tokens of one stream: greedy for even prompts, drawn from a seed for odd ones.
+async fn tokens(client: &Client, at: usize, length: usize) -> Vec<u32> {
+    let body = json!({
+        "prompt": PROMPTS[at], "max_tokens": length, "temperature": if at % 2 == 0 { 0.0 } else { 0.9 },
+        "seed": 7 + at, "ignore_eos": true, "stream": true, "return_token_ids": true,
+    });
+    let events = client.stream("/v1/completions", &body).await;
+    events
+        .iter()
+        .filter_map(|event| event.data["choices"][0]["token_ids"].as_array())
+        .flatten()
+        .map(|id| u32::try_from(id.as_u64().unwrap()).unwrap())
+        .collect()
+}
+
+async fn all(client: &Client, length: usize) -> Vec<Vec<u32>> {
+    let mut streams = JoinSet::new();
+    for at in 0..PROMPTS.len() {
+        let client = client.clone();
+        streams.spawn(async move { (at, tokens(&client, at, length).await) });
+    }
+    let mut results = vec![Vec::new(); PROMPTS.len()];
+    while let Some(stream) = streams.join_next().await {
+        let (at, tokens) = stream.expect("no stream fails");
+        assert_eq!(tokens.len(), length, "{}", PROMPTS[at]);
+        results[at] = tokens;
+    }
+    results
+}
+
+async fn experts(client: &Client) -> Value {
+    client.json("/debug/experts").await
+}
+
+fn epoch(experts: &Value) -> u64 {
+    experts["active"]["epoch"].as_u64().unwrap_or(0)
+}
+
+async fn end(cluster: Foregate, children: &[u32]) {
+    let (status, stderr) = cluster.stop().await;
+    assert!(status.success(), "{status}\n{stderr}");
+    for pid in children {
+        assert!(!alive(*pid), "process {pid} outlived its parent");
+    }
+}
+
+#[tokio::test]
+async fn without_an_operator_only_rebalancing_stops() {
+    if missing() {
+        return;
+    }
+    let manifest = manifest();
+    let cluster = Start::up(BINARY, &["--processes", "-f", manifest.argument()])
+        .ready()
+        .await;
+    let client = Client::new(&cluster.url);
+    let expected = all(&client, 24).await;
+    let operator = cluster.instance("operator");
+    // A stopped process holds its lease for a while and then loses it; a killed one is started again.
+    signal(operator, "STOP");
+    assert_eq!(all(&client, 24).await, expected);
+    signal(operator, "KILL");
+    assert_eq!(all(&client, 24).await, expected);
+    let next = cluster.restarted("operator", operator).await;
+    client
+        .until(
+            "an operator leads again",
+            Duration::from_secs(60),
+            || async { experts(&client).await["leader"].is_string() },
+        )
+        .await;
+    assert_eq!(all(&client, 24).await, expected);
+    end(cluster, &[operator, next]).await;
+}
+
+#[tokio::test]
+async fn ten_seconds_without_etcd_are_survived() {
+    if missing() {
+        return;
+    }
+    let mut etcd = Etcd::start().await;
+    let manifest = manifest();
+    let url = etcd.url();
+    let start = Start::up(
+        BINARY,
+        &["--processes", "--etcd", &url, "-f", manifest.argument()],
+    );
+    let cluster = start.ready().await;
+    let client = Client::new(&cluster.url);
+    let expected = all(&client, 24).await;
+    let before = epoch(&experts(&client).await);
+    etcd.kill().await;
+    let since = Instant::now();
+    let mut rounds = 0;
+    while since.elapsed() < Duration::from_secs(10) {
+        assert_eq!(
+            all(&client, 24).await,
+            expected,
+            "round {rounds} without etcd"
+        );
+        rounds += 1;
+        sleep(Duration::from_millis(200)).await;
+    }
+    assert!(rounds > 0);
+    etcd.resume().await;
+    client
+        .until("the store is back", Duration::from_secs(60), || async {
+            let experts = experts(&client).await;
+            experts["connected"] == true && experts["leader"].is_string()
+        })
+        .await;
+    assert_eq!(all(&client, 24).await, expected);
+    assert!(epoch(&experts(&client).await) >= before);
+    end(cluster, &[]).await;
+}
+
+#[tokio::test]
+async fn streams_of_a_killed_worker_go_on_with_the_same_tokens() {
+    if missing() {
+        return;
+    }
+    let manifest = manifest();
+    let cluster = Start::up(BINARY, &["--processes", "-f", manifest.argument()])
+        .ready()
+        .await;
+    let client = Client::new(&cluster.url);
+    let expected = all(&client, 150).await;
+    let worker = cluster.instance("worker-1");
+    let streams = all(&client, 150);
+    let kill = async {
+        client
+            .until("all streams run", Duration::from_secs(30), || async {
+                let running = client
+                    .metric("foregate_gateway_requests_in_flight", "")
+                    .await;
+                running == Some(PROMPTS.len() as f64)
+            })
+            .await;
+        signal(worker, "KILL");
+    };
+    let (got, ()) = tokio::join!(streams, kill);
+    assert_eq!(got, expected);
+    let next = cluster.restarted("worker-1", worker).await;
+    client
+        .until(
+            "three workers are ready",
+            Duration::from_secs(60),
+            || async {
+                let experts = experts(&client).await;
+                let workers = experts["workers"].as_object().unwrap();
+                workers.len() == 3 && workers.values().all(|worker| worker["phase"] == "ready")
+            },
+        )
+        .await;
+    assert_eq!(
+        all(&client, 24).await,
+        expected
+            .iter()
+            .map(|t| t[..24].to_vec())
+            .collect::<Vec<_>>()
+    );
+    end(cluster, &[worker, next]).await;
+}
+
+/// The parent killed without warning takes its children with it.
+#[tokio::test]
+async fn children_end_with_their_parent() {
+    if missing() {
+        return;
+    }
+    let cluster = Start::up(BINARY, &["--processes"]).ready().await;
+    let client = Client::new(&cluster.url);
+    let children: Vec<u32> = ["operator", "worker-0", "worker-1", "gateway"]
+        .iter()
+        .map(|name| cluster.instance(name))
+        .collect();
+    assert!(children.iter().all(|pid| alive(*pid)));
+    signal(cluster.pid(), "KILL");
+    client
+        .until("the children end", Duration::from_secs(60), || async {
+            children.iter().all(|pid| !alive(*pid))
+        })
+        .await;
+}
