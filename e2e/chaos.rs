@@ -45,7 +45,7 @@ fn missing() -> bool {
 /// The tokens of one stream: greedy for even prompts, drawn from a seed for odd ones.
 async fn tokens(client: &Client, at: usize, length: usize) -> Vec<u32> {
     let body = json!({
-        "prompt": PROMPTS[at], "max_tokens": length, "temperature": if at % 2 == 0 { 0.0 } else { 0.9 },
+        "prompt": PROMPTS[at], "max_tokens": length, "temperature": if at.is_multiple_of(2) { 0.0 } else { 0.9 },
         "seed": 7 + at, "ignore_eos": true, "stream": true, "return_token_ids": true,
     });
     let events = client.stream("/v1/completions", &body).await;

@@ -5,6 +5,7 @@
 //! external package is a direct dependency of its door only ([`DOORS`]); [`EVERYDAY`] packages are
 //! free, [`FOR_TESTS`] packages are free as dev-dependencies and in the harness. A package that is
 //! in no table is refused: adding one is a decision, written down here and in docs/adr.
+#![expect(clippy::expect_used, reason = "a failure here is the test's failure")]
 
 use std::collections::{BTreeMap, BTreeSet};
 

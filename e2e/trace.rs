@@ -1,4 +1,5 @@
 //! One request, one trace: spans of gateway, worker, exchange and experts at a real OTLP receiver; metrics too.
+#![expect(clippy::panic, reason = "a failure here is the test's failure")]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;

@@ -1,9 +1,5 @@
 //! `foregate up` as a user starts it: answers equal the reference's in every form, text is text, ends are clean.
-#![expect(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    reason = "a failure here is the test's failure"
-)]
+#![expect(clippy::unwrap_used, reason = "a failure here is the test's failure")]
 
 use foregate_harness::binary::{Foregate, Start};
 use foregate_harness::client::Client;

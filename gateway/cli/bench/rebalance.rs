@@ -166,7 +166,7 @@ async fn drive(
         Some(Ok(samples)) => samples,
         _ => Vec::new(),
     };
-    Record::of(phases, samples, results)
+    Record::of(phases, samples, &results)
 }
 
 struct Client {
@@ -224,11 +224,7 @@ fn mean(layers: &Value) -> Option<f64> {
 }
 
 impl Record {
-    fn of(
-        phases: Vec<Phase>,
-        samples: Vec<Sample>,
-        results: Vec<Result<Seen, String>>,
-    ) -> Self {
+    fn of(phases: Vec<Phase>, samples: Vec<Sample>, results: &[Result<Seen, String>]) -> Self {
         let requests = results.len();
         let mut errors: Vec<String> = results.iter().filter_map(|r| r.clone().err()).collect();
         let failed = errors.len();

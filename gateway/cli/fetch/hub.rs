@@ -127,7 +127,7 @@ impl Wanted {
             .with_token(self.hub.token.clone())
             .with_user_agent("foregate", env!("CARGO_PKG_VERSION"))
             .build()
-            .map_err(|error| self.explain("", error))
+            .map_err(|error| self.explain("", &error))
     }
 
     fn cache(&self) -> Cache {
@@ -151,7 +151,7 @@ impl Wanted {
                         revision: self.revision.clone(),
                     });
                 }
-                Err(self.explain("", error))
+                Err(self.explain("", &error))
             }
         }
     }
@@ -202,9 +202,9 @@ impl Wanted {
     }
 
     /// The library's error in words that name a remedy; `file` is empty while asking for the list.
-    pub(super) fn explain(&self, file: &str, error: ApiError) -> FetchError {
+    pub(super) fn explain(&self, file: &str, error: &ApiError) -> FetchError {
         let (endpoint, repo) = (self.hub.endpoint.clone(), self.repo.clone());
-        match status(&error) {
+        match status(error) {
             Some(401) if self.hub.token.is_some() => {
                 return FetchError::BadToken { endpoint, repo };
             }
@@ -213,11 +213,11 @@ impl Wanted {
             Some(404) if file.is_empty() => return FetchError::NoRepo { endpoint, repo },
             _ => {}
         }
-        let what = innermost(&error);
+        let what = innermost(error);
         match error {
-            ApiError::RequestError(_) if file.is_empty() => match status(&error) {
+            ApiError::RequestError(_) if file.is_empty() => match status(error) {
                 Some(code) => self.protocol(&format!("status {code}")),
-                None if is_json(&error) => self.protocol(&what),
+                None if is_json(error) => self.protocol(&what),
                 None => FetchError::Unreachable { endpoint, what },
             },
             ApiError::MissingHeader(header) => self.protocol(&format!("no {header} header")),

@@ -141,7 +141,7 @@ pub(super) fn file(
             forget_part(wanted, api, pinned, name);
         }
         if tried == TRIES || !(spoiled || worth_a_retry(&error)) {
-            return Err(wanted.explain(name, error));
+            return Err(wanted.explain(name, &error));
         }
         tracing::warn!(file = name, %error, "download interrupted, going on");
         pause(Duration::from_millis(250) * 2_u32.pow(tried));

@@ -133,7 +133,7 @@ mod tests {
     #[test]
     fn a_repository_without_weights_is_refused() {
         let error = weights("o/n", &names(&[CONFIG, "pytorch_model.bin"]), |_| {
-            unreachable!("there is no index")
+            panic!("there is no index")
         })
         .unwrap_err();
         assert!(error.to_string().contains("safetensors"), "{error}");
