@@ -10,6 +10,9 @@ use foregate_planner::redundancy::slots_to_link;
 
 use crate::validate::{ModelLength, Redundancy, Threads, ValidatedCluster};
 
+/// Tokens of a block of keys in the KV cache's layout.
+const KEY_BLOCK: u32 = 16;
+
 /// What a launch must know of the model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ModelFacts {
@@ -102,8 +105,8 @@ pub enum LaunchError {
     },
     /// One sequence of the wanted length does not fit into a worker's KV cache.
     #[error(
-        "spec.workers.kvMemory is {kv_bytes} bytes; one sequence of {tokens} tokens needs {pages} pages × \
-         {page_tokens} tokens × {kv_bytes_per_token} bytes = {needed} bytes: give more kvMemory or a smaller \
+        "spec.workers.kvMemory is {kv_bytes} bytes; one sequence of {tokens} tokens needs {pages} pages of \
+         {page_tokens} tokens × {page_bytes} bytes = {needed} bytes: give more kvMemory or a smaller \
          spec.model.maxModelLen"
     )]
     KvMemory {
@@ -115,8 +118,8 @@ pub enum LaunchError {
         pages: u64,
         /// Tokens per page.
         page_tokens: u32,
-        /// Bytes per token.
-        kv_bytes_per_token: u64,
+        /// Bytes of a page.
+        page_bytes: u128,
         /// The product.
         needed: u128,
     },
@@ -187,6 +190,14 @@ fn slots(cluster: &ValidatedCluster, model: &ModelFacts, notes: &mut Vec<String>
     slots
 }
 
+/// Bytes of one page of the KV cache, as the kernels lay it out: keys come in blocks of [`KEY_BLOCK`]
+/// tokens, so that a shorter page still takes a whole block of them; values take what they need.
+fn page_bytes(page_tokens: u32, model: &ModelFacts) -> u128 {
+    let keys = u128::from(page_tokens.next_multiple_of(KEY_BLOCK));
+    // Keys and values are half of a token's bytes each.
+    (keys + u128::from(page_tokens)) * u128::from(model.kv_bytes_per_token) / 2
+}
+
 /// The longest sequence, which must fit into one worker's KV cache.
 fn max_model_len(
     cluster: &ValidatedCluster,
@@ -194,7 +205,7 @@ fn max_model_len(
     notes: &mut Vec<String>,
 ) -> Result<u32, LaunchError> {
     let workers = &cluster.workers;
-    let page_bytes = u128::from(workers.page_tokens) * u128::from(model.kv_bytes_per_token);
+    let page_bytes = page_bytes(workers.page_tokens, model);
     let pages = u128::from(workers.kv_bytes) / page_bytes;
     let room = u32::try_from(pages * u128::from(workers.page_tokens)).unwrap_or(u32::MAX);
     let wanted = match cluster.model.length {
@@ -214,7 +225,7 @@ fn max_model_len(
             tokens: wanted,
             pages,
             page_tokens: workers.page_tokens,
-            kv_bytes_per_token: model.kv_bytes_per_token,
+            page_bytes,
             needed: u128::from(pages) * page_bytes,
         });
     }

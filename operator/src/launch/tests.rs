@@ -118,7 +118,7 @@ fn lengths_that_do_not_fit_show_the_sum() {
     // 1 MiB holds 256 tokens of 4 KiB.
     let error = with(Some(500), "1Mi").unwrap_err().to_string();
     assert!(
-        error.contains("32 pages × 16 tokens × 4096 bytes = 2097152 bytes"),
+        error.contains("32 pages of 16 tokens × 65536 bytes = 2097152 bytes"),
         "{error}"
     );
     let plan = with(None, "1Mi").unwrap();
@@ -142,4 +142,21 @@ fn lengths_that_do_not_fit_show_the_sum() {
         matches!(one, Err(LaunchError::KvMemory { tokens: 1, .. })),
         "{one:?}"
     );
+}
+
+#[test]
+fn pages_shorter_than_a_block_of_keys_are_counted_as_large_as_they_are() {
+    let with = |page_tokens| {
+        let cluster = cluster(|m| {
+            m.spec.workers.page_tokens = Some(page_tokens);
+            m.spec.workers.kv_memory = Some("1280Ki".to_owned());
+        });
+        let plan = launch(&cluster, &DEMO, &place(Form::InProcess)).unwrap();
+        workers(&plan)[0].max_model_len
+    };
+    // A page of 4 tokens takes 16 tokens' keys and 4 tokens' values: 40 KiB, of which 32 fit.
+    assert_eq!(with(4), 128);
+    // From a whole block on nothing is lost: 20 pages of 64 KiB, 10 of 128 KiB.
+    assert_eq!(with(16), 320);
+    assert_eq!(with(32), 320);
 }
