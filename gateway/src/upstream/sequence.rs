@@ -300,7 +300,7 @@ impl Sequence {
         if self.losses > MAX_LOSSES {
             return Err(ApiError::unavailable(
                 "worker_lost",
-                format!("the request lost {} workers in a row: {why}", self.losses),
+                format!("the request lost {} workers: {why}", self.losses),
             ));
         }
         Ok(())

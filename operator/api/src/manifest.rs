@@ -80,7 +80,7 @@ pub struct WorkersSpec {
     #[serde(default)]
     pub count: Option<u32>,
     /// Expert slots per MoE layer and worker beyond ⌈experts / count⌉. Default: enough to link all ranks
-    /// (`S = 1 + ⌈(N−1)/G⌉` slots in all, plan-and-lookahead 3.2).
+    /// (`S = 1 + ⌈(N−1)/G⌉` slots in all, for N experts on G workers).
     #[serde(default)]
     pub redundant_slots: Option<u32>,
     /// Compute threads; default: the machine's cores divided by the workers on it, at least 1.

@@ -151,7 +151,7 @@ impl Endpoint {
             gate: Arc::clone(&self.gate),
             fabric: Arc::clone(&self.fabric),
             inbox: Arc::clone(&self.inbox),
-            queued: Arc::clone(&self.server),
+            server: Arc::clone(&self.server),
             metrics: Arc::clone(&self.parts.metrics),
             deadline: self.parts.deadline,
         })

@@ -201,7 +201,7 @@ impl<'a> Flight<'a> {
         let mut results = vec![0.0; rows.len() * batch.hidden];
         let ops = exchange.ops.as_ref();
         run_expert_rows(ops, batch.input, batch.hidden, &calls, &mut results)?;
-        exchange.metrics.rows(Where::Local, rows.len());
+        exchange.server.ran_here(batch.layer, rows.len());
         let pairs = order
             .iter()
             .map(|(_, route)| shipment.pairs[*route as usize]);

@@ -60,8 +60,9 @@ pub struct ExchangeParts {
     pub fabric: Arc<dyn Fabric>,
     /// Where the fabric leaves answers. Nobody else reads it.
     pub inbox: Arc<Inbox>,
-    /// Rows that wait at this worker for peers: its own base load in the split.
-    pub queued: Arc<serve::Server>,
+    /// The callee side of this worker: what waits there is its own base load in the split, and rows that
+    /// its experts compute are counted there, whoever asked.
+    pub server: Arc<serve::Server>,
     /// Counters.
     pub metrics: Arc<WorkerMetrics>,
     /// Time after which rows are late.
@@ -176,7 +177,7 @@ impl Exchange {
         let own = self.parts.rank;
         let load = |rank: &Rank| {
             if *rank == own {
-                return self.parts.queued.queued() as f64;
+                return self.parts.server.queued() as f64;
             }
             if self.parts.fabric.is_up(*rank) {
                 self.loads.of(*rank)

@@ -133,6 +133,12 @@ impl Server {
         self.inner.lock().routes
     }
 
+    /// Counts rows that this worker's experts ran for its own sequences, beside those run for peers.
+    pub(super) fn ran_here(&self, layer: LayerId, rows: usize) {
+        self.inner.parts.metrics.rows(Where::Local, rows);
+        self.inner.parts.load.count_served(layer, rows as u64);
+    }
+
     /// Calls that peers made since start, refused ones included.
     #[must_use]
     pub fn calls(&self) -> u64 {
