@@ -48,6 +48,9 @@ use view::Views;
 /// Longest time that requests in work may take after `shutdown`.
 const DRAIN: Duration = Duration::from_secs(30);
 
+/// Time after `shutdown`, and after the last request in work, in which answers may still reach their clients.
+const FLUSH: Duration = Duration::from_secs(2);
+
 /// What a gateway needs from its composition root.
 #[derive(Debug)]
 pub struct Deps {
@@ -104,7 +107,7 @@ pub async fn run(deps: Deps) -> Result<(), GatewayError> {
     });
 
     let gateway = Arc::new(gateway(config, prompter, views, loads, metrics, &shutdown));
-    let server = axum::serve(listener, http::router(gateway))
+    let server = axum::serve(listener, http::router(Arc::clone(&gateway)))
         .with_graceful_shutdown(shutdown.clone().cancelled_owned());
     let served = tokio::select! {
         served = async { server.await } => served,
@@ -115,11 +118,25 @@ pub async fn run(deps: Deps) -> Result<(), GatewayError> {
             tracing::warn!("requests in work were cut off after {} s of draining", DRAIN.as_secs());
             Ok(())
         }
+        () = idle(&gateway.admission, &shutdown) => Ok(()),
     };
     ended.cancel();
     tasks.close();
     tasks.wait().await;
     Ok(served?)
+}
+
+/// Waits until nothing is in work any more after `shutdown`. The server itself waits for every connection,
+/// also for one on which half a request was sent and no more will come.
+async fn idle(admission: &Admission, shutdown: &CancellationToken) {
+    shutdown.cancelled().await;
+    tokio::time::sleep(FLUSH).await;
+    if admission.running() > 0 {
+        while admission.running() > 0 {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        tokio::time::sleep(FLUSH).await;
+    }
 }
 
 /// Puts the parts together.

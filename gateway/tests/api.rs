@@ -644,3 +644,26 @@ async fn draining_finishes_what_runs_and_returns() {
         .unwrap()
         .unwrap();
 }
+
+#[tokio::test]
+async fn half_a_request_does_not_hold_up_the_drain() {
+    use tokio::io::AsyncWriteExt as _;
+
+    let cluster = Cluster::start(1, ANSWER, config()).await;
+    let address = cluster.url.trim_start_matches("http://");
+    let mut silent = tokio::net::TcpStream::connect(address).await.unwrap();
+    silent
+        .write_all(b"POST /v1/completions HTTP/1.1\r\nhost")
+        .await
+        .unwrap();
+    // A later answer shows that the server has taken the silent connection too.
+    assert_eq!(cluster.get("/health").await.0, 200);
+    cluster.shutdown.cancel();
+    // Requests in work would have half a minute.
+    tokio::time::timeout(Duration::from_secs(15), cluster.running)
+        .await
+        .unwrap()
+        .unwrap()
+        .unwrap();
+    drop(silent);
+}

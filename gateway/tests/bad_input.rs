@@ -432,6 +432,13 @@ fn completions() -> Vec<Row> {
             "prompt",
             "maximum context length",
         ),
+        // Scoring a prompt takes room for the token that a worker always makes.
+        (
+            json!({"prompt": vec![1; 1024], "max_tokens": 0, "echo": true}),
+            400,
+            "prompt",
+            "1024 in the prompt, 1 in the answer",
+        ),
         (
             json!({"prompt": vec![1; 1020]}),
             400,

@@ -263,8 +263,9 @@ impl Gateway {
     ) -> Result<u32, ApiError> {
         let limit = self.max_model_len();
         let left = limit.saturating_sub(prompt);
-        let wanted = generation.max_tokens.map_or(1, |wanted| wanted as usize);
-        if wanted > left || (left == 0 && wanted > 0) {
+        // A worker always makes a token, so one must have room even if none was asked for.
+        let wanted = generation.max_tokens.map_or(1, |wanted| wanted.max(1)) as usize;
+        if wanted > left {
             return Err(ApiError::too_long(
                 if prompt >= limit { param } else { "max_tokens" },
                 format!(
