@@ -111,7 +111,7 @@ fn memory() -> Check {
     const WANTED: u64 = 2 << 30;
     let available = std::fs::read_to_string("/proc/meminfo")
         .ok()
-        .and_then(|text| available_bytes(&text));
+        .and_then(|text| field_bytes(&text, "MemAvailable:"));
     match available {
         Some(bytes) if bytes >= WANTED => Check::new(
             "memory",
@@ -130,10 +130,14 @@ fn memory() -> Check {
     }
 }
 
-fn available_bytes(meminfo: &str) -> Option<u64> {
-    let line = meminfo
-        .lines()
-        .find_map(|l| l.strip_prefix("MemAvailable:"))?;
+/// Bytes of memory of this machine, if it tells.
+pub(crate) fn total_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    field_bytes(&text, "MemTotal:")
+}
+
+fn field_bytes(meminfo: &str, field: &str) -> Option<u64> {
+    let line = meminfo.lines().find_map(|l| l.strip_prefix(field))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     kib.checked_mul(1024)
 }
@@ -184,8 +188,8 @@ mod tests {
     #[test]
     fn available_memory_is_read_in_bytes() {
         let text = "MemTotal:  4 kB\nMemAvailable:     2048 kB\n";
-        assert_eq!(available_bytes(text), Some(2 << 20));
-        assert_eq!(available_bytes("MemTotal: 4 kB\n"), None);
+        assert_eq!(field_bytes(text, "MemAvailable:"), Some(2 << 20));
+        assert_eq!(field_bytes("MemTotal: 4 kB\n", "MemAvailable:"), None);
     }
 
     #[tokio::test]

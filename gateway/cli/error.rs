@@ -23,7 +23,7 @@ impl CliError {
         while let Some(cause) = next {
             let cause_text = cause.to_string();
             // Many errors repeat their source in their own text.
-            if !text.ends_with(&cause_text) {
+            if !text.contains(&cause_text) {
                 text.push_str(&format!(": {cause_text}"));
             }
             next = cause.source();

@@ -22,6 +22,8 @@ pub struct ModelFacts {
     pub max_positions: u32,
     /// Bytes of keys and values of one token over all layers.
     pub kv_bytes_per_token: u64,
+    /// Bytes of one slot over all MoE layers: an expert of each.
+    pub slot_bytes: u64,
 }
 
 impl ModelFacts {
@@ -33,6 +35,7 @@ impl ModelFacts {
             experts: small(model.experts),
             max_positions: small(model.max_positions),
             kv_bytes_per_token: model.kv_bytes_per_token() as u64,
+            slot_bytes: (model.expert_bytes() as u64).saturating_mul(model.moe_layers() as u64),
         }
     }
 }
@@ -60,6 +63,8 @@ pub struct Place {
     pub gateway_listen: String,
     /// Cores of the machine, shared by its workers.
     pub cores: u32,
+    /// Bytes of memory of the machine, shared by its workers; `None` if it does not tell.
+    pub memory: Option<u64>,
 }
 
 /// One process or task to start.
@@ -123,6 +128,23 @@ pub enum LaunchError {
         /// The product.
         needed: u128,
     },
+    /// The workers together need more memory than the machine has.
+    #[error(
+        "{workers} workers × (spec.workers.kvMemory {kv_bytes} bytes + experts {expert_bytes} bytes) = {needed} bytes, \
+         the machine has {memory}: give less kvMemory, redundantSlots or workers"
+    )]
+    MachineMemory {
+        /// Workers on the machine.
+        workers: u32,
+        /// KV cache of one worker.
+        kv_bytes: u64,
+        /// Expert slots of one worker over all layers.
+        expert_bytes: u128,
+        /// The sum over all workers.
+        needed: u128,
+        /// What the machine has.
+        memory: u64,
+    },
 }
 
 /// Everything the instances share.
@@ -160,6 +182,7 @@ pub fn launch(
         },
         max_model_len: max_model_len(cluster, model, &mut notes)?,
     };
+    fits(&shared, model)?;
     let mut instances = vec![shared.instance("operator".to_owned(), shared.operator())];
     for (rank, domain) in (0..cluster.workers.count).zip(&cluster.workers.domains) {
         let worker = shared.worker(Rank(rank), domain);
@@ -167,6 +190,27 @@ pub fn launch(
     }
     instances.push(shared.instance("gateway".to_owned(), shared.gateway()));
     Ok(LaunchPlan { instances, notes })
+}
+
+/// Whether KV caches and experts of all workers fit the machine. Memory is taken as it is used, so a plan that
+/// cannot fit would start and be killed under load.
+fn fits(shared: &Shared<'_>, model: &ModelFacts) -> Result<(), LaunchError> {
+    let Some(memory) = shared.place.memory else {
+        return Ok(());
+    };
+    let workers = &shared.cluster.workers;
+    let expert_bytes = u128::from(shared.slots) * u128::from(model.slot_bytes);
+    let needed = u128::from(workers.count) * (u128::from(workers.kv_bytes) + expert_bytes);
+    if needed <= u128::from(memory) {
+        return Ok(());
+    }
+    Err(LaunchError::MachineMemory {
+        workers: workers.count,
+        kv_bytes: workers.kv_bytes,
+        expert_bytes,
+        needed,
+        memory,
+    })
 }
 
 /// Slots per rank and layer: enough for every expert once, and the redundant ones.

@@ -65,12 +65,13 @@ impl Launch {
             model_dir: directory.to_string_lossy().into_owned(),
             gateway_listen: address.to_string(),
             cores: cores(),
+            memory: crate::doctor::total_memory(),
         };
         let plan = launch(&cluster, &facts, &place).map_err(|error| match error {
             LaunchError::Model { .. } => CliError::Runtime(error.to_string()),
-            LaunchError::TooLong { .. } | LaunchError::KvMemory { .. } => {
-                CliError::Usage(error.to_string())
-            }
+            LaunchError::TooLong { .. }
+            | LaunchError::KvMemory { .. }
+            | LaunchError::MachineMemory { .. } => CliError::Usage(error.to_string()),
         })?;
         for note in &plan.notes {
             progress.say(&format!("note: {note}"));

@@ -7,6 +7,7 @@ const DEMO: ModelFacts = ModelFacts {
     experts: 32,
     max_positions: 1024,
     kv_bytes_per_token: 4096,
+    slot_bytes: 1 << 20,
 };
 
 fn cluster(change: impl FnOnce(&mut Manifest)) -> ValidatedCluster {
@@ -22,7 +23,29 @@ fn place(form: Form) -> Place {
         model_dir: "/models/demo".to_owned(),
         gateway_listen: "127.0.0.1:8000".to_owned(),
         cores: 8,
+        memory: Some(16 << 30),
     }
+}
+
+#[test]
+fn a_plan_beyond_the_machine_is_refused_with_the_sum() {
+    let wanted = |quantity: &str| cluster(|m| m.spec.workers.kv_memory = Some(quantity.into()));
+    let form = || place(Form::InProcess);
+    assert!(launch(&wanted("7Gi"), &DEMO, &form()).is_ok());
+    let error = launch(&wanted("8Gi"), &DEMO, &form()).unwrap_err();
+    assert!(matches!(
+        error,
+        LaunchError::MachineMemory { workers: 2, .. }
+    ));
+    assert!(
+        error.to_string().contains("spec.workers.kvMemory"),
+        "{error}"
+    );
+    let unknown = Place {
+        memory: None,
+        ..form()
+    };
+    assert!(launch(&wanted("8Gi"), &DEMO, &unknown).is_ok());
 }
 
 fn workers(plan: &LaunchPlan) -> Vec<&WorkerConfig> {
