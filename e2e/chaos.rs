@@ -214,7 +214,7 @@ async fn children_end_with_their_parent() {
     }
     let cluster = Start::up(BINARY, &["--processes"]).ready().await;
     let client = Client::new(&cluster.url);
-    let children: Vec<u32> = ["operator", "worker-0", "worker-1", "gateway"]
+    let children: Vec<u32> = ["etcd", "operator", "worker-0", "worker-1", "gateway"]
         .iter()
         .map(|name| cluster.instance(name))
         .collect();

@@ -50,6 +50,9 @@ enum Command {
     Worker(roles::RoleArgs),
     /// Measure a running gateway, a rebalance, or the engine alone.
     Bench(bench::BenchArgs),
+    /// Keep an etcd running for `up --processes`.
+    #[command(hide = true)]
+    OwnEtcd,
     /// Check whether this machine can serve, and say what to do where it cannot.
     Doctor(doctor::DoctorArgs),
 }
@@ -62,6 +65,7 @@ impl Command {
             Self::Gateway(_) => "gateway",
             Self::Worker(_) => "worker",
             Self::Bench(_) => "bench",
+            Self::OwnEtcd => "own-etcd",
             Self::Doctor(_) => "doctor",
         }
     }
@@ -113,6 +117,7 @@ async fn run(cli: Cli) -> ExitCode {
                 roles::run_alone("worker", &args, &mut telemetry, drain).await
             }
             Command::Bench(args) => bench::run(args, &progress, drain).await,
+            Command::OwnEtcd => up::run_own(drain).await,
             Command::Doctor(args) => doctor::run(&args).await,
         }
     };

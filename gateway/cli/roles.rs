@@ -113,7 +113,10 @@ pub(crate) async fn run_alone(
 
 /// Asks for a drain when stdin ends. On a thread of its own: a read of stdin cannot be cancelled, and the
 /// thread simply ends with the process.
-fn watch_parent(shutdown: CancellationToken) -> Result<(), CliError> {
+///
+/// # Errors
+/// The system's, if it has no thread.
+pub(crate) fn watch_parent(shutdown: CancellationToken) -> Result<(), CliError> {
     let watch = move || {
         let mut byte = [0_u8; 1];
         while matches!(std::io::stdin().read(&mut byte), Ok(1..)) {}

@@ -3,6 +3,7 @@
 //! Manifest → validate → launch plan → tasks of this process, or child processes. The steps are those of the
 //! operator on Kubernetes; only who starts the instances differs.
 
+mod etcd;
 mod launch;
 mod processes;
 mod ready;
@@ -19,6 +20,7 @@ use crate::fetch::{self, HubSettings};
 use crate::progress::Progress;
 use crate::status;
 use crate::telemetry::Telemetry;
+pub(crate) use etcd::run_own;
 use launch::Prepared;
 use wish::Wish;
 

@@ -1,11 +1,13 @@
-//! The record of a rebalance as SVG: imbalance as a line, epochs and phases as verticals.
+//! The record of a rebalance as SVG: imbalance as a line, epochs and phases as verticals, and the imbalance of
+//! another run for comparison.
 //!
 //! plotters draws shapes only: its text needs fonts of the machine, so words are written into the SVG here.
 
 use std::path::Path;
 
 use plotters::prelude::{
-    BLACK, BLUE, ChartBuilder, IntoDrawingArea, LineSeries, PathElement, RED, SVGBackend, WHITE,
+    BLACK, BLUE, ChartBuilder, GREEN, IntoDrawingArea, LineSeries, PathElement, RED,
+    SVGBackend, WHITE,
 };
 use plotters::style::{Color, RGBColor};
 
@@ -23,12 +25,14 @@ struct Range {
 }
 
 impl Range {
-    fn of(record: &Record) -> Self {
+    fn of(record: &Record, baseline: Option<&Record>) -> Self {
         let seconds = record
             .samples
             .last()
             .map_or(1.0, |sample| sample.seconds.max(1.0));
-        let figures = record.samples.iter().filter_map(|sample| sample.imbalance);
+        let compared = baseline.into_iter().flat_map(|run| &run.samples);
+        let samples = record.samples.iter().chain(compared);
+        let figures = samples.filter_map(|sample| sample.imbalance);
         Self {
             seconds,
             top: figures.fold(1.5, f64::max) * 1.05,
@@ -47,18 +51,27 @@ impl Range {
 }
 
 /// Writes the plot.
-pub(super) fn write(path: &Path, record: &Record) -> Result<(), CliError> {
+pub(super) fn write(
+    path: &Path,
+    record: &Record,
+    baseline: Option<&Record>,
+) -> Result<(), CliError> {
     let what = format!("plot {}", path.display());
-    let range = Range::of(record);
+    let range = Range::of(record, baseline);
     let mut svg = String::new();
-    draw(&mut svg, record, &range)
+    draw(&mut svg, record, baseline, &range)
         .map_err(|error| CliError::Runtime(format!("{what}: {error}")))?;
     let end = svg.rfind("</svg>").unwrap_or(svg.len());
     svg.insert_str(end, &words(record, &range));
     std::fs::write(path, svg).map_err(|error| CliError::runtime(&what, &error))
 }
 
-fn draw(svg: &mut String, record: &Record, range: &Range) -> Result<(), String> {
+fn draw(
+    svg: &mut String,
+    record: &Record,
+    baseline: Option<&Record>,
+    range: &Range,
+) -> Result<(), String> {
     let failed = |error: &dyn std::fmt::Display| error.to_string();
     let area = SVGBackend::with_string(svg, SIZE).into_drawing_area();
     area.fill(&WHITE).map_err(|e| failed(&e))?;
@@ -82,13 +95,15 @@ fn draw(svg: &mut String, record: &Record, range: &Range) -> Result<(), String> 
         ));
     }
     chart.draw_series(lines).map_err(|e| failed(&e))?;
-    let points = record
-        .samples
-        .iter()
-        .filter_map(|sample| Some((sample.seconds, sample.imbalance?)));
-    chart
-        .draw_series(LineSeries::new(points, BLUE.stroke_width(2)))
-        .map_err(|e| failed(&e))?;
+    for (of, colour) in [(baseline, GREEN), (Some(record), BLUE)] {
+        let samples = of.into_iter().flat_map(|record| &record.samples);
+        let points = samples
+            .filter_map(|sample| Some((sample.seconds, sample.imbalance?)))
+            .filter(|(seconds, _)| *seconds <= range.seconds);
+        chart
+            .draw_series(LineSeries::new(points, colour.stroke_width(2)))
+            .map_err(|e| failed(&e))?;
+    }
     area.present().map_err(|e| failed(&e))
 }
 
@@ -107,7 +122,7 @@ fn words(record: &Record, range: &Range) -> String {
             f64::from(MARGIN),
             20.0,
             "black",
-            "expert imbalance (most rows of a rank / mean), mean over layers; red: a new epoch; grey: the mix shifts",
+            "expert imbalance (most rows of a rank / mean), mean over layers; green: the run compared with; red: a new epoch; grey: the mix shifts",
         ),
         text(4.0, range.y(1.0), "black", "1.0"),
         text(

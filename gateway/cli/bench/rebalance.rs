@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, interval};
@@ -48,13 +48,16 @@ pub(crate) struct RebalanceArgs {
     /// Write the record as JSON to this file.
     #[arg(long)]
     json: Option<PathBuf>,
+    /// The record of an earlier run, to be drawn beside this one: for example without balancing.
+    #[arg(long, requires = "svg")]
+    baseline: Option<PathBuf>,
     /// Write the plot as SVG to this file.
     #[arg(long)]
     svg: Option<PathBuf>,
 }
 
 /// The cluster at one moment.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct Sample {
     /// Since the start.
     pub(super) seconds: f64,
@@ -65,7 +68,7 @@ pub(super) struct Sample {
 }
 
 /// When one kind took over.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct Phase {
     /// Since the start.
     pub(super) seconds: f64,
@@ -74,7 +77,7 @@ pub(super) struct Phase {
 }
 
 /// All of it.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Record {
     /// Phases in order.
     pub(super) phases: Vec<Phase>,
@@ -104,6 +107,7 @@ pub(super) async fn run(
         .iter()
         .map(|file| Text::read(file))
         .collect::<Result<_, _>>()?;
+    let baseline = args.baseline.as_ref().map(Record::read).transpose()?;
     let target = Target::new(&args.url)?;
     let model = target.model().await?;
     let record = Box::pin(drive(args, &texts, &target, &model, progress, &drain)).await;
@@ -112,7 +116,7 @@ pub(super) async fn run(
         write_json(path, &record)?;
     }
     if let Some(path) = &args.svg {
-        plot::write(path, &record)?;
+        plot::write(path, &record, baseline.as_ref())?;
     }
     Ok(())
 }
@@ -224,6 +228,13 @@ fn mean(layers: &Value) -> Option<f64> {
 }
 
 impl Record {
+    fn read(path: &PathBuf) -> Result<Self, CliError> {
+        let wrong =
+            |what: String| CliError::Usage(format!("--baseline {}: {what}", path.display()));
+        let text = std::fs::read(path).map_err(|error| wrong(error.to_string()))?;
+        serde_json::from_slice(&text).map_err(|error| wrong(error.to_string()))
+    }
+
     fn of(phases: Vec<Phase>, samples: Vec<Sample>, results: &[Result<Seen, String>]) -> Self {
         let requests = results.len();
         let mut errors: Vec<String> = results.iter().filter_map(|r| r.clone().err()).collect();

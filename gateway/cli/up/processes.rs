@@ -11,7 +11,6 @@ use std::time::Duration;
 
 use foregate_api::node::RoleConfig;
 use foregate_operator::launch::{Form, Instance};
-use foregate_store::own_etcd::OwnEtcd;
 use tempfile::TempDir;
 use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
 use tokio::process::{Child, ChildStdin, Command};
@@ -19,6 +18,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
+use super::etcd::Etcd;
 use super::launch::{Launch, Prepared, drain_order};
 use super::ready;
 use crate::error::CliError;
@@ -44,12 +44,12 @@ pub(crate) async fn run(
     progress: &Progress,
     drain: CancellationToken,
 ) -> Result<(), CliError> {
-    let (own, endpoints) = etcd(url).await?;
+    let etcd = Etcd::open(url, progress).await?;
     let form = Form::Processes {
-        etcd: endpoints.clone(),
+        etcd: etcd.endpoints.clone(),
     };
     let launch = Launch::plan(prepared, form, progress).await?;
-    let store = roles::connect_etcd(&endpoints).await?;
+    let store = roles::connect_etcd(&etcd.endpoints).await?;
     // From here on the gateway owns the port; it binds it again as its own process.
     drop(launch.listener);
     let mut children = Children::new(progress)?;
@@ -73,26 +73,8 @@ pub(crate) async fn run(
         progress.say("draining; press ctrl-c again to stop at once");
     }
     children.drain().await;
-    drop(own);
+    etcd.stop().await;
     end
-}
-
-/// The given etcd, or one of our own.
-async fn etcd(url: Option<&str>) -> Result<(Option<OwnEtcd>, Vec<String>), CliError> {
-    if let Some(url) = url {
-        let fine = url.starts_with("http://") && url.len() > "http://".len();
-        if !fine {
-            return Err(CliError::Usage(format!(
-                "--etcd {url:?}: give a client URL such as http://127.0.0.1:2379"
-            )));
-        }
-        return Ok((None, vec![url.to_owned()]));
-    }
-    let own = OwnEtcd::start()
-        .await
-        .map_err(|error| CliError::runtime("etcd", &error))?;
-    let endpoints = own.endpoints();
-    Ok((Some(own), endpoints))
 }
 
 /// The children by their order of draining.
@@ -281,7 +263,7 @@ impl Keeper {
 
 /// The last line a child wrote, for the message when it is given up.
 #[derive(Debug, Default)]
-struct LastWords(std::sync::Mutex<String>);
+pub(super) struct LastWords(std::sync::Mutex<String>);
 
 impl LastWords {
     fn set(&self, line: &str) {
@@ -296,7 +278,7 @@ impl LastWords {
 }
 
 /// A child's log lines under its name.
-async fn pass_on(
+pub(super) async fn pass_on(
     from: impl AsyncRead + Unpin,
     name: String,
     progress: Progress,
