@@ -16,6 +16,7 @@ pub mod bound;
 pub mod check;
 mod connect;
 pub mod demand;
+mod guided;
 mod improve;
 mod layer;
 mod pack;

@@ -5,6 +5,7 @@
 use crate::Settings;
 use crate::bound;
 use crate::connect::connect;
+use crate::guided::follow_split;
 use crate::improve::improve;
 use crate::layer::Layer;
 use crate::pack::{fill, pack};
@@ -120,7 +121,8 @@ pub(crate) fn from_survivors(survivors: &Layer, room: &Room, w: &[f64]) -> Homes
 ///
 /// Local search judges even split and may cut links that the best split needs, and connecting costs copies as well.
 /// So the limit is divided in three ways: none of it for the search, half, all. The first that reaches the
-/// threshold wins, since it moves least; without one the best, where more copies must gain [`LEAST_GAIN`] more.
+/// threshold wins, since it moves least; without one the best, where more copies must gain [`LEAST_GAIN`] more, and
+/// from there a search judged by the split goes on with what is left of the limit.
 pub(crate) fn lazy(
     origin: &Layer,
     room: &Room,
@@ -148,10 +150,40 @@ pub(crate) fn lazy(
             steps,
         });
         if reached >= settings.threshold {
-            break;
+            return best;
         }
     }
-    best
+    guided(origin, best, room, w, reached, settings)
+}
+
+/// Goes on from the best way found, or from `origin`, judged by the split itself.
+fn guided(
+    origin: &Layer,
+    best: Option<Homes>,
+    room: &Room,
+    w: &[f64],
+    reached: f64,
+    settings: &Settings,
+) -> Option<Homes> {
+    let (mut layer, mut steps) = match &best {
+        Some(homes) => (homes.layer.clone(), homes.steps.clone()),
+        None => (origin.clone(), Vec::new()),
+    };
+    let start = layer.clone();
+    let limit = settings.max_moves_per_layer;
+    follow_split(&mut layer, origin, room, w, limit, settings.threshold);
+    let solved = best_split(&layer, room, w);
+    if layer == start || solved.balance() <= reached + LEAST_GAIN {
+        return best;
+    }
+    steps.push(Step::Improve {
+        copies: layer.moved_from(&start),
+    });
+    Some(Homes {
+        layer,
+        solved,
+        steps,
+    })
 }
 
 fn improve_then_connect(
