@@ -15,7 +15,7 @@ const HEAVY: usize = 2;
 const LIGHT: usize = 2;
 
 /// Moves copies until the best split reaches `threshold`, nothing gains [`LEAST_GAIN`], or more than `limit` copies
-/// would differ from `origin`. Every round gains, so it ends.
+/// would differ from `origin`. Returns the best split of the result. Every round gains, so it ends.
 pub(crate) fn follow_split(
     layer: &mut Layer,
     origin: &Layer,
@@ -23,7 +23,7 @@ pub(crate) fn follow_split(
     w: &[f64],
     limit: usize,
     threshold: f64,
-) {
+) -> Solved {
     let mut solved = best_split(layer, room, w);
     while solved.balance() < threshold {
         let better = candidates(layer, &solved, w)
@@ -36,9 +36,10 @@ pub(crate) fn follow_split(
             Some((_, (next, candidate))) if next.balance() > solved.balance() + LEAST_GAIN => {
                 (solved, *layer) = (next, candidate);
             }
-            Some(_) | None => return,
+            Some(_) | None => break,
         }
     }
+    solved
 }
 
 fn candidates(layer: &Layer, solved: &Solved, w: &[f64]) -> Vec<Layer> {
@@ -91,7 +92,8 @@ mod tests {
             domains: vec![String::new(); 3],
         };
         let mut layer = origin.clone();
-        follow_split(&mut layer, &origin, &room, &w, 4, 0.97);
+        let solved = follow_split(&mut layer, &origin, &room, &w, 4, 0.97);
+        assert_eq!(solved.loads, best_split(&layer, &room, &w).loads);
         assert!(
             best_split(&layer, &room, &w).balance() >= 0.97,
             "{:?}",

@@ -171,8 +171,7 @@ fn guided(
     };
     let start = layer.clone();
     let limit = settings.max_moves_per_layer;
-    follow_split(&mut layer, origin, room, w, limit, settings.threshold);
-    let solved = best_split(&layer, room, w);
+    let solved = follow_split(&mut layer, origin, room, w, limit, settings.threshold);
     if layer == start || solved.balance() <= reached + LEAST_GAIN {
         return best;
     }
