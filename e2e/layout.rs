@@ -130,6 +130,8 @@ const DOORS: &[(&str, &[&str])] = &[
     ("minijinja-contrib", &["foregate-gateway"]),
     // In the binary only for /metrics, /healthz and /readyz of operator and worker.
     ("axum", &["foregate-gateway", BINARY]),
+    ("hyper", &["foregate-gateway"]),
+    ("hyper-util", &["foregate-gateway"]),
     ("clap", &[BINARY]),
     ("hf-hub", &[BINARY]),
     ("indicatif", &[BINARY]),

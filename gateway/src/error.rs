@@ -22,9 +22,9 @@ pub enum GatewayError {
         /// What is wrong with it.
         what: String,
     },
-    /// The listener failed.
-    #[error("http listener: {0}")]
-    Listener(#[from] std::io::Error),
+    /// Reading the model directory did not come to an end.
+    #[error("reading the model directory: {0}")]
+    Reading(#[from] tokio::task::JoinError),
 }
 
 /// An error answer. `kind` is OpenAI's `error.type`, `code` its `error.code`.

@@ -30,6 +30,7 @@ pub mod output;
 pub mod prompt;
 pub mod random;
 pub mod route;
+mod serve;
 pub mod signature;
 pub mod trace;
 pub mod upstream;
@@ -71,7 +72,7 @@ pub struct Deps {
 /// Serves HTTP until `shutdown`, then refuses new requests and finishes those in work (for 30 s at most).
 ///
 /// # Errors
-/// Settings or files that cannot work, found before the first request; a broken listener.
+/// Settings or files that cannot work, found before the first request.
 pub async fn run(deps: Deps) -> Result<(), GatewayError> {
     let Deps {
         cluster,
@@ -83,9 +84,8 @@ pub async fn run(deps: Deps) -> Result<(), GatewayError> {
     } = deps;
     check(&config)?;
     let model_dir = config.model_dir.clone();
-    let prompter = tokio::task::spawn_blocking(move || Prompter::load(Path::new(&model_dir)))
-        .await
-        .map_err(std::io::Error::other)??;
+    let prompter =
+        tokio::task::spawn_blocking(move || Prompter::load(Path::new(&model_dir))).await??;
     let name = config
         .served_names
         .first()
@@ -106,24 +106,25 @@ pub async fn run(deps: Deps) -> Result<(), GatewayError> {
         async move { views.follow(states, &loads, &metrics, ended).await }
     });
 
+    let limits = serve::Limits::for_requests(
+        (config.max_in_flight as usize).saturating_add(config.max_queued as usize),
+    );
     let gateway = Arc::new(gateway(config, prompter, views, loads, metrics, &shutdown));
-    let server = axum::serve(listener, http::router(Arc::clone(&gateway)))
-        .with_graceful_shutdown(shutdown.clone().cancelled_owned());
-    let served = tokio::select! {
-        served = async { server.await } => served,
+    let router = http::router(Arc::clone(&gateway));
+    tokio::select! {
+        () = serve::serve(listener, router, limits, shutdown.clone()) => {}
         () = async {
             shutdown.cancelled().await;
             tokio::time::sleep(DRAIN).await;
         } => {
             tracing::warn!("requests in work were cut off after {} s of draining", DRAIN.as_secs());
-            Ok(())
         }
-        () = idle(&gateway.admission, &shutdown) => Ok(()),
-    };
+        () = idle(&gateway.admission, &shutdown) => {}
+    }
     ended.cancel();
     tasks.close();
     tasks.wait().await;
-    Ok(served?)
+    Ok(())
 }
 
 /// Waits until nothing is in work any more after `shutdown`. The server itself waits for every connection,
