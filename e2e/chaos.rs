@@ -9,10 +9,10 @@ use std::time::Duration;
 
 use foregate_harness::binary::{Foregate, Start};
 use foregate_harness::client::Client;
-use foregate_harness::etcd::Etcd;
 use foregate_harness::faults::{alive, signal};
 use foregate_harness::manifest::ManifestFile;
 use foregate_harness::{on_path, skip};
+use foregate_store::own_etcd::OwnEtcd;
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
@@ -122,9 +122,9 @@ async fn ten_seconds_without_etcd_are_survived() {
     if missing() {
         return;
     }
-    let mut etcd = Etcd::start().await;
+    let mut etcd = OwnEtcd::start().await.unwrap();
     let manifest = manifest();
-    let url = etcd.url();
+    let url = etcd.endpoints().join(",");
     let start = Start::up(
         BINARY,
         &["--processes", "--etcd", &url, "-f", manifest.argument()],
@@ -133,7 +133,7 @@ async fn ten_seconds_without_etcd_are_survived() {
     let client = Client::new(&cluster.url);
     let expected = all(&client, 24).await;
     let before = epoch(&experts(&client).await);
-    etcd.kill().await;
+    etcd.stop_keeping_data().await.unwrap();
     let since = Instant::now();
     let mut rounds = 0;
     while since.elapsed() < Duration::from_secs(10) {
@@ -146,7 +146,7 @@ async fn ten_seconds_without_etcd_are_survived() {
         sleep(Duration::from_millis(200)).await;
     }
     assert!(rounds > 0);
-    etcd.resume().await;
+    etcd.restart().await.unwrap();
     client
         .until("the store is back", Duration::from_secs(60), || async {
             let experts = experts(&client).await;
@@ -204,6 +204,41 @@ async fn streams_of_a_killed_worker_go_on_with_the_same_tokens() {
             .collect::<Vec<_>>()
     );
     end(cluster, &[worker, next]).await;
+}
+
+/// The port stays bound while its gateway is started again: a client waits, nobody is refused.
+#[tokio::test]
+async fn a_killed_gateway_keeps_its_port() {
+    if missing() {
+        return;
+    }
+    let manifest = manifest();
+    let cluster = Start::up(BINARY, &["--processes", "-f", manifest.argument()])
+        .ready()
+        .await;
+    let client = Client::new(&cluster.url);
+    let expected = all(&client, 24).await;
+    let gateway = cluster.instance("gateway");
+    signal(gateway, "KILL");
+    client
+        .until("the gateway is dead", Duration::from_secs(10), || async {
+            !alive(gateway)
+        })
+        .await;
+    // A new client: the old one's idle connections died with the gateway.
+    let client = Client::new(&cluster.url);
+    let (models, next) = tokio::join!(
+        client.json("/v1/models"),
+        cluster.restarted("gateway", gateway)
+    );
+    assert_eq!(models["data"][0]["object"], "model");
+    client
+        .until("the gateway is ready", Duration::from_secs(30), || async {
+            client.get("/ready").await.0.is_success()
+        })
+        .await;
+    assert_eq!(all(&client, 24).await, expected);
+    end(cluster, &[gateway, next]).await;
 }
 
 /// The parent killed without warning takes its children with it.

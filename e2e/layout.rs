@@ -41,14 +41,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ),
     (
         "foregate-gateway",
-        &[
-            "foregate-api",
-            "foregate-store",
-            "foregate-wire",
-            "foregate-checkpoint",
-            "foregate-models",
-            "foregate-kernels",
-        ],
+        &["foregate-api", "foregate-store", "foregate-wire"],
     ),
     (
         HARNESS,
@@ -59,7 +52,6 @@ const EDGES: &[(&str, &[&str])] = &[
         &[
             "foregate-kernels",
             "foregate-api",
-            "foregate-planner",
             "foregate-store",
             "foregate-operator",
             "foregate-wire",
@@ -122,7 +114,7 @@ const DOORS: &[(&str, &[&str])] = &[
     ("prost", &["foregate-wire"]),
     ("protox", &["foregate-wire"]),
     ("safetensors", &["foregate-checkpoint"]),
-    ("serde_yaml_ng", &["foregate-operator", BINARY]),
+    ("serde_yaml_ng", &["foregate-operator"]),
     ("tower", &["foregate-gateway"]),
     ("tower-http", &["foregate-gateway"]),
     ("tokenizers", &["foregate-gateway"]),
@@ -139,6 +131,7 @@ const DOORS: &[(&str, &[&str])] = &[
     ("opentelemetry-proto", &[BINARY]),
     ("opentelemetry_sdk", &[BINARY]),
     ("plotters", &[BINARY]),
+    ("rustix", &[BINARY]),
     // The load generator of `foregate bench`.
     ("reqwest", &[BINARY]),
     // The data directory of an own etcd; the node files of child processes.

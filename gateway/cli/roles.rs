@@ -3,6 +3,7 @@
 //! Here the seams are chosen: which store, which fabric. A role never asks whether it is alone in its process.
 
 use std::io::Read;
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -35,6 +36,9 @@ pub(crate) struct RoleArgs {
     /// Drain when stdin ends; `up --processes` sets it so that no child outlives its parent.
     #[arg(long, hide = true)]
     stdin_is_parent: bool,
+    /// stdout is the bound listener of the HTTP API; `up --processes` sets it for its gateway.
+    #[arg(long, hide = true)]
+    stdout_is_listener: bool,
 }
 
 /// What the roles of one process share.
@@ -96,11 +100,12 @@ pub(crate) async fn run_alone(
         store: connect(&node).await?,
         hub: LocalHub::new(),
     };
+    let listener = args.stdout_is_listener.then(inherited_listener);
     let role = Role {
         node,
         seams,
         registry,
-        listener: None,
+        listener: listener.transpose()?,
         progress: Sink::default(),
         shutdown: shutdown.clone(),
     };
@@ -109,6 +114,22 @@ pub(crate) async fn run_alone(
         watch_parent(shutdown)?;
     }
     Box::pin(run(role)).await
+}
+
+/// The listener that the parent gave as stdout. stdout itself becomes `/dev/null`: as long as one copy of the
+/// listener is open, a gateway that drains would keep new clients waiting instead of refusing them.
+fn inherited_listener() -> Result<TcpListener, CliError> {
+    let failed = |error| CliError::runtime("the inherited listener", &error);
+    let listener = std::io::stdout()
+        .as_fd()
+        .try_clone_to_owned()
+        .map_err(failed)?;
+    let null = std::fs::File::options()
+        .write(true)
+        .open("/dev/null")
+        .map_err(failed)?;
+    rustix::stdio::dup2_stdout(null).map_err(|error| failed(error.into()))?;
+    TcpListener::from_std(listener.into()).map_err(failed)
 }
 
 /// Asks for a drain when stdin ends. On a thread of its own: a read of stdin cannot be cancelled, and the

@@ -16,7 +16,6 @@
 
 pub mod binary;
 pub mod client;
-pub mod etcd;
 pub mod faults;
 pub mod golden;
 pub mod hub;

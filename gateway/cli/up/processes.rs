@@ -2,8 +2,13 @@
 //!
 //! Each child gets its node file in a directory that only this user can read, and drains when its stdin ends, so
 //! none outlives this process. A child that dies is started again after a pause.
+//!
+//! The port of the HTTP API is bound here, once, and handed to each gateway as its stdout. So nobody can take it
+//! between two gateways, and a client that connects in the pause between them waits instead of being refused.
 
 use std::io::Write;
+use std::net::TcpListener;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::sync::Arc;
@@ -50,11 +55,14 @@ pub(crate) async fn run(
     };
     let launch = Launch::plan(prepared, form, progress).await?;
     let store = roles::connect_etcd(&etcd.endpoints).await?;
-    // From here on the gateway owns the port; it binds it again as its own process.
-    drop(launch.listener);
+    let mut listener = Some(handed_over(launch.listener)?);
     let mut children = Children::new(progress)?;
     for instance in launch.instances {
-        children.start(instance)?;
+        let listener = match instance.node.role {
+            RoleConfig::Gateway(_) => listener.take(),
+            RoleConfig::Operator(_) | RoleConfig::Worker(_) => None,
+        };
+        children.start(instance, listener)?;
     }
     let end = tokio::select! {
         error = children.first_end() => Err(error),
@@ -75,6 +83,13 @@ pub(crate) async fn run(
     children.drain().await;
     etcd.stop().await;
     end
+}
+
+/// The listener without this process's event loop.
+fn handed_over(listener: tokio::net::TcpListener) -> Result<TcpListener, CliError> {
+    listener
+        .into_std()
+        .map_err(|error| CliError::runtime("the port of the HTTP API", &error))
 }
 
 /// The children by their order of draining.
@@ -102,7 +117,11 @@ impl Children {
         })
     }
 
-    fn start(&mut self, instance: Instance) -> Result<(), CliError> {
+    fn start(
+        &mut self,
+        instance: Instance,
+        listener: Option<TcpListener>,
+    ) -> Result<(), CliError> {
         let order = drain_order(&instance.node);
         let file = write_node(self.files.path(), &instance)?;
         let keeper = Keeper {
@@ -113,6 +132,7 @@ impl Children {
                 RoleConfig::Worker(_) => "worker",
             },
             file,
+            listener,
             executable: self.executable.clone(),
             progress: self.progress.clone(),
             was_ready: self.was_ready.clone(),
@@ -163,6 +183,7 @@ struct Keeper {
     name: String,
     role: &'static str,
     file: PathBuf,
+    listener: Option<TcpListener>,
     executable: PathBuf,
     progress: Progress,
     was_ready: CancellationToken,
@@ -171,7 +192,7 @@ struct Keeper {
 
 impl Keeper {
     /// `None` after a drain; an error when the child is given up.
-    async fn run(self) -> Option<CliError> {
+    async fn run(mut self) -> Option<CliError> {
         let mut pause = FIRST_PAUSE;
         let mut deaths = 0;
         let words = Arc::new(LastWords::default());
@@ -184,6 +205,8 @@ impl Keeper {
             let status = tokio::select! {
                 status = child.wait() => status,
                 () = self.shutdown.cancelled() => {
+                    // With the child's own copy the port closes, so that clients are refused, not kept waiting.
+                    self.listener = None;
                     // The end of stdin asks the child to drain.
                     drop(stdin);
                     self.stop(child).await;
@@ -221,19 +244,26 @@ impl Keeper {
         &self,
         words: &Arc<LastWords>,
     ) -> Result<(Child, Option<ChildStdin>, JoinSet<()>), CliError> {
-        let mut child = Command::new(&self.executable)
+        let failed = |error| CliError::runtime(&format!("{} cannot start", self.name), &error);
+        let mut command = Command::new(&self.executable);
+        command
             .arg(self.role)
             .arg("--config")
             .arg(&self.file)
             .arg("--stdin-is-parent")
+            .stdout(Stdio::null());
+        if let Some(listener) = &self.listener {
+            let copy = OwnedFd::from(listener.try_clone().map_err(failed)?);
+            command.arg("--stdout-is-listener").stdout(copy);
+        }
+        let mut child = command
             .stdin(Stdio::piped())
-            .stdout(Stdio::null())
             .stderr(Stdio::piped())
             // ctrl-c on the terminal reaches this process only, which then drains in order.
             .process_group(0)
             .kill_on_drop(true)
             .spawn()
-            .map_err(|error| CliError::runtime(&format!("{} cannot start", self.name), &error))?;
+            .map_err(failed)?;
         let pid = child.id().unwrap_or_default();
         self.progress
             .say(&format!("{} runs as process {pid}", self.name));

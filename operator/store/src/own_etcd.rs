@@ -1,7 +1,8 @@
 //! An etcd of one's own: the `etcd` binary from PATH on loopback, with a data directory that vanishes with it.
 
-use std::net::TcpListener;
-use std::path::PathBuf;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::net::{Ipv4Addr, TcpListener};
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -14,6 +15,8 @@ use crate::etcd::EtcdStore;
 const START_DEADLINE: Duration = Duration::from_secs(20);
 /// How often another pair of ports is tried, in case somebody takes one between choice and use.
 const PORT_ATTEMPTS: usize = 5;
+/// Where its ports are looked for.
+const PORTS: std::ops::Range<u16> = 20_000..30_000;
 /// Bytes of etcd's log shown in an error.
 const LOG_TAIL: usize = 800;
 
@@ -136,10 +139,11 @@ impl OwnEtcd {
                 what: "making a data directory",
                 source,
             })?;
-        let [client_port, peer_port] = free_ports().map_err(|source| OwnEtcdError::Io {
-            what: "choosing ports",
-            source,
-        })?;
+        let [client_port, peer_port] =
+            free_ports(data.path()).map_err(|source| OwnEtcdError::Io {
+                what: "choosing ports",
+                source,
+            })?;
         Ok(Self {
             data,
             client_port,
@@ -220,11 +224,24 @@ impl OwnEtcd {
     }
 }
 
-/// Two ports that are free now. Both are held until both are known, so they differ.
-fn free_ports() -> std::io::Result<[u16; 2]> {
-    let (a, b) = (
-        TcpListener::bind("127.0.0.1:0")?,
-        TcpListener::bind("127.0.0.1:0")?,
-    );
-    Ok([a.local_addr()?.port(), b.local_addr()?.port()])
+/// Two ports that are free now, looked for from a place that the random name of `directory` picks.
+///
+/// They lie below the range that Linux takes outgoing connections from (`ip_local_port_range`, from 32768 on): a
+/// port of that range could be another connection's by the time etcd is started again on it, or even that of a
+/// client that dials it in the meantime and is connected to itself.
+fn free_ports(directory: &Path) -> std::io::Result<[u16; 2]> {
+    let mut hasher = DefaultHasher::new();
+    directory.hash(&mut hasher);
+    let first = usize::try_from(hasher.finish() % PORTS.len() as u64).unwrap_or_default();
+    let mut held = PORTS
+        .cycle()
+        .skip(first)
+        .take(PORTS.len())
+        .filter_map(|port| TcpListener::bind((Ipv4Addr::LOCALHOST, port)).ok());
+    match (held.next(), held.next()) {
+        (Some(a), Some(b)) => Ok([a.local_addr()?.port(), b.local_addr()?.port()]),
+        _ => Err(std::io::Error::other(
+            "no two free ports from 20000 to 29999",
+        )),
+    }
 }
