@@ -4,6 +4,7 @@ mod client;
 mod engine;
 mod plot;
 mod rebalance;
+mod record;
 mod report;
 mod serve;
 mod workload;

@@ -3,6 +3,7 @@
 //! Manifest → validate → launch plan → tasks of this process, or child processes. The steps are those of the
 //! operator on Kubernetes; only who starts the instances differs.
 
+mod child_log;
 mod etcd;
 mod launch;
 mod processes;

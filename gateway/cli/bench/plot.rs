@@ -11,7 +11,7 @@ use plotters::prelude::{
 };
 use plotters::style::{Color, RGBColor};
 
-use super::rebalance::Record;
+use super::record::Record;
 use crate::error::CliError;
 
 const SIZE: (u32, u32) = (960, 360);

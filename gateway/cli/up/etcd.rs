@@ -15,7 +15,7 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
-use super::processes::pass_on;
+use super::child_log::pass_on;
 use crate::error::{CliError, print};
 use crate::progress::Progress;
 use crate::roles::watch_parent;

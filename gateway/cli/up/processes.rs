@@ -17,12 +17,12 @@ use std::time::Duration;
 use foregate_api::node::RoleConfig;
 use foregate_operator::launch::{Form, Instance};
 use tempfile::TempDir;
-use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
 use tokio::process::{Child, ChildStdin, Command};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
+use super::child_log::{LastWords, pass_on};
 use super::etcd::Etcd;
 use super::launch::{Launch, Prepared, drain_order};
 use super::ready;
@@ -288,36 +288,6 @@ impl Keeper {
                 tracing::warn!(name = %self.name, %error, "cannot be killed");
             }
         }
-    }
-}
-
-/// The last line a child wrote, for the message when it is given up.
-#[derive(Debug, Default)]
-pub(super) struct LastWords(std::sync::Mutex<String>);
-
-impl LastWords {
-    fn set(&self, line: &str) {
-        if let Ok(mut last) = self.0.lock() {
-            line.clone_into(&mut last);
-        }
-    }
-
-    fn get(&self) -> String {
-        self.0.lock().map(|last| last.clone()).unwrap_or_default()
-    }
-}
-
-/// A child's log lines under its name.
-pub(super) async fn pass_on(
-    from: impl AsyncRead + Unpin,
-    name: String,
-    progress: Progress,
-    words: Arc<LastWords>,
-) {
-    let mut lines = BufReader::new(from).lines();
-    while let Ok(Some(line)) = lines.next_line().await {
-        progress.say(&format!("[{name}] {line}"));
-        words.set(&line);
     }
 }
 
