@@ -96,6 +96,13 @@ impl Task {
         }
     }
 
+    /// Sets what the count will end at, once that is known.
+    pub(crate) fn set_total(&self, total: u64) {
+        if let Some(bar) = &self.0.bar {
+            bar.set_length(total);
+        }
+    }
+
     /// Adds to the count.
     pub(crate) fn add(&self, more: u64) {
         let before = self.0.done.fetch_add(more, Ordering::Relaxed);

@@ -35,6 +35,7 @@ use crate::exchange::{Endpoint, EndpointParts};
 use crate::fabric::Identity;
 use crate::fabric::local::LocalHub;
 use crate::load::{LoadCounters, WindowHeader};
+use crate::loading::Loading;
 use crate::membership::{CloseWindow, Publisher, PublisherHandle, Wanted};
 use crate::metrics::WorkerMetrics;
 use crate::residency::follow::{Follower, FollowerParts};
@@ -50,6 +51,7 @@ pub mod fabric;
 pub mod health;
 pub mod kv_cache;
 pub mod load;
+pub mod loading;
 pub mod membership;
 pub mod metrics;
 pub mod residency;
@@ -61,33 +63,12 @@ mod start;
 
 pub use error::WorkerError;
 pub use health::Health;
+pub use loading::{Progress, ProgressSink};
 
 /// How often the engine's gauges are brought up to date.
 const GAUGES: Duration = Duration::from_millis(250);
 /// How long open gRPC calls may take after the engine has ended.
 const RPC_GRACE: Duration = Duration::from_secs(5);
-
-/// How far a worker's start has come.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Progress {
-    /// Bytes of the dense weights packed.
-    Dense {
-        /// So far.
-        done: u64,
-        /// In all.
-        total: u64,
-    },
-    /// Experts of the first placement loaded.
-    Experts {
-        /// So far.
-        done: u64,
-        /// In all.
-        total: u64,
-    },
-}
-
-/// Receives progress; called from several threads, must not wait.
-pub type ProgressSink = Arc<dyn Fn(Progress) + Send + Sync>;
 
 /// What a worker is given.
 pub struct Deps {
@@ -134,14 +115,14 @@ pub async fn run(deps: Deps) -> Result<(), WorkerError> {
         &deps.registry,
         model_name(&deps.config.model_dir),
     )?);
-    let loading = start::load(&deps.config, Arc::clone(&deps.progress));
+    let loading = Loading::new(Arc::clone(&deps.progress), Arc::clone(&metrics));
     let loaded = tokio::select! {
-        loaded = loading => loaded?,
+        loaded = start::load(&deps.config, loading.clone()) => loaded?,
         () = deps.shutdown.cancelled() => return Ok(()),
     };
     let health = deps.health.clone();
     let shutdown = deps.shutdown.clone();
-    let worker = Worker::start(deps, loaded, metrics, rpc)?;
+    let worker = Worker::start(deps, loaded, loading, metrics, rpc)?;
     health.started(worker.health());
     worker.until(shutdown).await
 }
@@ -164,6 +145,7 @@ impl Worker {
     fn start(
         deps: Deps,
         loaded: start::Loaded,
+        loading: Loading,
         metrics: Arc<WorkerMetrics>,
         rpc: String,
     ) -> Result<Self, WorkerError> {
@@ -175,7 +157,7 @@ impl Worker {
             rpc_listener,
             exchange_listener,
             registry: _,
-            progress,
+            progress: _,
             health: _,
             shutdown: _,
         } = deps;
@@ -256,10 +238,12 @@ impl Worker {
                 published,
             },
             metrics: Arc::clone(&metrics),
-            progress: Box::new(move |done, total| {
-                let (done, total) = (done as u64, total as u64);
-                progress(Progress::Experts { done, total });
-            }),
+            progress: {
+                let (dense, expert) = (loaded.dense_bytes, spec.expert_bytes() as u64);
+                Box::new(move |here, wanted| {
+                    loading.tell(dense + here as u64 * expert, dense + wanted as u64 * expert);
+                })
+            },
         });
         let router = grpc::server()
             .add_service(GenerationService::new(engine.clone()).into_server())

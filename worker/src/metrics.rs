@@ -17,6 +17,7 @@
 //! | `foregate_worker_lost_calls_total` | counter | calls whose connection ended before the answer |
 //! | `foregate_worker_corrupt_frames_total` | counter | frames that could not be decoded; each resets its connection |
 //! | `foregate_worker_lost_connections_total` | counter | established connections to peers that ended |
+//! | `foregate_worker_load_fraction` | gauge | share of the weights loaded that serving begins with, 0 to 1 |
 //! | `foregate_worker_experts_resident` | gauge | (layer, expert) pairs in memory |
 //! | `foregate_worker_epoch` | gauge | epoch that new steps use |
 //! | `foregate_worker_migration_experts_total{source}`, `…_migration_bytes_total{source}` | counter | experts loaded from a `peer` or the `checkpoint` |
@@ -75,6 +76,7 @@ pub struct WorkerMetrics {
     lost_calls: IntCounter,
     corrupt_frames: IntCounter,
     lost_connections: IntCounter,
+    load_fraction: Gauge,
     experts_resident: IntGauge,
     epoch: IntGauge,
     migrated: IntCounterVec,
@@ -146,6 +148,10 @@ impl WorkerMetrics {
                 "foregate_worker_lost_connections_total",
                 "Connections to peers that ended",
             )?,
+            load_fraction: reg.add(Gauge::new(
+                "foregate_worker_load_fraction",
+                "Share of the weights loaded that serving begins with",
+            )?)?,
             experts_resident: reg.gauge(
                 "foregate_worker_experts_resident",
                 "Pairs of layer and expert in memory",
@@ -249,6 +255,10 @@ impl WorkerMetrics {
 
     pub(crate) fn connection_lost(&self) {
         self.lost_connections.inc();
+    }
+
+    pub(crate) fn loading(&self, fraction: f64) {
+        self.load_fraction.set(fraction);
     }
 
     pub(crate) fn resident(&self, experts: usize) {

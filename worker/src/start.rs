@@ -13,7 +13,7 @@ use crate::error::WorkerError;
 use crate::exchange::Way;
 use crate::fabric::local::LocalHub;
 use crate::fabric::tcp::TcpSettings;
-use crate::{Progress, ProgressSink};
+use crate::loading::Loading;
 
 /// A model in memory, without its experts.
 pub(crate) struct Loaded {
@@ -22,6 +22,8 @@ pub(crate) struct Loaded {
     pub(crate) model: Model,
     pub(crate) kv: KvCache,
     pub(crate) shape: KvShape,
+    /// Bytes of the dense weights, as the files have them.
+    pub(crate) dense_bytes: u64,
 }
 
 /// Refuses what no worker can run with, naming the field.
@@ -96,17 +98,22 @@ fn refuse(field: &'static str, what: &str) -> WorkerError {
 /// Opens the checkpoint, packs the dense part and allocates the KV cache, off the runtime's threads.
 pub(crate) async fn load(
     config: &WorkerConfig,
-    progress: ProgressSink,
+    loading: Loading,
 ) -> Result<Loaded, WorkerError> {
     let config = config.clone();
-    tokio::task::spawn_blocking(move || load_now(&config, &progress)).await?
+    tokio::task::spawn_blocking(move || load_now(&config, &loading)).await?
 }
 
-fn load_now(config: &WorkerConfig, progress: &ProgressSink) -> Result<Loaded, WorkerError> {
+fn load_now(config: &WorkerConfig, loading: &Loading) -> Result<Loaded, WorkerError> {
     let checkpoint = Checkpoint::open(&PathBuf::from(&config.model_dir))?;
     let cpu = Arc::new(Cpu::new(config.threads as usize));
+    let spec = checkpoint.spec();
+    let slots = (config.slots as usize).min(spec.experts) * spec.moe_layers();
+    let expert_bytes = (slots * spec.expert_bytes()) as u64;
+    let mut dense_bytes = 0;
     let model = Model::load(&checkpoint, Arc::clone(&cpu), |done, total| {
-        progress(Progress::Dense { done, total });
+        dense_bytes = total;
+        loading.tell(done, total + expert_bytes);
     })?;
     let shape = crate::engine::kv_shape(&model, config)?;
     let kv = KvCache::new(shape).map_err(ModelError::from)?;
@@ -116,5 +123,6 @@ fn load_now(config: &WorkerConfig, progress: &ProgressSink) -> Result<Loaded, Wo
         model,
         kv,
         shape,
+        dense_bytes,
     })
 }

@@ -13,7 +13,7 @@ use tokio::task::{JoinError, JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use super::launch::{Launch, Prepared, drain_order};
-use super::ready;
+use super::ready::{self, Loads};
 use crate::error::CliError;
 use crate::progress::Progress;
 use crate::roles::{self, Role, Seams, Sink};
@@ -42,6 +42,7 @@ pub(crate) async fn run(
     };
     let mut cluster = Tasks::default();
     let mut listener = Some(launch.listener);
+    let loads = Loads::default();
     for instance in launch.instances {
         let registry = Registry::new();
         telemetry.export(registry.clone());
@@ -51,17 +52,20 @@ pub(crate) async fn run(
                 RoleConfig::Gateway(_) => listener.take(),
                 RoleConfig::Operator(_) | RoleConfig::Worker(_) => None,
             },
+            progress: match &instance.node.role {
+                RoleConfig::Worker(worker) => Sink(loads.sink(worker.rank)),
+                RoleConfig::Operator(_) | RoleConfig::Gateway(_) => Sink::default(),
+            },
             node: instance.node,
             seams: seams.clone(),
             registry,
-            progress: Sink::default(),
             shutdown: cluster.tokens[order].clone(),
         };
         cluster.start(order, instance.name, role);
     }
     let end = tokio::select! {
         ended = cluster.first_end() => Err(unexpected(ended)),
-        end = ready::ready(&launch.awaited, store, progress) => end,
+        end = ready::ready_here(&launch.awaited, store, progress, loads) => end,
         () = drain.cancelled() => Ok(()),
     };
     let end = match end {

@@ -178,10 +178,9 @@ impl Follower {
 
     fn fetch(&mut self, state: &ClusterState, items: &[Item], resident: &BTreeSet<Item>) {
         let serving = self.parts.gate.view().serving > Epoch(0);
-        if !serving && !items.is_empty() {
-            let here = resident.len();
-            let total = here + items.len() + self.loading.len();
-            (self.parts.progress)(here, total);
+        let wanted = resident.len() + items.len() + self.loading.len();
+        if !serving && wanted > 0 {
+            (self.parts.progress)(resident.len(), wanted);
         }
         for item in items {
             if self.loading.len() >= self.parts.loader.at_once(serving) {

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use foregate_api::ids::{Epoch, ExpertId, Rank};
@@ -18,7 +18,7 @@ use foregate_wire::generation::GenerateRequest;
 use foregate_wire::generation::generation_client::GenerationClient;
 use foregate_wire::tonic::transport::Channel;
 use foregate_worker::fabric::local::LocalHub;
-use foregate_worker::{Deps, Health, WorkerError};
+use foregate_worker::{Deps, Health, Progress, WorkerError};
 use prometheus::Registry;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -52,6 +52,8 @@ pub struct Cluster {
     state: watch::Receiver<Arc<ClusterState>>,
     workers: JoinSet<Result<(), WorkerError>>,
     clients: BTreeMap<Rank, GenerationClient<Channel>>,
+    /// What each worker told of its start.
+    told: Vec<Arc<Mutex<Vec<Progress>>>>,
     shutdown: CancellationToken,
     slots: u32,
     epoch: Epoch,
@@ -71,6 +73,7 @@ impl Cluster {
             coord,
             workers: JoinSet::new(),
             clients: BTreeMap::new(),
+            told: Vec::new(),
             shutdown,
             slots,
             epoch: Epoch(0),
@@ -80,6 +83,8 @@ impl Cluster {
             let address = rpc_listener.local_addr().unwrap().to_string();
             let client = GenerationClient::new(channel(&address).unwrap());
             cluster.clients.insert(rank, client);
+            let told = Arc::<Mutex<Vec<Progress>>>::default();
+            cluster.told.push(Arc::clone(&told));
             let deps = Deps {
                 cluster: "test".to_owned(),
                 config: config(dir, rank, slots, form),
@@ -88,7 +93,7 @@ impl Cluster {
                 rpc_listener,
                 exchange_listener: Some(std::net::TcpListener::bind("127.0.0.1:0").unwrap()),
                 registry: Registry::new(),
-                progress: Arc::new(|_| {}),
+                progress: Arc::new(move |now| told.lock().unwrap().push(now)),
                 health: Health::new(),
                 shutdown: cluster.shutdown.child_token(),
             };
@@ -193,11 +198,25 @@ impl Cluster {
 
     /// Drains all workers.
     pub async fn stop(mut self) {
+        for told in &self.told {
+            all_loaded(&told.lock().unwrap());
+        }
         self.shutdown.cancel();
         while let Some(end) = timeout(PATIENCE, self.workers.join_next()).await.unwrap() {
             end.unwrap().unwrap();
         }
     }
+}
+
+/// Bytes only grow, dense weights before experts, until all are here.
+fn all_loaded(told: &[Progress]) {
+    assert!(told.is_sorted_by_key(|progress| progress.done), "{told:?}");
+    assert!(
+        told.iter().all(|progress| progress.done <= progress.total),
+        "{told:?}"
+    );
+    let last = told.last().unwrap();
+    assert!(last.done == last.total && told[0].done == 0, "{told:?}");
 }
 
 fn config(dir: &Path, rank: Rank, slots: u32, form: Form) -> WorkerConfig {
