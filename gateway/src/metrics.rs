@@ -1,9 +1,11 @@
 //! Metrics of the gateway. Names that dashboards and autoscalers know from vLLM are kept; ours begin with
-//! `foregate_gateway_`. Labels are of bounded number: engine (ranks), layer, policy, outcome, reason, place.
+//! `foregate_gateway_`; those of OpenTelemetry's conventions with `gen_ai_`. Labels are of bounded number:
+//! engine (ranks), layer, policy, outcome, reason, place, operation, served name.
 //!
 //! What workers report through the store is copied at every scrape; what the gateway sees is counted here.
 
 mod cluster;
+mod gen_ai;
 
 use std::time::Duration;
 
@@ -14,8 +16,10 @@ use prometheus::{
 
 use crate::route::{self, Choice};
 use cluster::Cluster;
+use gen_ai::GenAi;
 
 pub(crate) use cluster::{imbalance, rank_rows};
+pub(crate) use gen_ai::{Call, Operation};
 
 /// Seconds from a tenth of a millisecond to ten minutes.
 const SECONDS: [f64; 20] = [
@@ -56,6 +60,7 @@ pub struct Metrics {
     /// Prompt prefixes with a known signature.
     pub(crate) known_prefixes: IntGauge,
     pub(crate) cluster: Cluster,
+    gen_ai: GenAi,
 }
 
 /// What one sequence looked like from outside.
@@ -164,6 +169,7 @@ impl Metrics {
                 "Prompt prefixes with a known expert signature.",
             )?,
             cluster: Cluster::new(&make, model)?,
+            gen_ai: GenAi::new(&make)?,
             registry,
         };
         Ok(metrics)
@@ -302,8 +308,18 @@ impl Make<'_> {
         help: &str,
         buckets: &[f64],
     ) -> Result<HistogramVec, prometheus::Error> {
+        self.histograms_by(name, help, buckets, &["model_name"])
+    }
+
+    fn histograms_by(
+        &self,
+        name: &str,
+        help: &str,
+        buckets: &[f64],
+        labels: &[&str],
+    ) -> Result<HistogramVec, prometheus::Error> {
         let options = HistogramOpts::new(name, help).buckets(buckets.to_vec());
-        let metric = HistogramVec::new(options, &["model_name"])?;
+        let metric = HistogramVec::new(options, labels)?;
         self.0.register(Box::new(metric.clone()))?;
         Ok(metric)
     }

@@ -570,6 +570,7 @@ async fn metrics_and_the_load_matrix_show_the_cluster() {
         "foregate_gateway_route_decisions_total{outcome=\"load\",policy=\"least_loaded\"} 1",
         "foregate_gateway_top_expert_id{place=\"1\"} 7",
         "foregate_gateway_workers{phase=\"ready\"} 2",
+        "vllm:lora_requests_info{max_lora=\"0\",running_lora_adapters=\"\",waiting_lora_adapters=\"\"} ",
     ] {
         assert!(text.contains(line), "{line} is not in\n{text}");
     }
@@ -595,6 +596,47 @@ async fn metrics_and_the_load_matrix_show_the_cluster() {
     assert_eq!(matrix["rank_rows"]["1"], json!([20, 20]));
     assert_eq!(matrix["workers"]["0"]["window"]["engine"]["running"], 3);
     assert_eq!(matrix["workers"]["0"]["phase"], "ready");
+}
+
+#[tokio::test]
+async fn conventional_metrics_count_requests_by_their_end() {
+    let cluster = Cluster::start(1, ANSWER, config()).await;
+    let made = ids(ANSWER).len();
+    cluster
+        .json(
+            "/v1/completions",
+            &complete(&json!({"model": "alias", "n": 2})),
+        )
+        .await;
+    let streamed = chat(&json!({"stream": true}));
+    cluster.stream("/v1/chat/completions", &streamed).await;
+    let unknown = complete(&json!({"model": "x".repeat(50)}));
+    cluster.post("/v1/completions", &unknown).await;
+    let text = cluster.get("/metrics").await.1;
+    let labels = |operation: &str, request: &str, response: &str| {
+        format!(
+            "gen_ai_operation_name=\"{operation}\",gen_ai_provider_name=\"foregate\",gen_ai_request_model=\"{request}\",gen_ai_response_model=\"{response}\""
+        )
+    };
+    let (alias, demo) = (
+        labels("text_completion", "alias", "demo"),
+        labels("chat", "demo", "demo"),
+    );
+    let nobody = labels("text_completion", "", "");
+    for line in [
+        format!("request_duration_seconds_count{{error_type=\"\",{alias}}} 1\n"),
+        format!("request_duration_seconds_count{{error_type=\"\",{demo}}} 1\n"),
+        format!("request_duration_seconds_count{{error_type=\"unknown_model\",{nobody}}} 1\n"),
+        format!("time_to_first_token_seconds_count{{{demo}}} 1\n"),
+        format!("time_per_output_token_seconds_count{{{alias}}} 1\n"),
+        format!(
+            "token_usage_sum{{{alias},gen_ai_token_type=\"output\"}} {}\n",
+            2 * made
+        ),
+        format!("token_usage_sum{{{demo},gen_ai_token_type=\"output\"}} {made}\n"),
+    ] {
+        assert!(text.contains(&line), "{line} is not in\n{text}");
+    }
 }
 
 #[tokio::test]

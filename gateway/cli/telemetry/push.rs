@@ -1,4 +1,5 @@
-//! Pushes what /metrics shows to an OTLP receiver: the same names, converted, not measured twice.
+//! Pushes what /metrics shows to an OTLP receiver: converted, not measured twice. Names stay the same, except
+//! those of OpenTelemetry's own conventions, which get their dots back.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -17,6 +18,39 @@ use prometheus::Registry;
 use prometheus::proto::{LabelPair, MetricFamily, MetricType};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
+
+/// Metrics of OpenTelemetry's conventions: Prometheus's spelling, theirs, the unit.
+const CONVENTIONS: [(&str, &str, &str); 4] = [
+    (
+        "gen_ai_server_request_duration_seconds",
+        "gen_ai.server.request.duration",
+        "s",
+    ),
+    (
+        "gen_ai_server_time_to_first_token_seconds",
+        "gen_ai.server.time_to_first_token",
+        "s",
+    ),
+    (
+        "gen_ai_server_time_per_output_token_seconds",
+        "gen_ai.server.time_per_output_token",
+        "s",
+    ),
+    (
+        "gen_ai_client_token_usage",
+        "gen_ai.client.token.usage",
+        "{token}",
+    ),
+];
+/// Attributes of OpenTelemetry's conventions: Prometheus's spelling, theirs.
+const ATTRIBUTES: [(&str, &str); 6] = [
+    ("error_type", "error.type"),
+    ("gen_ai_operation_name", "gen_ai.operation.name"),
+    ("gen_ai_provider_name", "gen_ai.provider.name"),
+    ("gen_ai_request_model", "gen_ai.request.model"),
+    ("gen_ai_response_model", "gen_ai.response.model"),
+    ("gen_ai_token_type", "gen_ai.token.type"),
+];
 
 /// Periodic sender of registries.
 #[derive(Debug)]
@@ -92,9 +126,14 @@ fn convert(
     let metrics = families
         .iter()
         .filter_map(|family| {
+            let (name, unit) = CONVENTIONS
+                .iter()
+                .find(|(spelt, ..)| *spelt == family.name())
+                .map_or((family.name(), ""), |(_, name, unit)| (*name, *unit));
             Some(Metric {
-                name: family.name().to_owned(),
+                name: name.to_owned(),
                 description: family.help().to_owned(),
+                unit: unit.to_owned(),
                 data: Some(stamp.data(family)?),
                 ..Metric::default()
             })
@@ -192,10 +231,18 @@ impl Stamp {
     }
 }
 
+/// To Prometheus, an empty label is one that is not there.
 fn attributes(labels: &[LabelPair]) -> Vec<KeyValue> {
     labels
         .iter()
-        .map(|label| attribute(label.name(), label.value()))
+        .filter(|label| !label.value().is_empty())
+        .map(|label| {
+            let name = ATTRIBUTES
+                .iter()
+                .find(|(spelt, _)| *spelt == label.name())
+                .map_or(label.name(), |(_, name)| name);
+            attribute(name, label.value())
+        })
         .collect()
 }
 
@@ -233,5 +280,32 @@ mod tests {
         assert_eq!(point.bucket_counts, [1, 2, 1]);
         assert_eq!(point.explicit_bounds, [1.0, 2.0]);
         assert_eq!((point.count, point.sum), (4, Some(12.6)));
+    }
+
+    #[test]
+    fn names_of_the_conventions_get_their_dots_back() {
+        let registry = Registry::new();
+        let options = prometheus::HistogramOpts::new("gen_ai_client_token_usage", "help");
+        let labels = ["gen_ai_token_type", "error_type", "engine"];
+        let histogram = prometheus::HistogramVec::new(options, &labels).unwrap();
+        registry.register(Box::new(histogram.clone())).unwrap();
+        histogram
+            .with_label_values(&["input", "", "0"])
+            .observe(1.0);
+        let request = convert(&registry.gather(), "foregate-test", 1, 2);
+        let metric = &request.resource_metrics[0].scope_metrics[0].metrics[0];
+        assert_eq!(
+            (metric.name.as_str(), metric.unit.as_str()),
+            ("gen_ai.client.token.usage", "{token}")
+        );
+        let Some(Data::Histogram(data)) = &metric.data else {
+            panic!("{metric:?}")
+        };
+        let names: Vec<&str> = data.data_points[0]
+            .attributes
+            .iter()
+            .map(|attribute| attribute.key.as_str())
+            .collect();
+        assert_eq!(names, ["engine", "gen_ai.token.type"]);
     }
 }

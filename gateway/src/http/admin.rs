@@ -48,7 +48,9 @@ pub(super) async fn metrics(
     State(gateway): State<Arc<Gateway>>,
 ) -> Result<Response<Body>, ApiError> {
     let metrics = &gateway.metrics;
-    metrics.cluster.show(&gateway.views.load().state);
+    metrics
+        .cluster
+        .show(&gateway.views.load().state, gateway.clock.unix_seconds());
     metrics.in_flight.set(gateway.admission.running().into());
     metrics.waiting.set(gateway.admission.queued().into());
     let known = gateway.runner.upstream.known_prefixes();

@@ -1,69 +1,48 @@
-//! From deltas to an HTTP answer, whole or as events; what differs between routes is a [`Shape`].
+//! From deltas to an HTTP answer, whole or as events.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use axum::body::Body;
-use axum::http::{HeaderValue, Response, StatusCode, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header};
 use futures::StreamExt;
-use serde_json::{Value, json};
+use serde_json::Value;
 
+use super::shape::{Shape, Usage};
 use super::sse;
-use super::state::placed;
 use crate::error::ApiError;
 use crate::generate::{Answer, Delta};
-use crate::metrics::Metrics;
+use crate::metrics::Call;
 use crate::trace::Identity;
 
-/// Tokens read and made.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct Usage {
-    pub(super) prompt: usize,
-    pub(super) completion: usize,
-    pub(super) cached: usize,
-}
+/// The ranks that took a request's sequences.
+pub const WORKER: HeaderName = HeaderName::from_static("x-foregate-worker");
+/// The routing decision.
+pub const ROUTE: HeaderName = HeaderName::from_static("x-foregate-route");
 
-impl Usage {
-    /// Counts a delta. `n`: choices per prompt, whose first one speaks for the prompt.
-    pub(super) fn add(&mut self, delta: &Delta, n: usize) {
-        self.completion += delta.tokens.len();
-        if let Some(prompt) = &delta.prompt
-            && delta.choice.is_multiple_of(n)
-        {
-            self.cached += prompt.cached as usize;
+/// Sends what was started, or why nothing was.
+pub(super) async fn respond<S: Shape>(
+    started: Result<(Answer, S), ApiError>,
+    mut call: Call,
+    identity: &Identity,
+) -> Result<Response<Body>, ApiError> {
+    match started {
+        Ok((answer, shape)) if shape.stream() => Ok(events(answer, shape, call, identity)),
+        Ok((answer, shape)) => {
+            let whole = whole(answer, &shape, &mut call, identity).await;
+            whole.inspect_err(|error| call.failed(error))
+        }
+        Err(error) => {
+            call.failed(&error);
+            Err(error)
         }
     }
-
-    pub(super) fn to_json(self) -> Value {
-        json!({
-            "prompt_tokens": self.prompt,
-            "completion_tokens": self.completion,
-            "total_tokens": self.prompt + self.completion,
-            "prompt_tokens_details": { "cached_tokens": self.cached },
-        })
-    }
-}
-
-/// How a route writes its answers.
-pub(super) trait Shape: Send + 'static {
-    /// One chunk, or none if the delta has nothing to tell.
-    fn chunk(&mut self, delta: Delta) -> Option<Value>;
-    /// The chunk that carries usage.
-    fn usage_chunk(&self, usage: Usage) -> Value;
-    /// The whole answer, choices in order.
-    fn whole(&self, choices: Vec<Delta>, usage: Usage) -> Value;
-    /// Choices per prompt.
-    fn n(&self) -> usize;
-    /// Prompt tokens of the request.
-    fn prompt_tokens(&self) -> usize;
-    /// Whether a stream ends with usage.
-    fn include_usage(&self) -> bool;
 }
 
 /// Collects an answer.
-pub(super) async fn whole(
+async fn whole(
     mut answer: Answer,
     shape: &impl Shape,
+    call: &mut Call,
     identity: &Identity,
 ) -> Result<Response<Body>, ApiError> {
     let mut choices: BTreeMap<usize, Delta> = BTreeMap::new();
@@ -73,6 +52,9 @@ pub(super) async fn whole(
     };
     while let Some(delta) = answer.deltas.next().await {
         let delta = delta?;
+        if !delta.tokens.is_empty() {
+            call.token();
+        }
         usage.add(&delta, shape.n());
         choices
             .entry(delta.choice)
@@ -82,13 +64,11 @@ pub(super) async fn whole(
             })
             .merge(delta);
     }
-    record(
-        identity,
-        usage,
-        choices
-            .values()
-            .filter_map(|choice| choice.finish.as_ref().map(|finish| finish.reason)),
-    );
+    let reasons: Vec<&str> = choices
+        .values()
+        .filter_map(|choice| choice.finish.as_ref().map(|finish| finish.reason))
+        .collect();
+    sse::record(call, identity, usage, &reasons);
     let document = shape.whole(choices.into_values().collect(), usage);
     let mut response = json_response(StatusCode::OK, &document);
     placed(&answer, response.headers_mut());
@@ -96,11 +76,11 @@ pub(super) async fn whole(
 }
 
 /// Streams an answer.
-pub(super) fn events(
+fn events(
     answer: Answer,
     shape: impl Shape,
+    call: Call,
     identity: &Identity,
-    metrics: Arc<Metrics>,
 ) -> Response<Body> {
     let mut response = Response::new(Body::empty());
     placed(&answer, response.headers_mut());
@@ -112,23 +92,18 @@ pub(super) fn events(
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
     // Proxies such as nginx keep events back without it.
     headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
-    *response.body_mut() = sse::body(answer, shape, identity.clone(), metrics);
+    *response.body_mut() = sse::body(answer, shape, call, identity.clone());
     response
 }
 
-/// Writes the figures of a finished request into its span.
-pub(super) fn record(
-    identity: &Identity,
-    usage: Usage,
-    reasons: impl Iterator<Item = &'static str>,
-) {
-    let reasons: Vec<&str> = reasons.collect();
-    identity
-        .span
-        .record("gen_ai.usage.output_tokens", usage.completion);
-    identity
-        .span
-        .record("gen_ai.response.finish_reasons", reasons.join(","));
+/// Headers that tell where an answer was made.
+fn placed(answer: &Answer, headers: &mut HeaderMap) {
+    let ranks: Vec<String> = answer.workers.iter().map(ToString::to_string).collect();
+    for (name, text) in [(WORKER, ranks.join(",")), (ROUTE, answer.route.clone())] {
+        if let Ok(value) = HeaderValue::try_from(text) {
+            headers.insert(name, value);
+        }
+    }
 }
 
 /// A JSON answer.

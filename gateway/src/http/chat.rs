@@ -7,15 +7,16 @@ use axum::body::Body;
 use axum::extract::State;
 use axum::http::{Request, Response};
 use serde_json::{Map, Value, json};
-use tokio::time::Instant;
 
-use super::answer::{self, Shape, Usage};
+use super::answer;
 use super::chat_request::parse_chat;
 use super::logprobs::{Labels, routed};
 use super::sampling::Generation;
+use super::shape::{Shape, Usage, finish_fields};
 use super::state::{Encoded, Gateway};
 use crate::error::ApiError;
-use crate::generate::{Delta, Finish, Prompt, Stop};
+use crate::generate::{Answer, Delta, Prompt};
+use crate::metrics::{Call, Operation};
 use crate::trace::Identity;
 
 pub(super) async fn chat(
@@ -23,12 +24,25 @@ pub(super) async fn chat(
     Extension(identity): Extension<Identity>,
     request: Request<Body>,
 ) -> Result<Response<Body>, ApiError> {
-    let began = Instant::now();
-    identity.span.record("gen_ai.operation.name", "chat");
+    let mut call = Call::begin(&gateway.metrics, Operation::Chat);
+    let started = start(&gateway, &identity, request, &mut call).await;
+    answer::respond(started, call, &identity).await
+}
+
+async fn start(
+    gateway: &Gateway,
+    identity: &Identity,
+    request: Request<Body>,
+    call: &mut Call,
+) -> Result<(Answer, ChatShape), ApiError> {
+    identity
+        .span
+        .record("gen_ai.operation.name", Operation::Chat.word());
     let body = gateway.body(request).await?;
     let asked = parse_chat(&body)?;
     drop(body);
     let model = gateway.model_name(asked.model.as_deref())?;
+    call.is_for(&model);
     let text = gateway.prompter.render(
         &asked.messages,
         asked.add_generation_prompt,
@@ -48,20 +62,14 @@ pub(super) async fn chat(
         opened: vec![false; asked.generation.n as usize],
         asked: asked.generation.clone(),
     };
-    let stream = asked.generation.stream;
     let encoded = Encoded {
         prompts: vec![Prompt { ids, text: None }],
         generation: asked.generation,
         param: "messages",
         echo: false,
-        began,
+        began: call.began,
     };
-    let answer = gateway.start(encoded, &identity).await?;
-    if stream {
-        let metrics = Arc::clone(&gateway.metrics);
-        return Ok(answer::events(answer, shape, &identity, metrics));
-    }
-    answer::whole(answer, &shape, &identity).await
+    Ok((gateway.start(encoded, identity).await?, shape))
 }
 
 struct ChatShape {
@@ -191,22 +199,11 @@ impl Shape for ChatShape {
         self.prompt.len()
     }
 
+    fn stream(&self) -> bool {
+        self.asked.stream
+    }
+
     fn include_usage(&self) -> bool {
         self.asked.include_usage
-    }
-}
-
-/// `finish_reason` and vLLM's `stop_reason`.
-pub(super) fn finish_fields(finish: Option<&Finish>) -> (Value, Value) {
-    match finish {
-        None => (Value::Null, Value::Null),
-        Some(finish) => {
-            let stop = match &finish.stop {
-                None => Value::Null,
-                Some(Stop::Text(text)) => text.as_str().into(),
-                Some(Stop::Token(id)) => (*id).into(),
-            };
-            (finish.reason.into(), stop)
-        }
     }
 }

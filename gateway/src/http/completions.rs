@@ -7,16 +7,16 @@ use axum::body::Body;
 use axum::extract::State;
 use axum::http::{Request, Response};
 use serde_json::{Map, Value, json};
-use tokio::time::Instant;
 
-use super::answer::{self, Shape, Usage};
-use super::chat::finish_fields;
+use super::answer;
 use super::completions_request::{CompletionsRequest, PromptInput, parse_completions};
 use super::logprobs::{Labels, Lists, routed};
 use super::sampling::Generation;
+use super::shape::{Shape, Usage, finish_fields};
 use super::state::{Encoded, Gateway};
 use crate::error::ApiError;
-use crate::generate::{Delta, Prompt};
+use crate::generate::{Answer, Delta, Prompt};
+use crate::metrics::{Call, Operation};
 use crate::output::{TextOptions, TextStream};
 use crate::prompt::Prompter;
 use crate::trace::Identity;
@@ -26,14 +26,25 @@ pub(super) async fn completions(
     Extension(identity): Extension<Identity>,
     request: Request<Body>,
 ) -> Result<Response<Body>, ApiError> {
-    let began = Instant::now();
+    let mut call = Call::begin(&gateway.metrics, Operation::TextCompletion);
+    let started = start(&gateway, &identity, request, &mut call).await;
+    answer::respond(started, call, &identity).await
+}
+
+async fn start(
+    gateway: &Gateway,
+    identity: &Identity,
+    request: Request<Body>,
+    call: &mut Call,
+) -> Result<(Answer, CompletionsShape), ApiError> {
     identity
         .span
-        .record("gen_ai.operation.name", "text_completion");
+        .record("gen_ai.operation.name", Operation::TextCompletion.word());
     let body = gateway.body(request).await?;
     let asked = parse_completions(&body)?;
     drop(body);
     let model = gateway.model_name(asked.model.as_deref())?;
+    call.is_for(&model);
     let CompletionsRequest {
         prompts,
         echo,
@@ -41,7 +52,7 @@ pub(super) async fn completions(
         generation,
         ..
     } = asked;
-    let prompts = encode(&gateway, prompts, add_special_tokens).await?;
+    let prompts = encode(gateway, prompts, add_special_tokens).await?;
     let echoes = if echo {
         prompts
             .iter()
@@ -62,20 +73,14 @@ pub(super) async fn completions(
         echoes,
         asked: generation.clone(),
     };
-    let stream = generation.stream;
     let encoded = Encoded {
         prompts,
         generation,
         param: "prompt",
         echo,
-        began,
+        began: call.began,
     };
-    let answer = gateway.start(encoded, &identity).await?;
-    if stream {
-        let metrics = Arc::clone(&gateway.metrics);
-        return Ok(answer::events(answer, shape, &identity, metrics));
-    }
-    answer::whole(answer, &shape, &identity).await
+    Ok((gateway.start(encoded, identity).await?, shape))
 }
 
 async fn encode(
@@ -271,6 +276,10 @@ impl Shape for CompletionsShape {
 
     fn prompt_tokens(&self) -> usize {
         self.prompts.iter().map(|prompt| prompt.len()).sum()
+    }
+
+    fn stream(&self) -> bool {
+        self.asked.stream
     }
 
     fn include_usage(&self) -> bool {

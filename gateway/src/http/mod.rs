@@ -10,6 +10,7 @@ mod fields;
 mod logprobs;
 mod models;
 mod sampling;
+mod shape;
 mod sse;
 mod state;
 mod tokenize;
@@ -25,10 +26,11 @@ use axum::middleware::{self, Next};
 use axum::routing::{get, post};
 use tracing::Instrument;
 
+pub use answer::{ROUTE, WORKER};
 pub use chat_request::{ChatRequest, Message, parse_chat};
 pub use completions_request::{CompletionsRequest, PromptInput, parse_completions};
 pub use sampling::Generation;
-pub use state::{Gateway, MAX_BODY, ROUTE, WORKER};
+pub use state::{Gateway, MAX_BODY};
 pub use tokenize_request::{
     DetokenizeRequest, TokenizeInput, TokenizeRequest, parse_detokenize, parse_tokenize,
 };

@@ -1,7 +1,6 @@
 //! Server-sent events as OpenAI sends them: `data: {…}` lines, comments to keep proxies awake, an error as
 //! an event of its own, `[DONE]` at a good end. Dropping the body drops the answer and so cancels it.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::{Body, Bytes};
@@ -9,9 +8,9 @@ use futures::StreamExt;
 use serde_json::Value;
 use tokio::time::{Instant, timeout};
 
-use super::answer::{Shape, Usage, record};
+use super::shape::{Shape, Usage};
 use crate::generate::Answer;
-use crate::metrics::Metrics;
+use crate::metrics::Call;
 use crate::trace::Identity;
 
 /// Silence after which a comment is sent.
@@ -23,16 +22,11 @@ struct Events<S> {
     usage: Usage,
     reasons: Vec<&'static str>,
     identity: Identity,
-    metrics: Arc<Metrics>,
+    call: Call,
 }
 
 /// The body of a stream.
-pub(super) fn body<S: Shape>(
-    answer: Answer,
-    shape: S,
-    identity: Identity,
-    metrics: Arc<Metrics>,
-) -> Body {
+pub(super) fn body<S: Shape>(answer: Answer, shape: S, call: Call, identity: Identity) -> Body {
     let events = Events {
         usage: Usage {
             prompt: shape.prompt_tokens(),
@@ -42,7 +36,7 @@ pub(super) fn body<S: Shape>(
         shape,
         reasons: Vec::new(),
         identity,
-        metrics,
+        call,
     };
     Body::from_stream(futures::stream::unfold(events, |mut events| async move {
         let bytes = events.next().await?;
@@ -59,12 +53,16 @@ impl<S: Shape> Events<S> {
                 Err(_) => return Some(Bytes::from_static(b": keep-alive\n\n")),
                 Ok(None) => return Some(self.end()),
                 Ok(Some(Err(error))) => {
-                    self.metrics.rejected(error.reason);
+                    self.call.metrics.rejected(error.reason);
+                    self.call.failed(&error);
                     self.answer = None;
                     return Some(event(&error.to_json()));
                 }
                 Ok(Some(Ok(delta))) => {
                     let arrived = delta.arrived;
+                    if !delta.tokens.is_empty() {
+                        self.call.token();
+                    }
                     self.usage.add(&delta, self.shape.n());
                     self.reasons
                         .extend(delta.finish.as_ref().map(|finish| finish.reason));
@@ -74,7 +72,8 @@ impl<S: Shape> Events<S> {
                     let bytes = event(&chunk);
                     if let Some(arrived) = arrived {
                         let added = Instant::now() - arrived;
-                        self.metrics.token_overhead.observe(added.as_secs_f64());
+                        let overhead = &self.call.metrics.token_overhead;
+                        overhead.observe(added.as_secs_f64());
                     }
                     return Some(bytes);
                 }
@@ -84,7 +83,7 @@ impl<S: Shape> Events<S> {
 
     fn end(&mut self) -> Bytes {
         self.answer = None;
-        record(&self.identity, self.usage, self.reasons.iter().copied());
+        record(&mut self.call, &self.identity, self.usage, &self.reasons);
         let mut bytes = Vec::new();
         if self.shape.include_usage() {
             bytes.extend_from_slice(&event(&self.shape.usage_chunk(self.usage)));
@@ -92,6 +91,17 @@ impl<S: Shape> Events<S> {
         bytes.extend_from_slice(b"data: [DONE]\n\n");
         Bytes::from(bytes)
     }
+}
+
+/// Writes the figures of a finished request into its metrics and its span.
+pub(super) fn record(call: &mut Call, identity: &Identity, usage: Usage, reasons: &[&str]) {
+    call.done(usage.prompt, usage.completion, reasons.len());
+    identity
+        .span
+        .record("gen_ai.usage.output_tokens", usage.completion);
+    identity
+        .span
+        .record("gen_ai.response.finish_reasons", reasons.join(","));
 }
 
 fn event(document: &Value) -> Bytes {

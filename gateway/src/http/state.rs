@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::{Body, Bytes};
-use axum::http::{HeaderMap, HeaderName, HeaderValue, Request, header};
+use axum::http::{Request, header};
 use foregate_api::node::GatewayConfig;
 use tokio::time::{Instant, timeout};
 
@@ -25,11 +25,6 @@ pub const MAX_BODY: usize = 32 << 20;
 const BODY_SECONDS: u64 = 60;
 /// Texts longer than this are encoded off the runtime's threads.
 const LONG_TEXT: usize = 16 << 10;
-
-/// The ranks that took a request's sequences.
-pub const WORKER: HeaderName = HeaderName::from_static("x-foregate-worker");
-/// The routing decision.
-pub const ROUTE: HeaderName = HeaderName::from_static("x-foregate-route");
 
 /// Shared by all handlers.
 #[derive(Debug)]
@@ -276,16 +271,6 @@ impl Gateway {
         }
         let resolved = generation.max_tokens.map_or(left, |wanted| wanted as usize);
         Ok(u32::try_from(resolved).unwrap_or(u32::MAX))
-    }
-}
-
-/// Headers that tell where an answer was made.
-pub(super) fn placed(answer: &Answer, headers: &mut HeaderMap) {
-    let ranks: Vec<String> = answer.workers.iter().map(ToString::to_string).collect();
-    for (name, text) in [(WORKER, ranks.join(",")), (ROUTE, answer.route.clone())] {
-        if let Ok(value) = HeaderValue::try_from(text) {
-            headers.insert(name, value);
-        }
     }
 }
 

@@ -26,6 +26,7 @@ pub(crate) struct Cluster {
     late_rows: IntCounterVec,
     experts_loaded: IntCounterVec,
     cache_config: GaugeVec,
+    lora: GaugeVec,
     workers: GaugeVec,
     epoch: GaugeVec,
     connected: GaugeVec,
@@ -53,6 +54,7 @@ impl Cluster {
             late_rows: make.counters("foregate_gateway_late_rows_total", "Rows that came late or were refused by a peer.", &["engine"])?,
             experts_loaded: make.counters("foregate_gateway_experts_loaded_total", "Experts that migrations loaded.", &["engine"])?,
             cache_config: make.gauges("vllm:cache_config_info", "Shape of the KV cache; always 1.", &["model_name", "engine", "block_size", "num_blocks"])?,
+            lora: make.gauges("vllm:lora_requests_info", "LoRA adapters in use: none are served. The value is the time of the scrape.", &["max_lora", "running_lora_adapters", "waiting_lora_adapters"])?,
             workers: make.gauges("foregate_gateway_workers", "Registered workers by phase.", &["phase"])?,
             epoch: make.gauges("foregate_gateway_epoch", "Number of the active and of the wanted placement.", &["placement"])?,
             connected: make.gauges("foregate_gateway_store_connected", "1 while the view of the store is fresh.", &[])?,
@@ -66,8 +68,10 @@ impl Cluster {
         })
     }
 
-    /// Copies a state into the metrics.
-    pub(crate) fn show(&self, state: &ClusterState) {
+    /// Copies a state into the metrics; `now` is seconds since 1970.
+    pub(crate) fn show(&self, state: &ClusterState, now: u64) {
+        // Pickers that look for adapters read the newest of such lines, and take a missing one for a fault.
+        self.lora.with_label_values(&["0", "", ""]).set(now as f64);
         self.show_engines(state);
         self.show_members(state);
         self.show_experts(state);
