@@ -279,6 +279,15 @@ async fn listen(field: &str, address: &str) -> Result<TcpListener, CliError> {
     Ok(listener)
 }
 
+/// The role as the log names it, as the launch plan does.
+fn name(node: &NodeConfig) -> String {
+    match &node.role {
+        RoleConfig::Operator(_) => "operator".to_owned(),
+        RoleConfig::Gateway(_) => "gateway".to_owned(),
+        RoleConfig::Worker(worker) => format!("worker-{}", worker.rank),
+    }
+}
+
 /// Runs a role with its status server beside it; the server ends after the role.
 async fn beside_status<E: std::error::Error + 'static>(
     role: &Role,
@@ -287,7 +296,7 @@ async fn beside_status<E: std::error::Error + 'static>(
 ) -> Result<(), CliError> {
     let listener = listen("status_listen", &role.node.status_listen).await?;
     if let Ok(address) = listener.local_addr() {
-        tracing::info!(%address, "status server listens");
+        tracing::info!(role = %name(&role.node), %address, "status server listens");
     }
     let end = CancellationToken::new();
     let server = status::serve(listener, role.registry.clone(), probe, end.clone());

@@ -318,6 +318,13 @@ impl Shared<'_> {
         RoleConfig::Worker(WorkerConfig {
             rank,
             model_dir: self.place.model_dir.clone(),
+            served_name: self
+                .cluster
+                .model
+                .served_names
+                .first()
+                .cloned()
+                .unwrap_or_default(),
             rpc_listen: any_port(),
             exchange_listen: any_port(),
             fabric: match self.place.form {

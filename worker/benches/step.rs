@@ -52,6 +52,7 @@ fn config() -> WorkerConfig {
     WorkerConfig {
         rank: Rank(0),
         model_dir: String::new(),
+        served_name: String::new(),
         rpc_listen: String::new(),
         exchange_listen: String::new(),
         fabric: FabricKind::Local,

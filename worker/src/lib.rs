@@ -113,7 +113,7 @@ pub async fn run(deps: Deps) -> Result<(), WorkerError> {
     let rpc = local_address(&deps.rpc_listener)?;
     let metrics = Arc::new(WorkerMetrics::register(
         &deps.registry,
-        model_name(&deps.config.model_dir),
+        &deps.config.served_name,
     )?);
     let loading = Loading::new(Arc::clone(&deps.progress), Arc::clone(&metrics));
     let loaded = tokio::select! {
@@ -387,11 +387,6 @@ async fn gauges(
 /// A number for this start of the process, from the system's randomness.
 fn incarnation() -> u64 {
     RandomState::new().build_hasher().finish()
-}
-
-/// The model's label: the last part of its directory.
-fn model_name(dir: &str) -> &str {
-    dir.trim_end_matches('/').rsplit('/').next().unwrap_or(dir)
 }
 
 fn local_address(listener: &tokio::net::TcpListener) -> Result<String, WorkerError> {

@@ -45,6 +45,9 @@ pub(crate) fn check(config: &WorkerConfig) -> Result<(), WorkerError> {
             return Err(refuse(field, "must be at least 1"));
         }
     }
+    if config.served_name.is_empty() {
+        return Err(refuse("served_name", "must name the model"));
+    }
     Ok(())
 }
 

@@ -178,6 +178,7 @@ fn config(batch: u32, prompt: u32, length: usize) -> WorkerConfig {
     WorkerConfig {
         rank: Rank(0),
         model_dir: String::new(),
+        served_name: String::new(),
         rpc_listen: String::new(),
         exchange_listen: String::new(),
         fabric: FabricKind::Local,

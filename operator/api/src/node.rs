@@ -104,6 +104,8 @@ pub struct WorkerConfig {
     pub rank: Rank,
     /// Local directory with config.json and safetensors.
     pub model_dir: String,
+    /// Main name of the model: the label `model_name` of its metrics.
+    pub served_name: String,
     /// `host:port` of its gRPC listener; port 0 lets the system choose.
     pub rpc_listen: String,
     /// `host:port` of its exchange listener (TCP fabric only).

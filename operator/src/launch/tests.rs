@@ -76,6 +76,7 @@ fn one_operator_all_workers_one_gateway() {
     assert_eq!(workers[0].fabric, FabricKind::Local);
     assert_eq!((workers[0].threads, workers[0].slots), (4, 18));
     assert_eq!(workers[0].max_model_len, 1024);
+    assert_eq!(workers[0].served_name, cluster.model.served_names[0]);
     assert!(plan.notes.is_empty(), "{:?}", plan.notes);
 }
 

@@ -223,6 +223,7 @@ fn config(dir: &Path, rank: Rank, slots: u32, form: Form) -> WorkerConfig {
     WorkerConfig {
         rank,
         model_dir: dir.to_str().unwrap().to_owned(),
+        served_name: "tiny".to_owned(),
         rpc_listen: String::new(),
         exchange_listen: String::new(),
         fabric: form.fabric,
