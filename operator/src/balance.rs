@@ -428,7 +428,7 @@ impl Balancer {
         };
         let members = eligible(&look.state, &look.alive);
         let above = highest_epoch(&look.view());
-        let problem = problem(&members, model, demand.prediction(), above);
+        let problem = problem(&members, model, demand, above);
         let (parent, mut history) = (parent.cloned(), self.history.clone());
         let settings = self.settings();
         let begun = Instant::now();

@@ -7,6 +7,7 @@ use foregate_api::ids::{Epoch, Rank};
 use foregate_api::member::{Member, Phase};
 use foregate_api::model::ModelSpec;
 use foregate_api::placement::{Placement, Reason};
+use foregate_planner::demand::Demand;
 use foregate_planner::{Problem, RankSlots};
 use foregate_store::ClusterState;
 
@@ -34,7 +35,7 @@ pub(crate) fn eligible<'a>(
 pub(crate) fn problem(
     members: &[&Arc<Member>],
     model: &ModelSpec,
-    demand: Vec<Vec<f64>>,
+    demand: &Demand,
     above: Epoch,
 ) -> Problem {
     Problem {
@@ -48,7 +49,8 @@ pub(crate) fn problem(
             .collect(),
         layers: model.moe_layers(),
         experts: model.experts,
-        demand,
+        demand: demand.prediction(),
+        evidence: demand.evidence(),
         above,
     }
 }

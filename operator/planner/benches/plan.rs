@@ -49,6 +49,7 @@ fn problem(layers: usize) -> Problem {
         demand: (0..layers)
             .map(|_| (0..EXPERTS).map(|_| 1000.0 * dice.load()).collect())
             .collect(),
+        evidence: f64::INFINITY,
         above: Epoch(0),
     }
 }

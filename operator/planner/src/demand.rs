@@ -5,6 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use foregate_api::ids::Rank;
 use foregate_api::load::LoadWindow;
 
+use crate::noise::Noise;
+
 /// What became of a load window.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Observed {
@@ -48,6 +50,7 @@ pub struct Demand {
     layers: usize,
     experts: usize,
     average: Option<Vec<Vec<f64>>>,
+    noise: Noise,
     pending: Vec<Vec<u64>>,
     from: BTreeSet<Rank>,
     seen: BTreeMap<Rank, u64>,
@@ -62,6 +65,7 @@ impl Demand {
             layers,
             experts,
             average: None,
+            noise: Noise::default(),
             pending: vec![vec![0; experts]; layers],
             from: BTreeSet::new(),
             seen: BTreeMap::new(),
@@ -124,6 +128,7 @@ impl Demand {
                 }
             }
         }
+        self.noise.window(&self.pending, rows);
         self.pending.iter_mut().for_each(|row| row.fill(0));
         self.rows = self.rows.saturating_add(rows);
         Some(Closed {
@@ -136,6 +141,14 @@ impl Demand {
     #[must_use]
     pub const fn rows(&self) -> u64 {
         self.rows
+    }
+
+    /// How sure the prediction is: rows of a layer, drawn independently, that would be as sure. Windows whose rows
+    /// come in bursts of the same experts (those of one sequence) count for less than their rows. 0 before the
+    /// first close.
+    #[must_use]
+    pub fn evidence(&self) -> f64 {
+        self.noise.evidence()
     }
 
     /// The prediction for the next window, `[layer][expert]` in rows per window; zero before the first close.

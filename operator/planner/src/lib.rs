@@ -19,6 +19,7 @@ pub mod demand;
 mod guided;
 mod improve;
 mod layer;
+mod noise;
 mod pack;
 mod problem;
 pub mod redundancy;
@@ -177,6 +178,13 @@ struct Planned {
     report: LayerReport,
 }
 
+/// What the shares in force give, by dense rank.
+struct InForce {
+    loads: Vec<f64>,
+    /// Variance of each load if the rows of the demand were drawn independently: `Σ share² · rows`.
+    variances: Vec<f64>,
+}
+
 struct Planner<'a> {
     problem: &'a Problem,
     previous: Option<&'a Placement>,
@@ -224,8 +232,8 @@ impl<'a> Planner<'a> {
             return self.moved(l, &empty, homes, (0.0, 0.0));
         };
         let old = Layer::adopt(previous, l, &self.room, self.problem.experts);
-        let loads = self.loads_in_force(previous, l);
-        let before = split::balance(&loads);
+        let in_force = self.in_force(previous, l);
+        let before = split::balance(&in_force.loads);
         if self.reshaped {
             return self.reshape(l, &old, before);
         }
@@ -243,7 +251,7 @@ impl<'a> Planner<'a> {
             solved,
             steps: Vec::new(),
         };
-        self.stays(l, homes, &loads, (before, best), because)
+        self.stays(l, homes, &in_force, (before, best), because)
     }
 
     fn scratch(&self, w: &[f64], old: Option<&Layer>) -> steps::Homes {
@@ -273,8 +281,9 @@ impl<'a> Planner<'a> {
 
     /// Loads under the shares in force on the ranks that are left: what a lost rank had of an expert goes to the
     /// expert's other copies in proportion, an orphan's rows to nobody.
-    fn loads_in_force(&self, previous: &Placement, l: usize) -> Vec<f64> {
+    fn in_force(&self, previous: &Placement, l: usize) -> InForce {
         let mut loads = vec![0.0; self.room.ranks.len()];
+        let mut variances = loads.clone();
         for (copies, w) in previous.layers[l].copies.iter().zip(&self.demand[l]) {
             let left: Vec<(usize, f64)> = copies
                 .iter()
@@ -286,10 +295,22 @@ impl<'a> Planner<'a> {
             let total: f64 = left.iter().map(|(_, share)| share).sum();
             for (g, share) in &left {
                 let even = 1.0 / left.len() as f64;
-                loads[*g] += w * if total > 0.0 { share / total } else { even };
+                let share = if total > 0.0 { share / total } else { even };
+                loads[*g] += share * w;
+                variances[*g] += share * share * w;
             }
         }
-        loads
+        InForce { loads, variances }
+    }
+
+    /// See [`trigger::doubt`].
+    fn doubt(&self, l: usize, in_force: &InForce) -> f64 {
+        let rows: f64 = self.demand[l].iter().sum();
+        let per_row = rows / self.problem.evidence;
+        let highest = in_force.variances.iter().copied().fold(0.0, f64::max);
+        let mean = in_force.loads.iter().sum::<f64>() / in_force.loads.len().max(1) as f64;
+        let trials = in_force.loads.len() * self.problem.layers;
+        trigger::doubt((highest * per_row).sqrt() / mean, trials)
     }
 
     fn moved(&self, l: usize, old: &Layer, homes: steps::Homes, was: (f64, f64)) -> Planned {
@@ -315,19 +336,21 @@ impl<'a> Planner<'a> {
         &self,
         l: usize,
         homes: steps::Homes,
-        loads: &[f64],
+        in_force: &InForce,
         was: (f64, f64),
         because: Because,
     ) -> Planned {
+        let doubt = self.doubt(l, in_force);
         let mut planned = self.shared(l, homes, was);
         planned.report.because = because;
-        planned.report.verdict = trigger::without_move(was.0, was.1);
+        planned.report.doubt = doubt;
+        planned.report.verdict = trigger::without_move(was.0, was.1, doubt);
         if planned.report.verdict == Verdict::Keep {
             // The shares in force stand, so it is their loads that the report is about.
             let table = planned.homes.table(&self.room);
             planned.placement = None;
             planned.report.after = was.0;
-            planned.report.heaviest = self.heaviest(&table, &self.demand[l], loads);
+            planned.report.heaviest = self.heaviest(&table, &self.demand[l], &in_force.loads);
             planned.report.steps.clear();
         }
         planned
@@ -360,6 +383,7 @@ impl<'a> Planner<'a> {
             best: was.1,
             after: split::balance(&loads),
             bound: (mean / bound).min(1.0),
+            doubt: 0.0,
             copies_moved: 0,
             components: homes.components(),
             components_least: homes.least_components(),

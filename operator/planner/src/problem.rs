@@ -30,6 +30,10 @@ pub struct Problem {
     pub experts: usize,
     /// `demand[l][e]`: predicted rows of expert `e` in layer `l`, in any unit; all zero means "unknown".
     pub demand: Vec<Vec<f64>>,
+    /// Independent rows that a layer's demand was counted from ([`crate::demand::Demand::evidence`]), whatever its
+    /// unit: shares are solved anew only for a gain that their noise does not explain. Infinite if the demand is
+    /// known and not sampled.
+    pub evidence: f64,
     /// Highest epoch known anywhere (proposed, active or acknowledged); the plan's number is above it and
     /// above its parent's. `Epoch(0)` if the parent is the highest.
     pub above: Epoch,
@@ -96,6 +100,12 @@ pub enum PlanError {
         /// What was found.
         value: f64,
     },
+    /// The evidence is negative or not a number.
+    #[error("demand rests on {value} rows: must not be negative")]
+    Evidence {
+        /// What was found.
+        value: f64,
+    },
     /// The previous placement belongs to another model.
     #[error(
         "placement {epoch} is for {found_layers} layers of {found_experts} experts, the model has {layers} of \
@@ -140,6 +150,7 @@ impl Problem {
             layers,
             experts,
             demand: vec![vec![0.0; experts]; layers],
+            evidence: f64::INFINITY,
             above: Epoch(0),
         }
     }
@@ -181,6 +192,11 @@ impl Problem {
     }
 
     fn validate_demand(&self) -> Result<(), PlanError> {
+        if self.evidence.is_nan() || self.evidence < 0.0 {
+            return Err(PlanError::Evidence {
+                value: self.evidence,
+            });
+        }
         let wrong = (0..self.layers.max(self.demand.len()))
             .map(|l| (l, self.demand.get(l).map_or(0, Vec::len)))
             .find(|(l, found)| *l >= self.layers || *found != self.experts);

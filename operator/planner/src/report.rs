@@ -92,6 +92,9 @@ pub struct LayerReport {
     pub after: f64,
     /// The best that any placement of as many copies could give.
     pub bound: f64,
+    /// Overload (maximum over mean load, less one) that sampling alone explains; new shares must gain more. 0 if
+    /// copies move.
+    pub doubt: f64,
     /// Copies to load.
     pub copies_moved: usize,
     /// Components of linked ranks afterwards.

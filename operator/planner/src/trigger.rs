@@ -34,8 +34,14 @@ pub enum Because {
 pub(crate) const REST: u8 = 2;
 /// How far below the threshold a resting layer moves nevertheless.
 const URGENT: f64 = 0.05;
-/// By how much shares may fall behind the best ones before they are published anew.
-pub(crate) const STALE: f64 = 0.005;
+/// Least gain in balance that is worth new shares: an epoch costs every worker a switch, and workers split each
+/// batch anew from the published shares, so that what is left of the gain there is smaller still.
+const LEAST_REWEIGH: f64 = 0.01;
+/// How often in a window may noise be taken for drift, over all ranks and layers together.
+const FALSE_ALARMS: f64 = 0.01;
+/// Overload that is followed even if noise may explain it: a strong drift in every window looks like noise, and where
+/// windows hold so few rows, shares that chase them are no worse than shares that do not.
+const MOST_DOUBT: f64 = 0.25;
 
 /// The memory of the trigger: which layers rest, and for how long. An explicit value, in and out, since planning
 /// has no state of its own. Start with [`History::default`], hand the same value to every call.
@@ -78,9 +84,22 @@ pub(crate) fn may_move(best: f64, resting: bool, settings: &Settings) -> Result<
     }
 }
 
-/// What is left for a layer that does not move.
-pub(crate) fn without_move(in_force: f64, best: f64) -> Verdict {
-    if in_force < best - STALE {
+/// Overload that noise alone explains, given the standard error of the rank whose load is the least sure, over the
+/// mean load, and the number of ranks and layers that are looked at together (`trials`).
+///
+/// Shares in force were fitted to one sample and are judged by another, so both errors count: √2. A normal variable
+/// is above z standard errors with a probability of at most exp(−z²/2) (Chernoff's bound); with the union bound over
+/// all trials z = √(2·ln(trials / [`FALSE_ALARMS`])). Never more than [`MOST_DOUBT`].
+pub(crate) fn doubt(standard_error: f64, trials: usize) -> f64 {
+    let z = (2.0 * (trials.max(1) as f64 / FALSE_ALARMS).ln()).sqrt();
+    (std::f64::consts::SQRT_2 * z * standard_error).min(MOST_DOUBT)
+}
+
+/// What is left for a layer that does not move: new shares, if they gain enough and noise does not explain the gain.
+/// `in_force` and `best` are balances in (0, 1], `doubt` an overload.
+pub(crate) fn without_move(in_force: f64, best: f64, doubt: f64) -> Verdict {
+    let overload = 1.0 / in_force - 1.0 / best;
+    if best - in_force >= LEAST_REWEIGH && overload > doubt {
         Verdict::Reweigh
     } else {
         Verdict::Keep
@@ -118,8 +137,13 @@ mod tests {
     }
 
     #[test]
-    fn stale_shares_are_solved_anew() {
-        assert_eq!(without_move(0.90, 0.98), Verdict::Reweigh);
-        assert_eq!(without_move(0.976, 0.98), Verdict::Keep);
+    fn stale_shares_are_solved_anew_if_noise_does_not_explain_it() {
+        assert_eq!(without_move(0.90, 0.98, 0.0), Verdict::Reweigh);
+        assert_eq!(without_move(0.972, 0.98, 0.0), Verdict::Keep);
+        // An overload of 9 % is drift, or nothing, by how sure the demand is.
+        assert_eq!(without_move(0.90, 0.98, 0.08), Verdict::Reweigh);
+        assert_eq!(without_move(0.90, 0.98, 0.10), Verdict::Keep);
+        assert!((doubt(f64::INFINITY, 8) - MOST_DOUBT).abs() < 1e-12);
+        assert!((doubt(0.01, 8) - 0.0517).abs() < 1e-4);
     }
 }

@@ -44,6 +44,7 @@ prop_compose! {
             layers,
             experts,
             demand,
+            evidence: f64::INFINITY,
             above: Epoch(0),
         };
         (problem, later)

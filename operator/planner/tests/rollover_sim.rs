@@ -220,6 +220,7 @@ impl World {
             layers: LAYERS,
             experts: EXPERTS,
             demand: self.demand.clone(),
+            evidence: f64::INFINITY,
             above: coordinator::highest_epoch(view),
         };
         let settings = Settings {

@@ -122,6 +122,7 @@ impl Script {
 
     fn plan(&mut self) {
         self.problem.demand = self.demand.prediction();
+        self.problem.evidence = self.demand.evidence();
         let answer = plan(
             &self.problem,
             self.placement.as_ref(),
@@ -146,7 +147,7 @@ impl Script {
             };
             writeln!(
                 out,
-                "  layer {}: {word} ({:?}), {:.3} (best {:.3}) -> {:.3} of {:.3}, {} copies, {} orphans with {:.3} of \
+                "  layer {}: {word} ({:?}), {:.3} (best {:.3}) -> {:.3} of {:.3}, doubt {:.3}, {} copies, {} orphans with {:.3} of \
                  the rows, components {} (least {}), heaviest rank {} at {:.3}",
                 layer.layer,
                 layer.because,
@@ -154,6 +155,7 @@ impl Script {
                 layer.best,
                 layer.after,
                 layer.bound,
+                layer.doubt,
                 layer.copies_moved,
                 layer.orphans,
                 layer.orphaned_rows,
