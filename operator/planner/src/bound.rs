@@ -1,6 +1,6 @@
 //! Lower bounds of the maximum load: for a given placement (the certificate) and for any placement.
 
-use crate::split::SplitTable;
+use crate::table::SplitTable;
 
 /// The certificate and the set of ranks that gives it.
 #[derive(Debug, Clone, PartialEq)]
@@ -89,21 +89,7 @@ pub fn any_placement(rows: &[f64], ranks: usize, copies: usize) -> f64 {
 
 #[cfg(test)]
 mod tests {
-    use foregate_api::ids::Rank;
-
     use super::*;
-
-    #[test]
-    fn an_island_sets_the_pace_and_is_named() {
-        // Ranks 1 and 2 share their experts with nobody; rank 0 is nearly idle.
-        let hosts = [vec![0], vec![1, 2], vec![1], vec![2]];
-        let table = SplitTable::even(&[Rank(0), Rank(1), Rank(2)], &hosts);
-        let rows = [1.0, 50.0, 30.0, 20.0];
-        let solved = crate::split::solve(&table, &rows, 100, 1e-9);
-        let found = certificate(&table, &rows, &solved.loads);
-        assert!((found.bound - 50.0).abs() < 1e-9);
-        assert_eq!(found.set, [1, 2]);
-    }
 
     #[test]
     fn counts_bound_the_best_placement() {

@@ -6,8 +6,8 @@
 
 use crate::layer::{Layer, least};
 use crate::problem::Room;
-use crate::split::Solved;
-use crate::steps::{LEAST_GAIN, best_split};
+use crate::solve::Solved;
+use crate::trigger::LEAST_GAIN;
 
 /// Experts of the most loaded rank that are tried.
 const HEAVY: usize = 2;
@@ -24,12 +24,12 @@ pub(crate) fn follow_split(
     limit: usize,
     threshold: f64,
 ) -> Solved {
-    let mut solved = best_split(layer, room, w);
+    let mut solved = layer.best_split(room, w);
     while solved.balance() < threshold {
         let better = candidates(layer, &solved, w)
             .into_iter()
             .filter(|candidate| candidate.moved_from(origin) <= limit)
-            .map(|candidate| (best_split(&candidate, room, w), candidate))
+            .map(|candidate| (candidate.best_split(room, w), candidate))
             .enumerate()
             .min_by(|(i, (a, _)), (j, (b, _))| least(&(a.max(), *i), &(b.max(), *j)));
         match better {
@@ -93,9 +93,9 @@ mod tests {
         };
         let mut layer = origin.clone();
         let solved = follow_split(&mut layer, &origin, &room, &w, 4, 0.97);
-        assert_eq!(solved.loads, best_split(&layer, &room, &w).loads);
+        assert_eq!(solved.loads, layer.best_split(&room, &w).loads);
         assert!(
-            best_split(&layer, &room, &w).balance() >= 0.97,
+            layer.best_split(&room, &w).balance() >= 0.97,
             "{:?}",
             layer.all_slots()
         );

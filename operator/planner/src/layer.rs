@@ -6,7 +6,9 @@ use foregate_api::ids::ExpertId;
 use foregate_api::placement::{LayerPlacement, Placement};
 
 use crate::problem::Room;
-use crate::split::SplitTable;
+use crate::redundancy;
+use crate::solve::{SOLVE_GAP, SOLVE_SWEEPS, Solved, solve};
+use crate::table::SplitTable;
 
 /// Which expert is in which slot. No rank holds an expert twice; a rank may have free slots.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -181,11 +183,16 @@ impl Layer {
 
     /// The least number of components that this many copies can have.
     pub(crate) fn least_components(&self) -> usize {
-        crate::redundancy::least_components(self.experts, self.ranks(), self.copies())
+        redundancy::least_components(self.experts, self.ranks(), self.copies())
     }
 
     pub(crate) fn table(&self, room: &Room) -> SplitTable {
         SplitTable::even(&room.ranks, &self.hosts)
+    }
+
+    /// The best split under `w`.
+    pub(crate) fn best_split(&self, room: &Room, w: &[f64]) -> Solved {
+        solve(&self.table(room), w, SOLVE_SWEEPS, SOLVE_GAP)
     }
 
     /// The canonical form with even shares.

@@ -3,7 +3,7 @@
 use foregate_api::ids::{Epoch, LayerId, Rank};
 use foregate_api::placement::Placement;
 
-use crate::check::Finding;
+use crate::finding::Finding;
 
 /// Rows added to every expert's demand, so that an expert nobody asked for is placed like any other.
 pub(crate) const FLOOR: f64 = 1e-3;

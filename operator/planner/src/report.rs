@@ -8,7 +8,7 @@ use foregate_api::ids::{Epoch, LayerId, Rank};
 use foregate_api::placement::Reason;
 use serde::Serialize;
 
-use crate::check::Finding;
+use crate::finding::Finding;
 use crate::layer::Layer;
 use crate::problem::Room;
 use crate::trigger::{Because, Verdict};

@@ -2,7 +2,6 @@
 //!
 //! Each returns the layer and what every step did; shares are solved by the caller.
 
-use crate::Settings;
 use crate::bound;
 use crate::connect::connect;
 use crate::guided::follow_split;
@@ -14,12 +13,12 @@ use crate::relabel::relabel;
 use crate::repair::repair;
 use crate::replicate::counts;
 use crate::report::Step;
-use crate::split::{SOLVE_GAP, SOLVE_SWEEPS, Solved, solve};
+use crate::settings::Settings;
+use crate::solve::Solved;
+use crate::trigger::LEAST_GAIN;
 
 /// How far above the mean the highest load of the local search may stay.
 const TARGET: f64 = 1.01;
-/// Least gain in balance that is worth moving a copy for.
-pub(crate) const LEAST_GAIN: f64 = 0.002;
 /// Most lazy steps after a plan from scratch; each gains at least [`LEAST_GAIN`], so this is never the reason to end.
 const MOST_POLISH: usize = 512;
 
@@ -30,11 +29,6 @@ pub(crate) struct Homes {
     /// The best split of the layer.
     pub(crate) solved: Solved,
     pub(crate) steps: Vec<Step>,
-}
-
-/// The best split of this layer under `w`.
-pub(crate) fn best_split(layer: &Layer, room: &Room, w: &[f64]) -> Solved {
-    solve(&layer.table(room), w, SOLVE_SWEEPS, SOLVE_GAP)
 }
 
 /// Counts, pack, improve, connect, and (after an earlier placement) relabel; then lazy steps until none helps, so
@@ -71,7 +65,7 @@ pub(crate) fn from_scratch(
         before,
         after: layer.components(),
     });
-    let mut solved = best_split(&layer, room, w);
+    let mut solved = layer.best_split(room, w);
     for _ in 0..MOST_POLISH {
         if solved.balance() >= settings.threshold {
             break;
@@ -84,7 +78,7 @@ pub(crate) fn from_scratch(
     }
     if let Some(old) = old {
         let (named, kept) = relabel(&layer, old, &room.slots);
-        (solved, layer) = (best_split(&named, room, w), named);
+        (solved, layer) = (named.best_split(room, w), named);
         steps.push(Step::Relabel { kept });
     }
     Homes {
@@ -110,7 +104,7 @@ pub(crate) fn from_survivors(survivors: &Layer, room: &Room, w: &[f64]) -> Homes
         steps.push(Step::Fill { copies: filled });
     }
     Homes {
-        solved: best_split(&layer, room, w),
+        solved: layer.best_split(room, w),
         layer,
         steps,
     }
@@ -139,7 +133,7 @@ pub(crate) fn lazy(
         if layer == *origin {
             continue;
         }
-        let solved = best_split(&layer, room, w);
+        let solved = layer.best_split(room, w);
         if solved.balance() <= reached + LEAST_GAIN {
             continue;
         }

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use crate::Settings;
+use crate::settings::Settings;
 
 /// What is done with a layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -34,6 +34,8 @@ pub enum Because {
 pub(crate) const REST: u8 = 2;
 /// How far below the threshold a resting layer moves nevertheless.
 const URGENT: f64 = 0.05;
+/// Least gain in balance that is worth moving a copy for.
+pub(crate) const LEAST_GAIN: f64 = 0.002;
 /// Least gain in balance that is worth new shares: an epoch costs every worker a switch, and workers split each
 /// batch anew from the published shares, so that what is left of the gain there is smaller still.
 const LEAST_REWEIGH: f64 = 0.01;

@@ -1,0 +1,450 @@
+//! One call of the planner: layer by layer, then what it comes to.
+
+use foregate_api::ids::{Epoch, LayerId, Rank};
+use foregate_api::placement::{LayerPlacement, Placement, Reason};
+
+use crate::layer::Layer;
+use crate::problem::{FLOOR, PlanError, Problem, Room};
+use crate::report::{Heaviest, LayerReport, Report, Step};
+use crate::settings::Settings;
+use crate::solve::{balance, shares};
+use crate::table::SplitTable;
+use crate::trigger::{Because, History, Verdict};
+use crate::{bound, check, report, steps, trigger};
+
+/// What is to be done.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Decision {
+    /// Nothing: the placement in force stands.
+    Keep {
+        /// Why.
+        report: Box<Report>,
+    },
+    /// New shares over the same homes.
+    Reweigh {
+        /// The placement to propose.
+        placement: Box<Placement>,
+        /// Why.
+        report: Box<Report>,
+    },
+    /// Copies move: a first plan, drift, a repair or a resize (see [`Placement::reason`]).
+    Move {
+        /// The placement to propose.
+        placement: Box<Placement>,
+        /// Why.
+        report: Box<Report>,
+    },
+}
+
+impl Decision {
+    /// The placement to propose, if any.
+    #[must_use]
+    pub fn placement(&self) -> Option<&Placement> {
+        match self {
+            Self::Keep { .. } => None,
+            Self::Reweigh { placement, .. } | Self::Move { placement, .. } => Some(placement),
+        }
+    }
+
+    /// Why.
+    #[must_use]
+    pub fn report(&self) -> &Report {
+        match self {
+            Self::Keep { report }
+            | Self::Reweigh { report, .. }
+            | Self::Move { report, .. } => report,
+        }
+    }
+}
+
+/// The first placement of a cluster.
+///
+/// # Errors
+/// What is wrong with the problem, and its remedy.
+pub fn initial(
+    problem: &Problem,
+    settings: &Settings,
+) -> Result<(Placement, Report), PlanError> {
+    match plan(problem, None, settings, &mut History::default())? {
+        Decision::Move { placement, report } | Decision::Reweigh { placement, report } => {
+            Ok((*placement, *report))
+        }
+        // Without a placement in force there is nothing to keep; told as an error rather than by a panic.
+        Decision::Keep { .. } => Err(PlanError::Refused {
+            findings: Vec::new(),
+        }),
+    }
+}
+
+/// Decides what a window's demand asks for. Call it once per window: `history` counts the windows a layer rests.
+///
+/// `previous` is the placement in force (the *active* one, not a target that is still pending).
+///
+/// # Errors
+/// What is wrong with the problem, and its remedy; `history` is then unchanged.
+pub fn plan(
+    problem: &Problem,
+    previous: Option<&Placement>,
+    settings: &Settings,
+    history: &mut History,
+) -> Result<Decision, PlanError> {
+    problem.validate()?;
+    settings.validate()?;
+    if let Some(previous) = previous {
+        problem.validate_previous(previous)?;
+    }
+    let planner = Planner::new(problem, previous, settings);
+    let mut next = history.clone();
+    next.fit(problem.layers);
+    let layers: Vec<Planned> = (0..problem.layers)
+        .map(|l| planner.layer(l, next.resting(l)))
+        .collect();
+    let decision = planner.decide(layers, &mut next)?;
+    *history = next;
+    Ok(decision)
+}
+
+/// One layer's answer.
+struct Planned {
+    homes: Layer,
+    /// `None`: the layer of the placement in force stands as it is.
+    placement: Option<LayerPlacement>,
+    /// Copies each rank has to load.
+    to_load: Vec<usize>,
+    report: LayerReport,
+}
+
+/// What the shares in force give, by dense rank.
+struct InForce {
+    loads: Vec<f64>,
+    /// Variance of each load if the rows of the demand were drawn independently: `Σ share² · rows`.
+    variances: Vec<f64>,
+}
+
+struct Planner<'a> {
+    problem: &'a Problem,
+    previous: Option<&'a Placement>,
+    settings: &'a Settings,
+    room: Room,
+    demand: Vec<Vec<f64>>,
+    lost: Vec<Rank>,
+    joined: Vec<Rank>,
+    /// Ranks, or slots of a rank, came or went.
+    reshaped: bool,
+}
+
+impl<'a> Planner<'a> {
+    fn new(
+        problem: &'a Problem,
+        previous: Option<&'a Placement>,
+        settings: &'a Settings,
+    ) -> Self {
+        let room = Room::of(problem);
+        let old = previous.map_or(&[][..], |p| p.ranks.as_slice());
+        let outside = |of: &[Rank], not_in: &[Rank]| -> Vec<Rank> {
+            of.iter()
+                .filter(|r| not_in.binary_search(r).is_err())
+                .copied()
+                .collect()
+        };
+        let floored = |row: &Vec<f64>| row.iter().map(|x| x + FLOOR).collect();
+        Self {
+            lost: outside(old, &room.ranks),
+            joined: outside(&room.ranks, old),
+            reshaped: previous.is_none_or(|p| reshaped(p, &room, problem.experts)),
+            demand: problem.demand.iter().map(floored).collect(),
+            problem,
+            previous,
+            settings,
+            room,
+        }
+    }
+
+    fn layer(&self, l: usize, resting: bool) -> Planned {
+        let w = &self.demand[l];
+        let Some(previous) = self.previous else {
+            let empty = Layer::empty(self.room.ranks.len(), self.problem.experts);
+            let homes = self.scratch(w, None);
+            return self.moved(l, &empty, homes, (0.0, 0.0));
+        };
+        let old = Layer::adopt(previous, l, &self.room, self.problem.experts);
+        let in_force = self.in_force(previous, l);
+        let before = balance(&in_force.loads);
+        if self.reshaped {
+            return self.reshape(l, &old, before);
+        }
+        let solved = old.best_split(&self.room, w);
+        let best = solved.balance();
+        let because = match trigger::may_move(best, resting, self.settings) {
+            Err(because) => because,
+            Ok(()) => match steps::lazy(&old, &self.room, w, best, self.settings) {
+                Some(homes) => return self.moved(l, &old, homes, (before, best)),
+                None => Because::NoGain,
+            },
+        };
+        let homes = steps::Homes {
+            layer: old,
+            solved,
+            steps: Vec::new(),
+        };
+        self.stays(l, homes, &in_force, (before, best), because)
+    }
+
+    fn scratch(&self, w: &[f64], old: Option<&Layer>) -> steps::Homes {
+        steps::from_scratch(&self.room, w, self.settings, old)
+    }
+
+    /// Ranks or slots came or went: what survived is completed, or, if that is less than half, planned afresh.
+    fn reshape(&self, l: usize, old: &Layer, before: f64) -> Planned {
+        let w = &self.demand[l];
+        if old.copies() * 2 < self.room.total() {
+            let homes = self.scratch(w, Some(old));
+            return self.moved(l, old, homes, (before, before));
+        }
+        let mut homes = steps::from_survivors(old, &self.room, w);
+        if self.lost.is_empty() {
+            // Nothing is missing, so the lazy step may follow at once; after a loss orphans come first and alone.
+            let q0 = homes.solved.balance();
+            if q0 < self.settings.threshold
+                && let Some(more) = steps::lazy(&homes.layer, &self.room, w, q0, self.settings)
+            {
+                (homes.layer, homes.solved) = (more.layer, more.solved);
+                homes.steps.extend(more.steps);
+            }
+        }
+        self.moved(l, old, homes, (before, before))
+    }
+
+    /// Loads under the shares in force on the ranks that are left: what a lost rank had of an expert goes to the
+    /// expert's other copies in proportion, an orphan's rows to nobody.
+    fn in_force(&self, previous: &Placement, l: usize) -> InForce {
+        let mut loads = vec![0.0; self.room.ranks.len()];
+        let mut variances = loads.clone();
+        for (copies, w) in previous.layers[l].copies.iter().zip(&self.demand[l]) {
+            let left: Vec<(usize, f64)> = copies
+                .iter()
+                .filter_map(|copy| {
+                    let g = self.room.ranks.binary_search(&copy.rank).ok()?;
+                    Some((g, f64::from(copy.share)))
+                })
+                .collect();
+            let total: f64 = left.iter().map(|(_, share)| share).sum();
+            for (g, share) in &left {
+                let even = 1.0 / left.len() as f64;
+                let share = if total > 0.0 { share / total } else { even };
+                loads[*g] += share * w;
+                variances[*g] += share * share * w;
+            }
+        }
+        InForce { loads, variances }
+    }
+
+    /// See [`trigger::doubt`].
+    fn doubt(&self, l: usize, in_force: &InForce) -> f64 {
+        let rows: f64 = self.demand[l].iter().sum();
+        let per_row = rows / self.problem.evidence;
+        let highest = in_force.variances.iter().copied().fold(0.0, f64::max);
+        let mean = in_force.loads.iter().sum::<f64>() / in_force.loads.len().max(1) as f64;
+        let trials = in_force.loads.len() * self.problem.layers;
+        trigger::doubt((highest * per_row).sqrt() / mean, trials)
+    }
+
+    fn moved(&self, l: usize, old: &Layer, homes: steps::Homes, was: (f64, f64)) -> Planned {
+        let mut planned = self.shared(l, homes, was);
+        planned.to_load = (0..old.ranks())
+            .map(|g| planned.homes.moved_on(old, g))
+            .collect();
+        planned.report.copies_moved = planned.to_load.iter().sum();
+        planned.report.verdict = Verdict::Move;
+        planned.report.because = Because::Moves;
+        if self.previous.is_some() {
+            let w = &self.demand[l];
+            let orphans = (0..w.len()).filter(|e| old.count(*e) == 0);
+            planned.report.orphans = orphans.clone().count();
+            // From 0.0 by hand: the empty sum of floats is -0.0.
+            let orphaned = orphans.fold(0.0, |sum, e| sum + w[e]);
+            planned.report.orphaned_rows = orphaned / w.iter().sum::<f64>();
+        }
+        planned
+    }
+
+    fn stays(
+        &self,
+        l: usize,
+        homes: steps::Homes,
+        in_force: &InForce,
+        was: (f64, f64),
+        because: Because,
+    ) -> Planned {
+        let doubt = self.doubt(l, in_force);
+        let mut planned = self.shared(l, homes, was);
+        planned.report.because = because;
+        planned.report.doubt = doubt;
+        planned.report.verdict = trigger::without_move(was.0, was.1, doubt);
+        if planned.report.verdict == Verdict::Keep {
+            // The shares in force stand, so it is their loads that the report is about.
+            let table = planned.homes.table(&self.room);
+            planned.placement = None;
+            planned.report.after = was.0;
+            planned.report.heaviest = self.heaviest(&table, &self.demand[l], &in_force.loads);
+            planned.report.steps.clear();
+        }
+        planned
+    }
+
+    /// Turns a solved split into shares and says how the layer stands; verdict and reason are the caller's.
+    fn shared(&self, l: usize, homes: steps::Homes, was: (f64, f64)) -> Planned {
+        let w = &self.demand[l];
+        let steps::Homes {
+            layer: homes,
+            solved,
+            mut steps,
+        } = homes;
+        let even = homes.table(&self.room);
+        steps.push(Step::Split {
+            sweeps: solved.sweeps,
+            gap: solved.max() / solved.certificate - 1.0,
+        });
+        let mut placement = homes.placement(&self.room);
+        placement.copies = shares(&even, &solved);
+        let loads = SplitTable::of(&self.room.ranks, &placement)
+            .map_or_else(|| solved.loads.clone(), |table| table.fixed_loads(w));
+        let mean = w.iter().sum::<f64>() / homes.ranks() as f64;
+        let bound = bound::any_placement(w, homes.ranks(), homes.copies());
+        let report = LayerReport {
+            layer: LayerId(l as u32),
+            verdict: Verdict::Reweigh,
+            because: Because::Balanced,
+            before: was.0,
+            best: was.1,
+            after: balance(&loads),
+            bound: (mean / bound).min(1.0),
+            doubt: 0.0,
+            copies_moved: 0,
+            components: homes.components(),
+            components_least: homes.least_components(),
+            orphans: 0,
+            orphaned_rows: 0.0,
+            heaviest: self.heaviest(&even, w, &loads),
+            steps,
+        };
+        Planned {
+            homes,
+            placement: Some(placement),
+            to_load: Vec::new(),
+            report,
+        }
+    }
+
+    fn heaviest(&self, table: &SplitTable, w: &[f64], loads: &[f64]) -> Heaviest {
+        let found = bound::certificate(table, w, loads);
+        let at = (0..loads.len())
+            .min_by(|a, b| loads[*b].total_cmp(&loads[*a]).then(a.cmp(b)))
+            .unwrap_or(0);
+        let mean = loads.iter().sum::<f64>() / loads.len().max(1) as f64;
+        Heaviest {
+            rank: self.room.ranks[at],
+            over_mean: loads[at] / mean,
+            set: found.set.iter().map(|g| self.room.ranks[*g]).collect(),
+        }
+    }
+
+    fn reason(&self, verdict: Verdict) -> Option<Reason> {
+        match verdict {
+            Verdict::Keep => None,
+            Verdict::Reweigh => Some(Reason::Reweigh),
+            Verdict::Move if self.previous.is_none() => Some(Reason::Initial),
+            Verdict::Move if !self.lost.is_empty() => Some(Reason::Repair),
+            Verdict::Move if self.reshaped => Some(Reason::Resize),
+            Verdict::Move => Some(Reason::Move),
+        }
+    }
+
+    fn decide(
+        &self,
+        layers: Vec<Planned>,
+        history: &mut History,
+    ) -> Result<Decision, PlanError> {
+        let mut report = self.report(&layers);
+        for planned in &layers {
+            let moved = planned.report.verdict == Verdict::Move && !self.reshaped;
+            history.passed(planned.report.layer.index(), moved);
+        }
+        let Some(reason) = report.reason else {
+            report.layers = layers.into_iter().map(|p| p.report).collect();
+            return Ok(Decision::Keep {
+                report: Box::new(report),
+            });
+        };
+        let mut placement = Placement {
+            epoch: report.epoch,
+            parent: report.parent,
+            reason,
+            ranks: self.room.ranks.clone(),
+            layers: Vec::with_capacity(layers.len()),
+            balance_before: report.balance_before,
+            balance_after: report.balance_after,
+        };
+        for (l, planned) in layers.into_iter().enumerate() {
+            let stands = || self.previous.and_then(|p| p.layers.get(l)).cloned();
+            placement.layers.extend(planned.placement.or_else(stands));
+            report.layers.push(planned.report);
+        }
+        let findings = check::check(&placement, self.problem, self.previous);
+        if check::refused(&findings) {
+            return Err(PlanError::Refused { findings });
+        }
+        report.findings = findings;
+        let (placement, report) = (Box::new(placement), Box::new(report));
+        Ok(match report.verdict {
+            Verdict::Move => Decision::Move { placement, report },
+            Verdict::Keep | Verdict::Reweigh => Decision::Reweigh { placement, report },
+        })
+    }
+
+    /// The report but for its layers and findings.
+    fn report(&self, layers: &[Planned]) -> Report {
+        let verdict = layers
+            .iter()
+            .map(|p| p.report.verdict)
+            .max()
+            .unwrap_or(Verdict::Keep);
+        let mean = |of: fn(&LayerReport) -> f64| {
+            layers.iter().map(|p| of(&p.report)).sum::<f64>() / layers.len().max(1) as f64
+        };
+        let to_one = |g: usize| {
+            layers
+                .iter()
+                .map(|p| p.to_load.get(g).copied().unwrap_or(0))
+                .sum()
+        };
+        let homes: Vec<&Layer> = layers.iter().map(|p| &p.homes).collect();
+        let parent = self.previous.map_or(Epoch(0), |p| p.epoch);
+        let reason = self.reason(verdict);
+        let next = parent.max(self.problem.above).next();
+        Report {
+            verdict,
+            reason,
+            parent,
+            epoch: if reason.is_some() { next } else { parent },
+            balance_before: mean(|l| l.before),
+            balance_after: mean(|l| l.after),
+            copies_moved: layers.iter().map(|p| p.report.copies_moved).sum(),
+            most_to_one_rank: (0..self.room.ranks.len()).map(to_one).max().unwrap_or(0),
+            lost: self.lost.clone(),
+            joined: self.joined.clone(),
+            at_risk: report::at_risk(&homes, &self.demand, &self.room),
+            findings: Vec::new(),
+            layers: Vec::with_capacity(layers.len()),
+        }
+    }
+}
+
+/// Whether ranks differ, or a rank holds more or less than its room.
+fn reshaped(previous: &Placement, room: &Room, experts: usize) -> bool {
+    previous.ranks != room.ranks
+        || (0..previous.layers.len()).any(|l| {
+            let layer = Layer::adopt(previous, l, room, experts);
+            (0..layer.ranks()).any(|g| layer.slots(g).len() != room.slots[g])
+        })
+}
