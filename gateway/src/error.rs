@@ -8,9 +8,9 @@ use serde_json::{Value, json};
 /// Why the gateway could not start or had to stop.
 #[derive(Debug, thiserror::Error)]
 pub enum GatewayError {
-    /// The tokenizer or the chat template of the model directory cannot be used.
+    /// A file of the model directory cannot be used.
     #[error(transparent)]
-    Prompt(#[from] crate::prompt::PromptError),
+    ModelFile(#[from] crate::model_files::ModelFileError),
     /// A metric could not be registered (registered twice, most likely).
     #[error("metrics: {0}")]
     Metrics(#[from] prometheus::Error),

@@ -26,6 +26,7 @@ pub mod error;
 pub mod generate;
 pub mod http;
 pub mod metrics;
+pub mod model_files;
 pub mod output;
 pub mod prompt;
 pub mod random;
@@ -40,7 +41,7 @@ pub use error::{ApiError, GatewayError};
 
 use admission::Admission;
 use generate::Runner;
-use http::Gateway;
+use http::{Defaults, Gateway};
 use metrics::Metrics;
 use prompt::Prompter;
 use upstream::{Loads, Upstream};
@@ -83,9 +84,7 @@ pub async fn run(deps: Deps) -> Result<(), GatewayError> {
         shutdown,
     } = deps;
     check(&config)?;
-    let model_dir = config.model_dir.clone();
-    let prompter =
-        tokio::task::spawn_blocking(move || Prompter::load(Path::new(&model_dir))).await??;
+    let (prompter, defaults) = model(config.model_dir.clone()).await?;
     let name = config
         .served_names
         .first()
@@ -109,7 +108,9 @@ pub async fn run(deps: Deps) -> Result<(), GatewayError> {
     let limits = serve::Limits::for_requests(
         (config.max_in_flight as usize).saturating_add(config.max_queued as usize),
     );
-    let gateway = Arc::new(gateway(config, prompter, views, loads, metrics, &shutdown));
+    let gateway = Arc::new(gateway(
+        config, prompter, defaults, views, loads, metrics, &shutdown,
+    ));
     let router = http::router(Arc::clone(&gateway));
     tokio::select! {
         () = serve::serve(listener, router, limits, shutdown.clone()) => {}
@@ -140,10 +141,27 @@ async fn idle(admission: &Admission, shutdown: &CancellationToken) {
     }
 }
 
+/// What the model directory says about text and sampling. The tokenizer alone takes a second.
+async fn model(dir: String) -> Result<(Prompter, Defaults), GatewayError> {
+    let (prompter, defaults) = tokio::task::spawn_blocking(move || {
+        let dir = Path::new(&dir);
+        Ok::<_, GatewayError>((Prompter::load(dir)?, Defaults::load(dir)?))
+    })
+    .await??;
+    if defaults != Defaults::default() {
+        tracing::info!(
+            ?defaults,
+            "generation_config.json sets what requests leave open"
+        );
+    }
+    Ok((prompter, defaults))
+}
+
 /// Puts the parts together.
 fn gateway(
     config: GatewayConfig,
     prompter: Prompter,
+    defaults: Defaults,
     views: Arc<Views>,
     loads: Arc<Loads>,
     metrics: Arc<Metrics>,
@@ -165,6 +183,7 @@ fn gateway(
     Gateway {
         config,
         prompter,
+        defaults,
         views,
         admission,
         runner,

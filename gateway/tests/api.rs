@@ -10,7 +10,7 @@ use std::time::Duration;
 use foregate_api::load::EngineLoad;
 use foregate_api::member::Phase;
 use serde_json::{Value, json};
-use support::{Cluster, config, experts_of, ids, logprob_of, member, window};
+use support::{Cluster, DEMO, config, experts_of, ids, logprob_of, member, window};
 
 const ANSWER: &str = "light — 漢字 and 😀 were there.";
 
@@ -171,6 +171,67 @@ async fn sampling_reaches_the_worker() {
     );
     assert!(request.deadline_ms > 0 && request.deadline_ms <= 20_000);
     assert_eq!(request.prompt_len as usize, request.token_ids.len());
+}
+
+/// A directory with the demonstration model's text files and this `generation_config.json`.
+fn model_with(generation: &Value) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["tokenizer.json", "tokenizer_config.json"] {
+        std::fs::copy(format!("{DEMO}/{name}"), dir.path().join(name)).unwrap();
+    }
+    let path = dir.path().join("generation_config.json");
+    std::fs::write(path, generation.to_string()).unwrap();
+    dir
+}
+
+#[tokio::test]
+async fn the_model_says_what_the_request_leaves_open() {
+    let dir = model_with(&json!({
+        "do_sample": true, "temperature": 0.5, "top_p": 0.25, "top_k": 7, "min_p": 0.125,
+        "repetition_penalty": 1.5, "max_new_tokens": 9,
+    }));
+    let mut config = config();
+    config.model_dir = dir.path().display().to_string();
+    let cluster = Cluster::start(1, ANSWER, config).await;
+    let asked = async |path: &str, body: &Value| {
+        cluster.json(path, body).await;
+        let request = cluster.workers[0].requests().pop().unwrap();
+        (request.max_tokens, request.sampling.unwrap())
+    };
+    let messages = json!([{"role": "user", "content": "In the beginning"}]);
+    let (most, sampling) = asked("/v1/chat/completions", &json!({"messages": messages})).await;
+    assert_eq!(most, 9);
+    assert_eq!(
+        (sampling.temperature, sampling.top_p, sampling.min_p),
+        (0.5, 0.25, 0.125)
+    );
+    assert_eq!((sampling.top_k, sampling.repetition_penalty), (7, 1.5));
+    let own = json!({
+        "messages": messages, "temperature": 0, "top_p": 1, "top_k": -1, "min_p": 0,
+        "repetition_penalty": 1, "max_tokens": 30,
+    });
+    let (most, sampling) = asked("/v1/chat/completions", &own).await;
+    assert_eq!(most, 30);
+    assert_eq!(
+        (sampling.temperature, sampling.top_p, sampling.min_p),
+        (0.0, 1.0, 0.0)
+    );
+    assert_eq!((sampling.top_k, sampling.repetition_penalty), (0, 1.0));
+    let (most, sampling) = asked("/v1/completions", &json!({"prompt": "x"})).await;
+    assert_eq!((most, sampling.temperature), (16, 0.5));
+}
+
+#[tokio::test]
+async fn a_model_that_asks_for_more_than_fits_gets_what_fits() {
+    let dir = model_with(&json!({"max_new_tokens": 1_000_000}));
+    let mut config = config();
+    config.model_dir = dir.path().display().to_string();
+    let cluster = Cluster::start(1, ANSWER, config).await;
+    cluster
+        .json("/v1/chat/completions", &chat(&json!({})))
+        .await;
+    let request = cluster.workers[0].requests().remove(0);
+    assert_eq!(request.max_tokens, 1024 - request.prompt_len);
 }
 
 #[tokio::test]

@@ -5,7 +5,9 @@
 mod support;
 
 use foregate_gateway::ApiError;
-use foregate_gateway::http::{parse_chat, parse_completions, parse_detokenize, parse_tokenize};
+use foregate_gateway::http::{
+    Defaults, parse_chat, parse_completions, parse_detokenize, parse_tokenize,
+};
 use serde_json::{Value, json};
 use support::{Cluster, config};
 
@@ -639,12 +641,13 @@ proptest::proptest! {
     #[test]
     fn parsers_take_any_bytes(bytes in proptest::collection::vec(0_u8.., 0..200), cut in 0_usize..400) {
         let valid = br#"{"messages":[{"role":"user","content":[{"type":"text","text":"x"}]}],"prompt":[[1,2],"x"],"stop":["a"],"logit_bias":{"5":1},"stream":true,"stream_options":{"include_usage":true},"tokens":[1]}"#;
+        let defaults = Defaults::default();
         let mut mixed = valid[..cut.min(valid.len())].to_vec();
         mixed.extend(&bytes);
         for body in [bytes.as_slice(), mixed.as_slice()] {
             let errors: [Option<ApiError>; 4] = [
-                parse_chat(body).err(),
-                parse_completions(body).err(),
+                parse_chat(body, &defaults).err(),
+                parse_completions(body, &defaults).err(),
                 parse_tokenize(body).err(),
                 parse_detokenize(body).err(),
             ];

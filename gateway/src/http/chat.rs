@@ -39,7 +39,7 @@ async fn start(
         .span
         .record("gen_ai.operation.name", Operation::Chat.word());
     let body = gateway.body(request).await?;
-    let asked = parse_chat(&body)?;
+    let asked = parse_chat(&body, &gateway.defaults)?;
     drop(body);
     let model = gateway.model_name(asked.model.as_deref())?;
     call.is_for(&model);

@@ -2,6 +2,7 @@
 
 use serde_json::{Map, Value};
 
+use super::defaults::Defaults;
 use super::fields::{Fields, wrong};
 use super::sampling::{self, Generation, MAX_LOGPROBS};
 use crate::error::{ApiError, clip};
@@ -37,17 +38,17 @@ pub struct ChatRequest {
     pub generation: Generation,
 }
 
-/// Reads the body of `POST /v1/chat/completions`.
+/// Reads the body of `POST /v1/chat/completions`; `defaults` are the model's.
 ///
 /// # Errors
 /// 400, naming the field.
-pub fn parse_chat(body: &[u8]) -> Result<ChatRequest, ApiError> {
+pub fn parse_chat(body: &[u8], defaults: &Defaults) -> Result<ChatRequest, ApiError> {
     let mut fields = Fields::body(body)?;
     let model = fields.string("model")?;
     let messages = messages(&mut fields)?;
     let logprobs = logprobs(&mut fields)?;
     let max_tokens = max_tokens(&mut fields)?;
-    let mut generation = sampling::parse(&mut fields)?;
+    let mut generation = sampling::parse(&mut fields, defaults)?;
     generation.logprobs = logprobs;
     generation.max_tokens = max_tokens;
     let (add_generation_prompt, add_special_tokens, template_variables) =

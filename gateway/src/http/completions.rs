@@ -41,7 +41,7 @@ async fn start(
         .span
         .record("gen_ai.operation.name", Operation::TextCompletion.word());
     let body = gateway.body(request).await?;
-    let asked = parse_completions(&body)?;
+    let asked = parse_completions(&body, &gateway.defaults)?;
     drop(body);
     let model = gateway.model_name(asked.model.as_deref())?;
     call.is_for(&model);

@@ -2,6 +2,7 @@
 
 use serde_json::Value;
 
+use super::defaults::Defaults;
 use super::fields::{Fields, token_ids, wrong};
 use super::sampling::{self, Generation, MAX_LOGPROBS};
 use crate::error::ApiError;
@@ -33,11 +34,15 @@ pub struct CompletionsRequest {
     pub generation: Generation,
 }
 
-/// Reads the body of `POST /v1/completions`.
+/// Reads the body of `POST /v1/completions`; `defaults` are the model's, save for `max_tokens`, which is 16 as
+/// everywhere.
 ///
 /// # Errors
 /// 400, naming the field.
-pub fn parse_completions(body: &[u8]) -> Result<CompletionsRequest, ApiError> {
+pub fn parse_completions(
+    body: &[u8],
+    defaults: &Defaults,
+) -> Result<CompletionsRequest, ApiError> {
     let mut fields = Fields::body(body)?;
     let model = fields.string("model")?;
     let prompts = prompts(&mut fields)?;
@@ -45,7 +50,7 @@ pub fn parse_completions(body: &[u8]) -> Result<CompletionsRequest, ApiError> {
     let add_special_tokens = fields.boolean("add_special_tokens")?.unwrap_or(true);
     let logprobs = fields.count("logprobs", 0, MAX_LOGPROBS)?;
     let max_tokens = fields.count("max_tokens", 0, u32::MAX)?.unwrap_or(16);
-    let mut generation = sampling::parse(&mut fields)?;
+    let mut generation = sampling::parse(&mut fields, defaults)?;
     generation.logprobs = logprobs;
     generation.max_tokens = Some(max_tokens);
     fields.only(

@@ -38,6 +38,20 @@ impl Fields {
         }
     }
 
+    /// The fields of a document that is no request, named as they stand.
+    pub(super) fn document(value: Value) -> Result<Self, ApiError> {
+        match value {
+            Value::Object(map) => Ok(Self {
+                path: String::new(),
+                map,
+            }),
+            other => Err(ApiError::malformed(format!(
+                "the file must be a JSON object, not {}",
+                kind(&other)
+            ))),
+        }
+    }
+
     /// The full name of a field, as errors name it.
     pub(super) fn name(&self, field: &str) -> String {
         let field = clip(field, 100);

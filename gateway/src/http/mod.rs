@@ -6,6 +6,7 @@ mod chat;
 mod chat_request;
 mod completions;
 mod completions_request;
+mod defaults;
 mod fields;
 mod logprobs;
 mod models;
@@ -29,6 +30,7 @@ use tracing::Instrument;
 pub use answer::{ROUTE, WORKER};
 pub use chat_request::{ChatRequest, Message, parse_chat};
 pub use completions_request::{CompletionsRequest, PromptInput, parse_completions};
+pub use defaults::Defaults;
 pub use sampling::Generation;
 pub use state::{Gateway, MAX_BODY};
 pub use tokenize_request::{

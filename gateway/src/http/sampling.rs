@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use serde_json::Value;
 
+use super::defaults::Defaults;
 use super::fields::{Fields, number, wrong};
 use crate::error::{ApiError, clip};
 
@@ -69,18 +70,20 @@ pub struct Generation {
     pub include_usage: bool,
 }
 
-/// Reads the shared fields; `logprobs` and the limits that differ are read by the caller first.
-pub(super) fn parse(fields: &mut Fields) -> Result<Generation, ApiError> {
+/// Reads the shared fields; `logprobs` and the limits that differ are read by the caller first. What the
+/// request does not say comes from `defaults`.
+pub(super) fn parse(fields: &mut Fields, defaults: &Defaults) -> Result<Generation, ApiError> {
+    let chosen = Defaults::take(fields)?.or(defaults);
     let stream = fields.boolean("stream")?.unwrap_or(false);
     let n = fields.count("n", 1, MAX_N)?.unwrap_or(1);
     let generation = Generation {
         max_tokens: None,
         min_tokens: fields.count("min_tokens", 0, u32::MAX)?.unwrap_or(0),
-        temperature: fields.number("temperature", 0.0, 2.0)?.unwrap_or(1.0),
-        top_p: top_p(fields)?,
-        top_k: top_k(fields)?,
-        min_p: fields.number("min_p", 0.0, 1.0)?.unwrap_or(0.0),
-        repetition_penalty: repetition_penalty(fields)?,
+        temperature: chosen.temperature.unwrap_or(1.0),
+        top_p: chosen.top_p.unwrap_or(1.0),
+        top_k: chosen.top_k.unwrap_or(0),
+        min_p: chosen.min_p.unwrap_or(0.0),
+        repetition_penalty: chosen.repetition_penalty.unwrap_or(1.0),
         presence_penalty: fields.number("presence_penalty", -2.0, 2.0)?.unwrap_or(0.0),
         frequency_penalty: fields
             .number("frequency_penalty", -2.0, 2.0)?
@@ -172,38 +175,6 @@ fn harmless(fields: &mut Fields, n: u32) -> Result<(), ApiError> {
         Value::is_boolean,
         "tools are not served",
     )
-}
-
-fn top_p(fields: &mut Fields) -> Result<f32, ApiError> {
-    let top_p = fields.number("top_p", 0.0, 1.0)?.unwrap_or(1.0);
-    if top_p > 0.0 {
-        return Ok(top_p);
-    }
-    Err(ApiError::invalid(
-        "top_p",
-        "`top_p` must be greater than 0 and at most 1; for greedy answers send `temperature`: 0",
-    ))
-}
-
-/// -1 and 0 both mean "off", as in vLLM.
-fn top_k(fields: &mut Fields) -> Result<u32, ApiError> {
-    let top_k = fields
-        .integer("top_k", -1, i64::from(u32::MAX))?
-        .unwrap_or(0);
-    Ok(u32::try_from(top_k).unwrap_or(0))
-}
-
-fn repetition_penalty(fields: &mut Fields) -> Result<f32, ApiError> {
-    let penalty = fields
-        .number("repetition_penalty", 0.0, 100.0)?
-        .unwrap_or(1.0);
-    if penalty > 0.0 {
-        return Ok(penalty);
-    }
-    Err(ApiError::invalid(
-        "repetition_penalty",
-        "`repetition_penalty` must be greater than 0; 1 switches it off",
-    ))
 }
 
 /// Any 64-bit integer; a negative one is taken by its bits.

@@ -8,6 +8,7 @@ use axum::http::{Request, header};
 use foregate_api::node::GatewayConfig;
 use tokio::time::{Instant, timeout};
 
+use super::defaults::Defaults;
 use super::sampling::Generation;
 use crate::admission::Admission;
 use crate::clock::Clock;
@@ -33,6 +34,8 @@ pub struct Gateway {
     pub config: GatewayConfig,
     /// Text and ids.
     pub prompter: Prompter,
+    /// What a request does not say about sampling.
+    pub defaults: Defaults,
     /// The cluster.
     pub views: Arc<Views>,
     /// Who may work.
@@ -269,7 +272,13 @@ impl Gateway {
                 ),
             ));
         }
-        let resolved = generation.max_tokens.map_or(left, |wanted| wanted as usize);
+        let unsaid = || {
+            let most = self.defaults.max_tokens.map_or(left, |most| most as usize);
+            most.min(left)
+        };
+        let resolved = generation
+            .max_tokens
+            .map_or_else(unsaid, |wanted| wanted as usize);
         Ok(u32::try_from(resolved).unwrap_or(u32::MAX))
     }
 }

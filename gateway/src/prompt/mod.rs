@@ -5,7 +5,7 @@ mod python_json;
 mod template;
 mod token_bytes;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use serde_json::{Map, Value};
@@ -16,27 +16,7 @@ pub use token_bytes::TokenBytes;
 
 use crate::error::ApiError;
 use crate::http::Message;
-
-/// Why the files of a model directory cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub enum PromptError {
-    /// A file exists and cannot be read.
-    #[error("{path}: {source}", path = path.display())]
-    Read {
-        /// Which.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// A file is not what it must be.
-    #[error("{path}: {what}", path = path.display())]
-    Parse {
-        /// Which.
-        path: PathBuf,
-        /// What is wrong.
-        what: String,
-    },
-}
+use crate::model_files::{ModelFileError, read};
 
 /// What a model directory says about text. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -58,12 +38,12 @@ struct TextSide {
 }
 
 impl Prompter {
-    /// Reads `tokenizer.json`, `tokenizer_config.json`, `special_tokens_map.json` and `chat_template.jinja`.
+    /// Reads `tokenizer.json`, `tokenizer_config.json`, `special_tokens_map.json` and the chat template.
     /// A directory without `tokenizer.json` gives a gateway for token ids only.
     ///
     /// # Errors
     /// A file that is there and cannot be read or understood.
-    pub fn load(dir: &Path) -> Result<Self, PromptError> {
+    pub fn load(dir: &Path) -> Result<Self, ModelFileError> {
         let text = match read(&dir.join("tokenizer.json"))? {
             None => None,
             Some(json) => Some(text_side(&dir.join("tokenizer.json"), &json)?),
@@ -164,11 +144,8 @@ fn no_tokenizer(param: &str) -> ApiError {
     )
 }
 
-fn text_side(path: &Path, json: &[u8]) -> Result<TextSide, PromptError> {
-    let parse = |what: String| PromptError::Parse {
-        path: path.to_owned(),
-        what,
-    };
+fn text_side(path: &Path, json: &[u8]) -> Result<TextSide, ModelFileError> {
+    let parse = |what: String| ModelFileError::parse(path, what);
     let mut tokenizer =
         Tokenizer::from_bytes(json).map_err(|error| parse(error.to_string()))?;
     // A tokenizer saved during training may cut or fill; serving must do neither in silence.
@@ -185,18 +162,6 @@ fn text_side(path: &Path, json: &[u8]) -> Result<TextSide, PromptError> {
         bytes,
         longest,
     })
-}
-
-/// The bytes of a file; `None` if there is none.
-fn read(path: &Path) -> Result<Option<Vec<u8>>, PromptError> {
-    match std::fs::read(path) {
-        Ok(bytes) => Ok(Some(bytes)),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(PromptError::Read {
-            path: path.to_owned(),
-            source,
-        }),
-    }
 }
 
 #[cfg(test)]

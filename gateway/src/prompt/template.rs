@@ -9,8 +9,9 @@ use minijinja::value::{Kwargs, Value as Jinja};
 use minijinja::{AutoEscape, Environment, Error, ErrorKind};
 use serde_json::{Map, Value};
 
-use super::{PromptError, date, python_json, read};
+use super::{date, python_json};
 use crate::http::Message;
+use crate::model_files::{ModelFileError, json, read};
 
 const NAME: &str = "chat_template";
 
@@ -175,19 +176,18 @@ fn without_generation_tags(source: &str) -> String {
     out
 }
 
-/// Finds the template of a model directory: `chat_template.jinja` first, then `chat_template.json`,
-/// then `tokenizer_config.json` (a string, or a list of named ones of which `default` counts).
-pub(super) fn load(dir: &Path) -> Result<Option<ChatTemplate>, PromptError> {
+/// Finds the template of a model directory. `chat_template.jinja` wins, as in transformers; then
+/// `chat_template.json`, which processors had before it, then `tokenizer_config.json`. The latter two have a
+/// string, or a list of named templates of which only `default` is for a plain conversation.
+pub(super) fn load(dir: &Path) -> Result<Option<ChatTemplate>, ModelFileError> {
     let config_path = dir.join("tokenizer_config.json");
     let config = json(&config_path)?.unwrap_or(Value::Null);
     let special_map = json(&dir.join("special_tokens_map.json"))?.unwrap_or(Value::Null);
     let jinja_path = dir.join("chat_template.jinja");
     let json_path = dir.join("chat_template.json");
     let (path, source) = if let Some(bytes) = read(&jinja_path)? {
-        let text = String::from_utf8(bytes).map_err(|error| PromptError::Parse {
-            path: jinja_path.clone(),
-            what: error.to_string(),
-        })?;
+        let text = String::from_utf8(bytes)
+            .map_err(|error| ModelFileError::parse(&jinja_path, error))?;
         (jinja_path, Some(text))
     } else if let Some(document) = json(&json_path)? {
         let source = source(&document["chat_template"]);
@@ -198,21 +198,9 @@ pub(super) fn load(dir: &Path) -> Result<Option<ChatTemplate>, PromptError> {
     source
         .map(|text| {
             ChatTemplate::compile(&text, special(&special_map, &config))
-                .map_err(|what| PromptError::Parse { path, what })
+                .map_err(|what| ModelFileError::parse(&path, what))
         })
         .transpose()
-}
-
-fn json(path: &Path) -> Result<Option<Value>, PromptError> {
-    let Some(bytes) = read(path)? else {
-        return Ok(None);
-    };
-    serde_json::from_slice(&bytes)
-        .map(Some)
-        .map_err(|error| PromptError::Parse {
-            path: path.to_owned(),
-            what: error.to_string(),
-        })
 }
 
 fn source(value: &Value) -> Option<String> {
@@ -221,7 +209,6 @@ fn source(value: &Value) -> Option<String> {
         Value::Array(named) => named
             .iter()
             .find(|entry| entry["name"] == "default")
-            .or_else(|| named.first())
             .and_then(|entry| entry["template"].as_str())
             .map(str::to_owned),
         _ => None,
@@ -343,11 +330,24 @@ mod tests {
         assert!(load(dir.path()).unwrap().is_none());
         std::fs::write(
             &config,
+            r#"{"chat_template": [{"name": "tool_use", "template": "t"}]}"#,
+        )
+        .unwrap();
+        assert!(
+            load(dir.path()).unwrap().is_none(),
+            "a template for tools is not one for conversations"
+        );
+        std::fs::write(
+            &config,
             r#"{"eos_token": {"content": "</s>"}, "chat_template": [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d{{ eos_token }}"}]}"#,
         )
         .unwrap();
         let named = load(dir.path()).unwrap().unwrap();
         assert_eq!(named.render(&[], false, &Map::new(), 0).unwrap(), "d</s>");
+        let legacy = dir.path().join("chat_template.json");
+        std::fs::write(legacy, r#"{"chat_template": "json"}"#).unwrap();
+        let json = load(dir.path()).unwrap().unwrap();
+        assert_eq!(json.render(&[], false, &Map::new(), 0).unwrap(), "json");
         std::fs::write(dir.path().join("chat_template.jinja"), "file").unwrap();
         let file = load(dir.path()).unwrap().unwrap();
         assert_eq!(file.render(&[], false, &Map::new(), 0).unwrap(), "file");

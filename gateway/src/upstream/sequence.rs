@@ -24,7 +24,7 @@ use crate::route::{self, Choice};
 use crate::signature::{Known, Signature};
 use crate::trace::Identity;
 
-/// Losses that one sequence survives.
+/// Losses that one sequence survives: of workers that had it, not of those that could not be reached.
 const MAX_LOSSES: u32 = 3;
 /// Longest wait for the headers of an answer; a healthy worker answers at once.
 const ANSWER: Duration = Duration::from_secs(10);
@@ -349,9 +349,10 @@ impl Sequence {
                 }
                 Err(Failure::Final(error)) => return Err(error),
                 Err(Failure::Busy) => busy = true,
+                // No loss: the worker never had the sequence. Patience bounds how often that happens.
                 Err(Failure::Lost(why)) => {
+                    tracing::debug!(parent: &span, why, "worker_not_reached");
                     self.upstream.suspect(&member);
-                    self.lost(&why)?;
                 }
             }
             // The first word belongs to the worker that took the sequence.
