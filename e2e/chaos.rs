@@ -80,6 +80,27 @@ fn epoch(experts: &Value) -> u64 {
     experts["active"]["epoch"].as_u64().unwrap_or(0)
 }
 
+async fn all_streams_run(client: &Client) {
+    client
+        .until("all streams run", Duration::from_secs(30), || async {
+            let running = client
+                .metric("foregate_gateway_requests_in_flight", "")
+                .await;
+            running == Some(PROMPTS.len() as f64)
+        })
+        .await;
+}
+
+async fn all_ready(client: &Client, count: usize) {
+    client
+        .until("all workers are ready", Duration::from_secs(60), || async {
+            let experts = experts(client).await;
+            let workers = experts["workers"].as_object().unwrap();
+            workers.len() == count && workers.values().all(|worker| worker["phase"] == "ready")
+        })
+        .await;
+}
+
 async fn end(cluster: Foregate, children: &[u32]) {
     let (status, stderr) = cluster.stop().await;
     assert!(status.success(), "{status}\n{stderr}");
@@ -172,30 +193,13 @@ async fn streams_of_a_killed_worker_go_on_with_the_same_tokens() {
     let worker = cluster.instance("worker-1");
     let streams = all(&client, 150);
     let kill = async {
-        client
-            .until("all streams run", Duration::from_secs(30), || async {
-                let running = client
-                    .metric("foregate_gateway_requests_in_flight", "")
-                    .await;
-                running == Some(PROMPTS.len() as f64)
-            })
-            .await;
+        all_streams_run(&client).await;
         signal(worker, "KILL");
     };
     let (got, ()) = tokio::join!(streams, kill);
     assert_eq!(got, expected);
     let next = cluster.restarted("worker-1", worker).await;
-    client
-        .until(
-            "three workers are ready",
-            Duration::from_secs(60),
-            || async {
-                let experts = experts(&client).await;
-                let workers = experts["workers"].as_object().unwrap();
-                workers.len() == 3 && workers.values().all(|worker| worker["phase"] == "ready")
-            },
-        )
-        .await;
+    all_ready(&client, 3).await;
     assert_eq!(
         all(&client, 24).await,
         expected
@@ -204,6 +208,40 @@ async fn streams_of_a_killed_worker_go_on_with_the_same_tokens() {
             .collect::<Vec<_>>()
     );
     end(cluster, &[worker, next]).await;
+}
+
+/// Nobody is left who has a copy or could take a sequence: streams wait until the workers are back.
+#[tokio::test]
+async fn streams_outlive_the_death_of_all_workers() {
+    if missing() {
+        return;
+    }
+    let manifest = ManifestFile::demo("  workers:\n    count: 2\n    kvMemory: 64Mi\n");
+    let cluster = Start::up(BINARY, &["--processes", "-f", manifest.argument()])
+        .ready()
+        .await;
+    let client = Client::new(&cluster.url);
+    let expected = all(&client, 150).await;
+    let workers = ["worker-0", "worker-1"].map(|name| (name, cluster.instance(name)));
+    let streams = all(&client, 150);
+    let kill = async {
+        all_streams_run(&client).await;
+        for (_, worker) in workers {
+            signal(worker, "KILL");
+        }
+    };
+    let (got, ()) = tokio::join!(streams, kill);
+    assert_eq!(got, expected);
+    assert!(
+        client.metric("foregate_gateway_resumes_total", "").await >= Some(1.0),
+        "the workers died under the streams"
+    );
+    let mut children = Vec::new();
+    for (name, worker) in workers {
+        children.extend([worker, cluster.restarted(name, worker).await]);
+    }
+    all_ready(&client, 2).await;
+    end(cluster, &children).await;
 }
 
 /// The port stays bound while its gateway is started again: a client waits, nobody is refused.
