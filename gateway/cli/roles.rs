@@ -269,7 +269,7 @@ async fn gateway(role: Role, config: GatewayConfig) -> Result<(), CliError> {
         shutdown: role.shutdown,
     };
     let end = foregate_gateway::run(deps).await;
-    end.map_err(|error| CliError::runtime("gateway", &error))
+    end.map_err(|error| CliError::runtime("the role failed", &error))
 }
 
 async fn listen(field: &str, address: &str) -> Result<TcpListener, CliError> {

@@ -102,19 +102,13 @@ impl Admission {
         if let Ok(permit) = Arc::clone(&self.permits).try_acquire_many_owned(wanted) {
             return Ok(self.granted(permit, from, wanted));
         }
-        let queued = self.counts.queued.fetch_add(1, Ordering::Relaxed);
-        let _waiting = Waiting(&self.counts.queued);
-        if queued >= self.max_queued {
-            return Err(ApiError::overloaded(
-                "queue_full",
-                format!("{queued} requests are waiting already: try again later"),
-                self.retry_after(),
-            ));
-        }
+        let waiting = self.queue()?;
         let acquired = tokio::select! {
             acquired = Arc::clone(&self.permits).acquire_many_owned(wanted) => acquired,
             () = self.draining.cancelled() => return Err(draining()),
             () = tokio::time::sleep(self.queue_timeout) => {
+                // The figure below is for those that wait still.
+                drop(waiting);
                 return Err(ApiError::overloaded(
                     "queue_timeout",
                     format!("no free place within {} ms: try again later", self.queue_timeout.as_millis()),
@@ -125,6 +119,22 @@ impl Admission {
         match acquired {
             Ok(permit) => Ok(self.granted(permit, from, wanted)),
             Err(_) => Err(draining()),
+        }
+    }
+
+    /// A place in the queue, if it has one.
+    fn queue(&self) -> Result<Waiting<'_>, ApiError> {
+        let queued = &self.counts.queued;
+        let one_more = |waiting: u32| (waiting < self.max_queued).then_some(waiting + 1);
+        match queued.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more) {
+            Ok(_) => Ok(Waiting(queued)),
+            Err(waiting) => Err(ApiError::overloaded(
+                "queue_full",
+                format!(
+                    "every place is taken and {waiting} requests wait for one: try again later"
+                ),
+                self.retry_after(),
+            )),
         }
     }
 
@@ -199,7 +209,11 @@ mod tests {
             (refused.status.as_u16(), refused.reason),
             (429, "queue_full")
         );
-        assert!(refused.retry_after.is_some());
+        assert!(
+            refused.message.contains(" 1 requests wait"),
+            "{}",
+            refused.message
+        );
         let late = tasks.join_next().await.unwrap().unwrap().unwrap_err();
         assert_eq!(late.reason, "queue_timeout");
         assert_eq!(gate.queued(), 0);
@@ -215,6 +229,10 @@ mod tests {
         tokio::time::advance(Duration::from_secs(20)).await;
         drop(permit);
         assert_eq!(gate.retry_after(), 21);
+        // The one that is refused does not stand before itself.
+        let _held = gate.admit(1).await.unwrap();
+        let refused = gate.admit(1).await.unwrap_err();
+        assert_eq!(refused.retry_after, Some(21));
     }
 
     #[tokio::test]
