@@ -131,11 +131,11 @@ const DOORS: &[(&str, &[&str])] = &[
     ("opentelemetry-proto", &[BINARY]),
     ("opentelemetry_sdk", &[BINARY]),
     ("plotters", &[BINARY]),
-    ("rustix", &[BINARY]),
+    ("rustix", &[BINARY, "foregate-worker"]),
     // The load generator of `foregate bench`.
     ("reqwest", &[BINARY]),
-    // The data directory of an own etcd; the node files of child processes.
-    ("tempfile", &["foregate-store", BINARY]),
+    // The data directory of an own etcd.
+    ("tempfile", &["foregate-store"]),
     ("tracing-subscriber", &[BINARY]),
 ];
 

@@ -2,7 +2,7 @@
 //!
 //! Here the seams are chosen: which store, which fabric. A role never asks whether it is alone in its process.
 
-use std::io::Read;
+use std::io::{BufRead, Read};
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -30,15 +30,18 @@ const CONNECT: Duration = Duration::from_secs(30);
 /// Arguments of `foregate operator|gateway|worker`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct RoleArgs {
-    /// The node file: one NodeConfig as JSON.
+    /// The node file: one NodeConfig as JSON. `-` reads it as one line from stdin, and drains when stdin ends.
     #[arg(long, value_name = "NODE.json")]
     config: PathBuf,
-    /// Drain when stdin ends; `up --processes` sets it so that no child outlives its parent.
-    #[arg(long, hide = true)]
-    stdin_is_parent: bool,
     /// stdout is the bound listener of the HTTP API; `up --processes` sets it for its gateway.
     #[arg(long, hide = true)]
     stdout_is_listener: bool,
+}
+
+impl RoleArgs {
+    fn is_stdin(&self) -> bool {
+        self.config.as_os_str() == "-"
+    }
 }
 
 /// What the roles of one process share.
@@ -109,8 +112,7 @@ pub(crate) async fn run_alone(
         progress: Sink::default(),
         shutdown: shutdown.clone(),
     };
-    let parent = args.stdin_is_parent;
-    if parent {
+    if args.is_stdin() {
         watch_parent(shutdown)?;
     }
     Box::pin(run(role)).await
@@ -152,10 +154,19 @@ pub(crate) fn watch_parent(shutdown: CancellationToken) -> Result<(), CliError> 
 
 fn read_node(kind: &str, args: &RoleArgs) -> Result<NodeConfig, CliError> {
     let path = args.config.display();
-    let text = std::fs::read(&args.config)
-        .map_err(|error| CliError::Usage(format!("node file {path}: {error}")))?;
-    let node: NodeConfig = serde_json::from_slice(&text)
-        .map_err(|error| CliError::Usage(format!("node file {path}: {error}")))?;
+    let wrong =
+        |error: &dyn std::error::Error| CliError::Usage(format!("node file {path}: {error}"));
+    let mut text = Vec::new();
+    let read = if args.is_stdin() {
+        std::io::stdin()
+            .lock()
+            .read_until(b'\n', &mut text)
+            .map(drop)
+    } else {
+        std::fs::read(&args.config).map(|read| text = read)
+    };
+    read.map_err(|error| wrong(&error))?;
+    let node: NodeConfig = serde_json::from_slice(&text).map_err(|error| wrong(&error))?;
     let is = match &node.role {
         RoleConfig::Operator(_) => "operator",
         RoleConfig::Gateway(_) => "gateway",

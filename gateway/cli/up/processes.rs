@@ -1,22 +1,21 @@
 //! The instances as child processes: a real etcd, the TCP fabric.
 //!
-//! Each child gets its node file in a directory that only this user can read, and drains when its stdin ends, so
-//! none outlives this process. A child that dies is started again after a pause.
+//! Each child reads its node file from stdin, and drains when its stdin ends, so none outlives this process and
+//! nothing is left on disk. A child that dies is started again after a pause.
 //!
 //! The port of the HTTP API is bound here, once, and handed to each gateway as its stdout. So nobody can take it
 //! between two gateways, and a client that connects in the pause between them waits instead of being refused.
 
-use std::io::Write;
 use std::net::TcpListener;
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{ExitStatus, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
 use foregate_api::node::RoleConfig;
 use foregate_operator::launch::{Form, Instance};
-use tempfile::TempDir;
+use tokio::io::AsyncWriteExt;
 use tokio::process::{Child, ChildStdin, Command};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
@@ -95,7 +94,6 @@ fn handed_over(listener: tokio::net::TcpListener) -> Result<TcpListener, CliErro
 /// The children by their order of draining.
 struct Children {
     executable: PathBuf,
-    files: TempDir,
     progress: Progress,
     was_ready: CancellationToken,
     tokens: [CancellationToken; 3],
@@ -107,9 +105,6 @@ impl Children {
         Ok(Self {
             executable: std::env::current_exe()
                 .map_err(|error| CliError::runtime("this binary cannot be found", &error))?,
-            // tempfile makes it with mode 0700.
-            files: TempDir::with_prefix("foregate-")
-                .map_err(|error| CliError::runtime("no directory for node files", &error))?,
             progress: progress.clone(),
             was_ready: CancellationToken::new(),
             tokens: Default::default(),
@@ -123,7 +118,9 @@ impl Children {
         listener: Option<TcpListener>,
     ) -> Result<(), CliError> {
         let order = drain_order(&instance.node);
-        let file = write_node(self.files.path(), &instance)?;
+        let mut node_file = serde_json::to_vec(&instance.node)
+            .map_err(|error| CliError::runtime("node file", &error))?;
+        node_file.push(b'\n');
         let keeper = Keeper {
             name: instance.name,
             role: match instance.node.role {
@@ -131,7 +128,7 @@ impl Children {
                 RoleConfig::Gateway(_) => "gateway",
                 RoleConfig::Worker(_) => "worker",
             },
-            file,
+            node_file,
             listener,
             executable: self.executable.clone(),
             progress: self.progress.clone(),
@@ -167,22 +164,12 @@ impl Children {
     }
 }
 
-fn write_node(directory: &Path, instance: &Instance) -> Result<PathBuf, CliError> {
-    let path = directory.join(format!("{}.json", instance.name));
-    let failed = |error: &dyn std::error::Error| {
-        CliError::runtime(&format!("node file {}", path.display()), error)
-    };
-    let text = serde_json::to_vec_pretty(&instance.node).map_err(|error| failed(&error))?;
-    let mut file = std::fs::File::create(&path).map_err(|error| failed(&error))?;
-    file.write_all(&text).map_err(|error| failed(&error))?;
-    Ok(path)
-}
-
 /// Keeps one child running.
 struct Keeper {
     name: String,
     role: &'static str,
-    file: PathBuf,
+    /// One line of JSON.
+    node_file: Vec<u8>,
     listener: Option<TcpListener>,
     executable: PathBuf,
     progress: Progress,
@@ -198,7 +185,7 @@ impl Keeper {
         let words = Arc::new(LastWords::default());
         loop {
             let born = Instant::now();
-            let (mut child, stdin, _output) = match self.spawn(&words) {
+            let (mut child, stdin, _output) = match self.spawn(&words).await {
                 Ok(spawned) => spawned,
                 Err(error) => return Some(error),
             };
@@ -240,7 +227,7 @@ impl Keeper {
 
     /// The child, its stdin, and the task that passes its log on. stdin is taken out of the child because
     /// waiting for a child closes what it still holds.
-    fn spawn(
+    async fn spawn(
         &self,
         words: &Arc<LastWords>,
     ) -> Result<(Child, Option<ChildStdin>, JoinSet<()>), CliError> {
@@ -248,9 +235,7 @@ impl Keeper {
         let mut command = Command::new(&self.executable);
         command
             .arg(self.role)
-            .arg("--config")
-            .arg(&self.file)
-            .arg("--stdin-is-parent")
+            .args(["--config", "-"])
             .stdout(Stdio::null());
         if let Some(listener) = &self.listener {
             let copy = OwnedFd::from(listener.try_clone().map_err(failed)?);
@@ -272,7 +257,11 @@ impl Keeper {
             let (name, progress) = (self.name.clone(), self.progress.clone());
             output.spawn(pass_on(stderr, name, progress, Arc::clone(words)));
         }
-        let stdin = child.stdin.take();
+        let mut stdin = child.stdin.take();
+        if let Some(stdin) = &mut stdin {
+            // A child that is dead already is seen by the caller, who waits for it.
+            drop(timeout(DRAIN, stdin.write_all(&self.node_file)).await);
+        }
         Ok((child, stdin, output))
     }
 
