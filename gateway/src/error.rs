@@ -5,28 +5,6 @@ use axum::http::{HeaderValue, Response, StatusCode, header};
 use axum::response::IntoResponse;
 use serde_json::{Value, json};
 
-/// Why the gateway could not start or had to stop.
-#[derive(Debug, thiserror::Error)]
-pub enum GatewayError {
-    /// A file of the model directory cannot be used.
-    #[error(transparent)]
-    ModelFile(#[from] crate::model_files::ModelFileError),
-    /// A metric could not be registered (registered twice, most likely).
-    #[error("metrics: {0}")]
-    Metrics(#[from] prometheus::Error),
-    /// A setting of the gateway cannot work.
-    #[error("gateway setting {field}: {what}")]
-    Config {
-        /// The field of `GatewayConfig`.
-        field: &'static str,
-        /// What is wrong with it.
-        what: String,
-    },
-    /// Reading the model directory did not come to an end.
-    #[error("reading the model directory: {0}")]
-    Reading(#[from] tokio::task::JoinError),
-}
-
 /// An error answer. `kind` is OpenAI's `error.type`, `code` its `error.code`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ApiError {

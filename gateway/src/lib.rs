@@ -5,7 +5,8 @@
 //! Invariants: an unsupported field is refused by its name, never ignored; a request in work holds guards
 //! (permit, load) that its end in any form gives back; half a character is never sent; every queue has a
 //! bound and every wait a deadline.
-//! Start reading at [`http`], then `generate`, then `upstream`.
+//! Start reading at [`http`], then `generate`, then `upstream`. Modules import downwards only:
+//! `tests/layers.rs` has the order.
 
 #![forbid(unsafe_code)]
 
@@ -25,6 +26,7 @@ pub mod clock;
 pub mod error;
 pub mod generate;
 pub mod http;
+pub mod loads;
 pub mod metrics;
 pub mod model_files;
 pub mod output;
@@ -37,14 +39,15 @@ pub mod trace;
 pub mod upstream;
 pub mod view;
 
-pub use error::{ApiError, GatewayError};
+pub use error::ApiError;
 
 use admission::Admission;
 use generate::Runner;
 use http::{Defaults, Gateway};
+use loads::Loads;
 use metrics::Metrics;
 use prompt::Prompter;
-use upstream::{Loads, Upstream};
+use upstream::Upstream;
 use view::Views;
 
 /// Longest time that requests in work may take after `shutdown`.
@@ -52,6 +55,28 @@ const DRAIN: Duration = Duration::from_secs(30);
 
 /// Time after `shutdown`, and after the last request in work, in which answers may still reach their clients.
 const FLUSH: Duration = Duration::from_secs(2);
+
+/// Why the gateway could not start or had to stop.
+#[derive(Debug, thiserror::Error)]
+pub enum GatewayError {
+    /// A file of the model directory cannot be used.
+    #[error(transparent)]
+    ModelFile(#[from] model_files::ModelFileError),
+    /// A metric could not be registered (registered twice, most likely).
+    #[error("metrics: {0}")]
+    Metrics(#[from] prometheus::Error),
+    /// A setting of the gateway cannot work.
+    #[error("gateway setting {field}: {what}")]
+    Config {
+        /// The field of `GatewayConfig`.
+        field: &'static str,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// Reading the model directory did not come to an end.
+    #[error("reading the model directory: {0}")]
+    Reading(#[from] tokio::task::JoinError),
+}
 
 /// What a gateway needs from its composition root.
 #[derive(Debug)]

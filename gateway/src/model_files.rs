@@ -26,10 +26,10 @@ pub enum ModelFileError {
 }
 
 impl ModelFileError {
-    pub(crate) fn parse(path: &Path, what: impl ToString) -> Self {
+    pub(crate) fn parse(path: &Path, what: impl Into<String>) -> Self {
         Self::Parse {
             path: path.to_owned(),
-            what: what.to_string(),
+            what: what.into(),
         }
     }
 }
@@ -53,5 +53,5 @@ pub(crate) fn json(path: &Path) -> Result<Option<Value>, ModelFileError> {
     };
     serde_json::from_slice(&bytes)
         .map(Some)
-        .map_err(|error| ModelFileError::parse(path, error))
+        .map_err(|error| ModelFileError::parse(path, error.to_string()))
 }

@@ -11,8 +11,8 @@ use foregate_store::coord::ClusterState;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use crate::loads::Loads;
 use crate::metrics::Metrics;
-use crate::upstream::Loads;
 
 /// What the gateway knows of the cluster at a moment.
 #[derive(Debug, Clone, Default)]

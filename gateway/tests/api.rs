@@ -4,36 +4,29 @@
 
 mod support;
 
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use foregate_api::load::EngineLoad;
 use foregate_api::member::Phase;
 use serde_json::{Value, json};
-use support::{Cluster, DEMO, config, experts_of, ids, logprob_of, member, window};
+use support::{
+    Cluster, DEMO, config, experts_of, ids, logprob_of, member, text_of, window, with,
+};
 
 const ANSWER: &str = "light — 漢字 and 😀 were there.";
 
 fn chat(extra: &Value) -> Value {
-    let mut body = json!({
+    let body = json!({
         "model": "demo",
         "messages": [{"role": "user", "content": "In the beginning"}],
         "temperature": 0,
     });
-    merge(&mut body, extra);
-    body
+    with(body, extra)
 }
 
 fn complete(extra: &Value) -> Value {
-    let mut body = json!({"prompt": "In the beginning", "max_tokens": 100, "temperature": 0});
-    merge(&mut body, extra);
-    body
-}
-
-fn merge(body: &mut Value, extra: &Value) {
-    for (key, value) in extra.as_object().unwrap() {
-        body[key] = value.clone();
-    }
+    let body = json!({"prompt": "In the beginning", "max_tokens": 100, "temperature": 0});
+    with(body, extra)
 }
 
 #[tokio::test]
@@ -109,13 +102,7 @@ async fn completions_take_all_forms_of_prompt() {
         .await;
     assert!(done);
     for index in 0..2 {
-        let text: String = events
-            .iter()
-            .map(|event| &event["choices"][0])
-            .filter(|choice| choice["index"] == index)
-            .filter_map(|choice| choice["text"].as_str())
-            .collect();
-        assert_eq!(text, ANSWER);
+        assert_eq!(text_of(&events, index), ANSWER);
     }
 }
 
@@ -248,11 +235,7 @@ async fn stop_strings_end_the_text_and_the_sequence() {
     let kept = json!({"stop": "漢字", "include_stop_str_in_output": true});
     let whole = cluster.json("/v1/completions", &complete(&kept)).await;
     assert_eq!(whole["choices"][0]["text"], "light — 漢字");
-    cluster
-        .eventually("the stream's end", async || {
-            cluster.workers[0].behaviour.open.load(Ordering::SeqCst) == 0
-        })
-        .await;
+    cluster.idle().await;
     let token = ids(ANSWER)[2];
     let whole = cluster
         .json(
@@ -516,10 +499,7 @@ async fn a_full_gateway_answers_429() {
     let mut config = config();
     (config.max_in_flight, config.max_queued) = (1, 0);
     let cluster = Cluster::start(1, ANSWER, config).await;
-    cluster.workers[0]
-        .behaviour
-        .pace_ms
-        .store(50, Ordering::SeqCst);
+    cluster.pace(50);
     let first = cluster
         .post("/v1/completions", &complete(&json!({"stream": true})))
         .await;
@@ -537,15 +517,8 @@ async fn a_full_gateway_answers_429() {
     assert_eq!(error["error"]["type"], "rate_limit_error");
     // A client that goes away frees its place and its worker at once.
     drop(first);
-    cluster
-        .eventually("the cancellation", async || {
-            cluster.workers[0].behaviour.open.load(Ordering::SeqCst) == 0
-        })
-        .await;
-    cluster.workers[0]
-        .behaviour
-        .pace_ms
-        .store(0, Ordering::SeqCst);
+    cluster.idle().await;
+    cluster.pace(0);
     cluster.json("/v1/completions", &complete(&json!({}))).await;
     let metrics = cluster.get("/metrics").await.1;
     assert!(metrics.contains("finished_reason=\"abort\""), "{metrics}");
@@ -575,10 +548,7 @@ async fn deadlines_end_requests() {
     let mut config = config();
     config.request_timeout_ms = 300;
     let cluster = Cluster::start(1, ANSWER, config).await;
-    cluster.workers[0]
-        .behaviour
-        .pace_ms
-        .store(100, Ordering::SeqCst);
+    cluster.pace(100);
     let late = cluster.post("/v1/completions", &complete(&json!({}))).await;
     assert_eq!(late.status(), 504);
     let (events, done) = cluster
@@ -609,15 +579,7 @@ async fn metrics_and_the_load_matrix_show_the_cluster() {
             .await
             .unwrap();
     }
-    cluster
-        .eventually("the load", async || {
-            cluster
-                .get("/metrics")
-                .await
-                .1
-                .contains("vllm:num_requests_running{")
-        })
-        .await;
+    cluster.shows("vllm:num_requests_running{").await;
     let text = cluster.get("/metrics").await.1;
     for line in [
         "vllm:num_requests_running{engine=\"1\",model_name=\"demo\"} 3",
@@ -726,21 +688,14 @@ async fn small_routes_answer() {
 #[tokio::test]
 async fn draining_finishes_what_runs_and_returns() {
     let cluster = Cluster::start(1, ANSWER, config()).await;
-    cluster.workers[0]
-        .behaviour
-        .pace_ms
-        .store(20, Ordering::SeqCst);
+    cluster.pace(20);
     let running = cluster
         .post("/v1/completions", &complete(&json!({"stream": true})))
         .await;
     cluster.shutdown.cancel();
     let (events, done) = support::events(&running.text().await.unwrap());
     assert!(done);
-    let text: String = events
-        .iter()
-        .filter_map(|event| event["choices"][0]["text"].as_str())
-        .collect();
-    assert_eq!(text, ANSWER);
+    assert_eq!(text_of(&events, 0), ANSWER);
     tokio::time::timeout(Duration::from_secs(10), cluster.running)
         .await
         .unwrap()

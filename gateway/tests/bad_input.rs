@@ -9,7 +9,7 @@ use foregate_gateway::http::{
     Defaults, parse_chat, parse_completions, parse_detokenize, parse_tokenize,
 };
 use serde_json::{Value, json};
-use support::{Cluster, config};
+use support::{Cluster, config, with};
 
 /// A row: extra fields, the status, the field it is about (empty: none), a part of the message.
 type Row = (Value, u16, &'static str, &'static str);
@@ -490,10 +490,7 @@ fn completions() -> Vec<Row> {
 
 async fn check(cluster: &Cluster, path: &str, base: &Value, rows: Vec<Row>) {
     for (extra, status, param, part) in rows {
-        let mut body = base.clone();
-        for (key, value) in extra.as_object().unwrap() {
-            body[key] = value.clone();
-        }
+        let body = with(base.clone(), &extra);
         let response = cluster.post(path, &body).await;
         let found = response.status().as_u16();
         let document: Value = response.json().await.unwrap();

@@ -4,20 +4,32 @@
 
 mod support;
 
+use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
+use foregate_api::manifest::RoutingPolicy;
+use foregate_api::member::Phase;
+use foregate_gateway::loads::Loads;
+use foregate_gateway::metrics::Metrics;
+use foregate_gateway::random::Random;
+use foregate_gateway::route::Router;
+use foregate_gateway::trace::Identity;
+use foregate_gateway::upstream::{Event, Upstream};
+use foregate_gateway::view::Views;
+use foregate_store::coord::ClusterState;
+use foregate_wire::generation::GenerateRequest;
 use serde_json::{Value, json};
-use support::{Cluster, config, experts_of, ids};
+use support::{Cluster, Worker, config, experts_of, ids, member, placement, text_of, with};
+use tokio::time::Instant;
 
 const ANSWER: &str = "Blessed are the meek: for they shall inherit the earth 😀 and more.";
 
 fn body(extra: &Value) -> Value {
-    let mut body =
+    let body =
         json!({"prompt": "In the beginning", "max_tokens": 60, "temperature": 0, "seed": 7});
-    for (key, value) in extra.as_object().unwrap() {
-        body[key] = value.clone();
-    }
-    body
+    with(body, extra)
 }
 
 /// The first attempt of every sequence goes to the lowest rank, as both are idle.
@@ -33,11 +45,7 @@ async fn another_worker_goes_on_at_the_next_index() {
         let (events, done) = cluster.stream("/v1/completions", &body(&extra)).await;
         assert!(done);
         let choice = |event: &Value, field: &str| event["choices"][0][field].clone();
-        let text: String = events
-            .iter()
-            .filter_map(|event| event["choices"][0]["text"].as_str())
-            .collect();
-        assert_eq!(text, ANSWER);
+        assert_eq!(text_of(&events, 0), ANSWER);
         let tokens: Vec<Value> = events
             .iter()
             .flat_map(|event| choice(event, "token_ids").as_array().unwrap().clone())
@@ -76,9 +84,7 @@ async fn another_worker_goes_on_at_the_next_index() {
 #[tokio::test]
 async fn a_killed_worker_is_replaced_in_mid_stream_for_all_choices() {
     let mut cluster = Cluster::start(2, ANSWER, config()).await;
-    for worker in &cluster.workers {
-        worker.behaviour.pace_ms.store(10, Ordering::SeqCst);
-    }
+    cluster.pace(10);
     let extra = json!({"stream": true, "n": 4, "temperature": 1});
     let expected = {
         let whole = cluster
@@ -97,13 +103,7 @@ async fn a_killed_worker_is_replaced_in_mid_stream_for_all_choices() {
     let (events, done) = support::events(&response.text().await.unwrap());
     assert!(done);
     for (index, expected) in expected.iter().enumerate() {
-        let text: String = events
-            .iter()
-            .map(|event| &event["choices"][0])
-            .filter(|choice| choice["index"] == index)
-            .filter_map(|choice| choice["text"].as_str())
-            .collect();
-        assert_eq!(&text, expected, "choice {index}");
+        assert_eq!(&text_of(&events, index), expected, "choice {index}");
     }
 }
 
@@ -149,6 +149,49 @@ async fn losses_without_end_become_an_error_event() {
     );
     let requests = cluster.workers.iter().map(|worker| worker.requests().len());
     assert_eq!(requests.sum::<usize>(), 4, "the first try and three more");
+}
+
+/// A client that reads slowly lets events pile up; the request's time counts all the same.
+#[tokio::test]
+async fn events_that_wait_do_not_outlive_the_deadline() {
+    let worker = Worker::start();
+    worker.behaviour.answer.lock().unwrap().extend(ids(ANSWER));
+    let plan = Arc::new(placement(1, 1));
+    let ready = member(0, &worker.address, Phase::Ready);
+    let state = ClusterState {
+        connected: true,
+        members: BTreeMap::from([(ready.rank, Arc::new(ready))]),
+        active: Some((plan, 1)),
+        ..ClusterState::default()
+    };
+    let metrics = Arc::new(Metrics::new(prometheus::Registry::new(), "demo").unwrap());
+    let (views, loads) = (Arc::new(Views::default()), Arc::new(Loads::default()));
+    views.replace(Arc::new(state), &loads, &metrics);
+    let router = Router::new(RoutingPolicy::LeastLoaded);
+    let upstream = Arc::new(Upstream::new(views, loads, router, metrics));
+    let request = GenerateRequest {
+        token_ids: vec![5, 6],
+        prompt_len: 2,
+        max_tokens: 60,
+        ..GenerateRequest::default()
+    };
+    let random = Random::default();
+    let identity = Identity::of(&axum::http::HeaderMap::new(), "POST", "/", &random);
+    let began = Instant::now();
+    let deadline = began + Duration::from_secs(60);
+    let opened = upstream.open(request, &identity, began, deadline).await;
+    let mut sequence = opened.unwrap();
+    assert!(matches!(
+        sequence.next().await.unwrap(),
+        Event::Prefilled(_)
+    ));
+    // Time for the worker's next events to arrive and wait.
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    tokio::time::pause();
+    tokio::time::advance(Duration::from_secs(60)).await;
+    let over = sequence.next().await.unwrap_err();
+    assert_eq!(over.reason, "deadline");
+    assert!(over.message.contains("within 60000 ms"), "{}", over.message);
 }
 
 #[tokio::test]

@@ -1,17 +1,13 @@
 //! Routing by expert signature, seen from outside: headers and which worker was asked.
 
-#![expect(clippy::unwrap_used, reason = "a test may end in a panic")]
-
 mod support;
-
-use std::sync::atomic::Ordering;
 
 use foregate_api::load::EngineLoad;
 use foregate_api::manifest::RoutingPolicy;
 use serde_json::{Value, json};
-use support::{Cluster, config, window};
+use support::{Cluster, config, header, window};
 
-fn with(policy: RoutingPolicy) -> foregate_api::node::GatewayConfig {
+fn routed_by(policy: RoutingPolicy) -> foregate_api::node::GatewayConfig {
     let mut config = config();
     config.routing = policy;
     config
@@ -24,16 +20,10 @@ fn prompt(expert: u32, tail: u32) -> Value {
     json!({"prompt": ids, "max_tokens": 200, "ignore_eos": true, "stream": true})
 }
 
-fn header(response: &reqwest::Response, name: &str) -> String {
-    response.headers()[name].to_str().unwrap().to_owned()
-}
-
 #[tokio::test]
 async fn prompts_join_their_like() {
-    let cluster = Cluster::start(2, "x", with(RoutingPolicy::Signature)).await;
-    for worker in &cluster.workers {
-        worker.behaviour.pace_ms.store(20, Ordering::SeqCst);
-    }
+    let cluster = Cluster::start(2, "x", routed_by(RoutingPolicy::Signature)).await;
+    cluster.pace(20);
     // Unknown prompts go by load: one kind to each worker.
     let mut running = Vec::new();
     for expert in [1, 2] {
@@ -48,15 +38,7 @@ async fn prompts_join_their_like() {
         );
         running.push(response);
     }
-    cluster
-        .eventually("both signatures", async || {
-            cluster
-                .get("/metrics")
-                .await
-                .1
-                .contains("foregate_gateway_known_prefixes 4")
-        })
-        .await;
+    cluster.shows("foregate_gateway_known_prefixes 4").await;
     // Then each kind goes where its kind runs, whichever worker is less loaded.
     for (expert, tail) in [(2, 5), (1, 6), (2, 7)] {
         let response = cluster.post("/v1/completions", &prompt(expert, tail)).await;
@@ -81,25 +63,15 @@ async fn prompts_join_their_like() {
 
 #[tokio::test]
 async fn the_band_limits_what_a_fit_may_cost() {
-    let cluster = Cluster::start(2, "x", with(RoutingPolicy::Signature)).await;
-    for worker in &cluster.workers {
-        worker.behaviour.pace_ms.store(20, Ordering::SeqCst);
-    }
+    let cluster = Cluster::start(2, "x", routed_by(RoutingPolicy::Signature)).await;
+    cluster.pace(20);
     let mut running = Vec::new();
     let mut workers = Vec::new();
     for tail in 0..6 {
         let response = cluster.post("/v1/completions", &prompt(1, tail)).await;
         workers.push(header(&response, "x-foregate-worker"));
         running.push(response);
-        cluster
-            .eventually("the signature", async || {
-                cluster
-                    .get("/metrics")
-                    .await
-                    .1
-                    .contains("foregate_gateway_known_prefixes 2")
-            })
-            .await;
+        cluster.shows("foregate_gateway_known_prefixes 2").await;
     }
     // The band is two: the fourth request would make it three more than on the idle worker.
     assert_eq!(workers[..3], ["0", "0", "0"]);
@@ -110,7 +82,7 @@ async fn the_band_limits_what_a_fit_may_cost() {
 
 #[tokio::test]
 async fn round_robin_takes_turns() {
-    let cluster = Cluster::start(3, "x", with(RoutingPolicy::RoundRobin)).await;
+    let cluster = Cluster::start(3, "x", routed_by(RoutingPolicy::RoundRobin)).await;
     let mut workers = Vec::new();
     for _ in 0..6 {
         let response = cluster
@@ -124,7 +96,7 @@ async fn round_robin_takes_turns() {
 
 #[tokio::test]
 async fn load_that_others_brought_counts() {
-    let cluster = Cluster::start(2, "x", with(RoutingPolicy::LeastLoaded)).await;
+    let cluster = Cluster::start(2, "x", routed_by(RoutingPolicy::LeastLoaded)).await;
     let busy = EngineLoad {
         running: 3,
         waiting: 2,
@@ -137,13 +109,7 @@ async fn load_that_others_brought_counts() {
         .await
         .unwrap();
     cluster
-        .eventually("the load", async || {
-            cluster
-                .get("/metrics")
-                .await
-                .1
-                .contains("vllm:num_requests_running{engine=\"0\",model_name=\"demo\"} 3")
-        })
+        .shows("vllm:num_requests_running{engine=\"0\",model_name=\"demo\"} 3")
         .await;
     let response = cluster
         .post("/v1/completions", &json!({"prompt": "hi"}))

@@ -11,11 +11,10 @@ use serde_json::{Map, Value, json};
 use super::answer;
 use super::chat_request::parse_chat;
 use super::logprobs::{Labels, routed};
-use super::sampling::Generation;
 use super::shape::{Shape, Usage, finish_fields};
 use super::state::{Encoded, Gateway};
 use crate::error::ApiError;
-use crate::generate::{Answer, Delta, Prompt};
+use crate::generate::{Answer, Delta, Generation, Prompt};
 use crate::metrics::{Call, Operation};
 use crate::trace::Identity;
 

@@ -4,22 +4,13 @@ use serde_json::{Map, Value};
 
 use super::defaults::Defaults;
 use super::fields::{Fields, wrong};
-use super::sampling::{self, Generation, MAX_LOGPROBS};
+use super::sampling::{self, MAX_LOGPROBS};
 use crate::error::{ApiError, clip};
+use crate::generate::Generation;
+use crate::prompt::Message;
 
 /// Most messages in a conversation.
 pub(super) const MAX_MESSAGES: usize = 4096;
-
-/// One message as the template sees it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Message {
-    /// `system`, `user` or `assistant`. `developer` is read as `system`, which is what templates know.
-    pub role: &'static str,
-    /// Text; parts are joined by a line break.
-    pub content: String,
-    /// Name of the speaker, if given.
-    pub name: Option<String>,
-}
 
 /// A chat request.
 #[derive(Debug, Clone, PartialEq)]

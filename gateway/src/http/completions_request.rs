@@ -4,8 +4,9 @@ use serde_json::Value;
 
 use super::defaults::Defaults;
 use super::fields::{Fields, token_ids, wrong};
-use super::sampling::{self, Generation, MAX_LOGPROBS};
+use super::sampling::{self, MAX_LOGPROBS};
 use crate::error::ApiError;
+use crate::generate::Generation;
 
 /// Most prompts in one request.
 pub(super) const MAX_PROMPTS: usize = 1024;

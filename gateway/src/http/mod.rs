@@ -28,10 +28,9 @@ use axum::routing::{get, post};
 use tracing::Instrument;
 
 pub use answer::{ROUTE, WORKER};
-pub use chat_request::{ChatRequest, Message, parse_chat};
+pub use chat_request::{ChatRequest, parse_chat};
 pub use completions_request::{CompletionsRequest, PromptInput, parse_completions};
 pub use defaults::Defaults;
-pub use sampling::Generation;
 pub use state::{Gateway, MAX_BODY};
 pub use tokenize_request::{
     DetokenizeRequest, TokenizeInput, TokenizeRequest, parse_detokenize, parse_tokenize,

@@ -7,6 +7,7 @@ use serde_json::Value;
 use super::defaults::Defaults;
 use super::fields::{Fields, number, wrong};
 use crate::error::{ApiError, clip};
+use crate::generate::Generation;
 
 /// Most choices per prompt.
 pub(super) const MAX_N: u32 = 128;
@@ -16,59 +17,6 @@ pub(super) const MAX_LOGPROBS: u32 = 20;
 pub(super) const MAX_STOPS: usize = 32;
 /// Most bytes in a stop string.
 pub(super) const MAX_STOP_BYTES: usize = 1024;
-
-/// What a client asked about generation; absent values are already resolved to their defaults.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Generation {
-    /// Limit on generated tokens; `None`: whatever still fits.
-    pub max_tokens: Option<u32>,
-    /// Tokens before which nothing stops the answer.
-    pub min_tokens: u32,
-    /// 0 is greedy.
-    pub temperature: f32,
-    /// 1 is off.
-    pub top_p: f32,
-    /// 0 is off.
-    pub top_k: u32,
-    /// 0 is off.
-    pub min_p: f32,
-    /// 1 is off.
-    pub repetition_penalty: f32,
-    /// 0 is off.
-    pub presence_penalty: f32,
-    /// 0 is off.
-    pub frequency_penalty: f32,
-    /// Token id → what is added to its logit, in [-100, 100].
-    pub logit_bias: BTreeMap<u32, f32>,
-    /// The client's seed; `None`: one is drawn.
-    pub seed: Option<u64>,
-    /// Choices per prompt.
-    pub n: u32,
-    /// Stop strings, none empty.
-    pub stop: Vec<String>,
-    /// Stop tokens.
-    pub stop_token_ids: Vec<u32>,
-    /// The model's own end tokens are ordinary ones.
-    pub ignore_eos: bool,
-    /// The stop string that ended the answer stays in it.
-    pub include_stop: bool,
-    /// Special tokens leave no text.
-    pub skip_special_tokens: bool,
-    /// Alternatives to report per generated token; `Some(0)`: the token itself.
-    pub logprobs: Option<u32>,
-    /// The same for prompt tokens.
-    pub prompt_logprobs: Option<u32>,
-    /// Report token ids.
-    pub return_token_ids: bool,
-    /// Report experts per token, layer and choice.
-    pub return_routed_experts: bool,
-    /// Write tokens in logprobs as `token_id:N`.
-    pub tokens_as_ids: bool,
-    /// Answer as server-sent events.
-    pub stream: bool,
-    /// A last chunk with usage.
-    pub include_usage: bool,
-}
 
 /// Reads the shared fields; `logprobs` and the limits that differ are read by the caller first. What the
 /// request does not say comes from `defaults`.

@@ -9,11 +9,10 @@ use foregate_api::node::GatewayConfig;
 use tokio::time::{Instant, timeout};
 
 use super::defaults::Defaults;
-use super::sampling::Generation;
 use crate::admission::Admission;
 use crate::clock::Clock;
 use crate::error::{ApiError, clip};
-use crate::generate::{Answer, Job, Prompt, Runner};
+use crate::generate::{Answer, Generation, Job, Prompt, Runner};
 use crate::metrics::Metrics;
 use crate::prompt::Prompter;
 use crate::random::Random;

@@ -2,9 +2,10 @@
 
 use serde_json::{Map, Value};
 
-use super::chat_request::{Message, messages, template};
+use super::chat_request::{messages, template};
 use super::fields::Fields;
 use crate::error::ApiError;
+use crate::prompt::Message;
 
 /// What to encode.
 #[derive(Debug, Clone, PartialEq)]

@@ -11,11 +11,10 @@ use std::sync::Arc;
 use serde_json::{Map, Value};
 use tokenizers::Tokenizer;
 
-pub use template::{ChatTemplate, TemplateError};
+pub use template::{ChatTemplate, Message, TemplateError};
 pub use token_bytes::TokenBytes;
 
 use crate::error::ApiError;
-use crate::http::Message;
 use crate::model_files::{ModelFileError, read};
 
 /// What a model directory says about text. Cheap to clone.

@@ -10,10 +10,20 @@ use minijinja::{AutoEscape, Environment, Error, ErrorKind};
 use serde_json::{Map, Value};
 
 use super::{date, python_json};
-use crate::http::Message;
 use crate::model_files::{ModelFileError, json, read};
 
 const NAME: &str = "chat_template";
+
+/// One message as the template sees it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Message {
+    /// `system`, `user` or `assistant`. `developer` is read as `system`, which is what templates know.
+    pub role: &'static str,
+    /// Text; parts are joined by a line break.
+    pub content: String,
+    /// Name of the speaker, if given.
+    pub name: Option<String>,
+}
 
 /// Why a conversation was not rendered.
 #[derive(Debug, thiserror::Error)]
@@ -187,7 +197,7 @@ pub(super) fn load(dir: &Path) -> Result<Option<ChatTemplate>, ModelFileError> {
     let json_path = dir.join("chat_template.json");
     let (path, source) = if let Some(bytes) = read(&jinja_path)? {
         let text = String::from_utf8(bytes)
-            .map_err(|error| ModelFileError::parse(&jinja_path, error))?;
+            .map_err(|error| ModelFileError::parse(&jinja_path, error.to_string()))?;
         (jinja_path, Some(text))
     } else if let Some(document) = json(&json_path)? {
         let source = source(&document["chat_template"]);

@@ -1,6 +1,5 @@
 //! Sequences on workers: choose, connect, guard, and go on elsewhere after a loss.
 
-mod loads;
 mod sequence;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -14,10 +13,10 @@ use foregate_wire::generation::GenerateRequest;
 use foregate_wire::tonic::transport::Channel;
 use tokio::time::Instant;
 
-pub use loads::{LoadGuard, Loads};
 pub use sequence::{Event, Sequence};
 
 use crate::error::ApiError;
+use crate::loads::{LoadGuard, Loads};
 use crate::metrics::Metrics;
 use crate::route::{Candidate, Choice, Router};
 use crate::signature::{Known, Signatures};
@@ -59,7 +58,7 @@ impl Upstream {
         }
     }
 
-    /// Starts a sequence on the worker that the policy chooses.
+    /// Starts a sequence on the worker that the policy chooses. Its request came at `began`.
     ///
     /// # Errors
     /// 400 if the worker refuses the request as wrong, 429 if every worker is full, 503 if none can be
@@ -68,9 +67,11 @@ impl Upstream {
         self: &Arc<Self>,
         request: GenerateRequest,
         identity: &Identity,
+        began: Instant,
         deadline: Instant,
     ) -> Result<Sequence, ApiError> {
-        Sequence::open(Arc::clone(self), request, identity.clone(), deadline).await
+        let upstream = Arc::clone(self);
+        Sequence::open(upstream, request, identity.clone(), began, deadline).await
     }
 
     /// Prompt prefixes whose signature is known.

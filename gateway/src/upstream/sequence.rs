@@ -18,8 +18,9 @@ use foregate_wire::tonic::{Code, Request, Status, Streaming};
 use tokio::time::{Instant, sleep, timeout_at};
 use tracing::{Instrument, Span};
 
-use super::{LoadGuard, Upstream};
+use super::Upstream;
 use crate::error::ApiError;
+use crate::loads::LoadGuard;
 use crate::route::{self, Choice};
 use crate::signature::{Known, Signature};
 use crate::trace::Identity;
@@ -60,8 +61,9 @@ pub struct Sequence {
     upstream: Arc<Upstream>,
     request: GenerateRequest,
     identity: Identity,
-    deadline: Instant,
+    /// When its request came, and when its time is over.
     began: Instant,
+    deadline: Instant,
     known: Known,
     losses: u32,
     /// Tokens received.
@@ -89,6 +91,7 @@ impl Sequence {
         upstream: Arc<Upstream>,
         request: GenerateRequest,
         identity: Identity,
+        began: Instant,
         deadline: Instant,
     ) -> Result<Self, ApiError> {
         let known = upstream.signatures.known(&request.token_ids);
@@ -96,8 +99,8 @@ impl Sequence {
             upstream,
             request,
             identity,
+            began,
             deadline,
-            began: Instant::now(),
             known,
             losses: 0,
             received: 0,

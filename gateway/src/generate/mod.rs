@@ -1,0 +1,121 @@
+//! A request's sequences, run and merged: prompts × `n` streams of deltas.
+
+mod choice;
+mod delta;
+mod job;
+
+use std::sync::Arc;
+
+use foregate_api::ids::Rank;
+use futures::future::try_join_all;
+use futures::stream::{self, BoxStream, StreamExt};
+
+pub use delta::{Delta, Finish, PromptReport, Stop, TokenReport};
+pub use job::{Generation, Job, Prompt};
+
+use crate::admission::Permit;
+use crate::error::ApiError;
+use crate::metrics::Metrics;
+use crate::prompt::Prompter;
+use crate::trace::Identity;
+use crate::upstream::Upstream;
+use choice::ChoiceStream;
+
+/// A running request. Dropping it cancels everything and gives the permit back.
+pub struct Answer {
+    /// Deltas of all choices, each choice in order.
+    pub deltas: BoxStream<'static, Result<Delta, ApiError>>,
+    /// Workers that took the first sequences, ascending.
+    pub workers: Vec<Rank>,
+    /// The first decision, as the header shows it.
+    pub route: String,
+    _permit: Permit,
+}
+
+impl std::fmt::Debug for Answer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Answer")
+            .field("workers", &self.workers)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What running a request needs.
+#[derive(Debug, Clone)]
+pub struct Runner {
+    /// Text of tokens.
+    pub prompter: Prompter,
+    /// The workers.
+    pub upstream: Arc<Upstream>,
+    /// Counters.
+    pub metrics: Arc<Metrics>,
+}
+
+impl Runner {
+    /// Starts a request. As many sequences as the permit allows start at once and are accepted by workers
+    /// before this returns, so a refusal still has a status of its own; the others follow as these end.
+    ///
+    /// # Errors
+    /// The first refusal.
+    pub async fn start(
+        &self,
+        job: Job,
+        permit: Permit,
+        identity: &Identity,
+    ) -> Result<Answer, ApiError> {
+        let total = job.choices();
+        let width = (permit.sequences as usize).clamp(1, total.max(1));
+        let job = Arc::new(job);
+        let started =
+            try_join_all((0..width).map(|index| self.open(&job, index, identity))).await?;
+        let mut workers: Vec<Rank> = started
+            .iter()
+            .filter_map(|choice| choice.sequence.choice().map(|choice| choice.rank))
+            .collect();
+        workers.sort_unstable();
+        workers.dedup();
+        let route = started
+            .first()
+            .and_then(|choice| choice.sequence.choice())
+            .map(ToString::to_string)
+            .unwrap_or_default();
+        let first = stream::iter(started).map(|choice| choice.deltas().boxed());
+        let (runner, identity) = (self.clone(), identity.clone());
+        let later = stream::iter(width..total).map(move |index| {
+            let (runner, identity, job) = (runner.clone(), identity.clone(), Arc::clone(&job));
+            stream::once(async move { runner.open(&job, index, &identity).await })
+                .flat_map(|opened| match opened {
+                    Ok(choice) => choice.deltas().boxed(),
+                    Err(error) => stream::once(async { Err(error) }).boxed(),
+                })
+                .boxed()
+        });
+        Ok(Answer {
+            deltas: first.chain(later).flatten_unordered(width).boxed(),
+            workers,
+            route,
+            _permit: permit,
+        })
+    }
+
+    async fn open(
+        &self,
+        job: &Job,
+        index: usize,
+        identity: &Identity,
+    ) -> Result<ChoiceStream, ApiError> {
+        let request = job.request(index, &identity.request_id);
+        let sequence = self
+            .upstream
+            .open(request, identity, job.began, job.deadline)
+            .await?;
+        Ok(ChoiceStream::new(
+            &self.prompter,
+            &self.metrics,
+            job,
+            index,
+            sequence,
+            identity,
+        ))
+    }
+}
