@@ -106,7 +106,7 @@ impl fmt::Debug for EngineParts {
 /// A KV cache that could not be made.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "kv_bytes: {have} bytes hold no page of {page_tokens} tokens ({need} bytes each): raise kv_bytes or lower page_tokens"
+    "kv_bytes: {have} bytes hold no page of {page_tokens} tokens ({need} bytes each): raise kv_bytes (spec.workers.kvMemory) or lower page_tokens (spec.workers.pageTokens)"
 )]
 pub struct KvTooSmall {
     /// Bytes of one page.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use foregate_api::node::{FabricKind, WorkerConfig};
 use foregate_checkpoint::Checkpoint;
 use foregate_kernels::{Cpu, KvCache, KvShape};
-use foregate_models::{Model, ModelError};
+use foregate_models::Model;
 
 use crate::error::WorkerError;
 use crate::exchange::Way;
@@ -119,7 +119,7 @@ fn load_now(config: &WorkerConfig, loading: &Loading) -> Result<Loaded, WorkerEr
         loading.tell(done, total + expert_bytes);
     })?;
     let shape = crate::engine::kv_shape(&model, config)?;
-    let kv = KvCache::new(shape).map_err(ModelError::from)?;
+    let kv = reserve(shape, config.kv_bytes)?;
     Ok(Loaded {
         checkpoint: Arc::new(checkpoint),
         cpu,
@@ -128,4 +128,37 @@ fn load_now(config: &WorkerConfig, loading: &Loading) -> Result<Loaded, WorkerEr
         shape,
         dense_bytes,
     })
+}
+
+/// Address space for the KV cache. Only that can be refused here, so the field to change is the cache's size.
+fn reserve(shape: KvShape, bytes: u64) -> Result<KvCache, WorkerError> {
+    KvCache::new(shape).map_err(|_| {
+        refuse(
+            "kv_bytes",
+            &format!(
+                "the system does not reserve {bytes} bytes for keys and values; lower spec.workers.kvMemory"
+            ),
+        )
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cache_that_the_system_refuses_names_its_field() {
+        let shape = KvShape {
+            pages: u32::MAX as usize,
+            page_tokens: 1 << 20,
+            layers: 64,
+            kv_heads: 8,
+            head_dim: 128,
+        };
+        let error = reserve(shape, 16 << 40).unwrap_err().to_string();
+        assert!(
+            error.starts_with("kv_bytes: ") && error.contains("spec.workers.kvMemory"),
+            "{error}"
+        );
+    }
 }
