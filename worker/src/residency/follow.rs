@@ -193,7 +193,7 @@ impl Follower {
             let (loader, item) = (Arc::clone(&self.parts.loader), *item);
             let task = self
                 .loads
-                .spawn(async move { (item, loader.load(item, &holders).await) });
+                .spawn(async move { (item, loader.load(item, &holders, serving).await) });
             self.loading.insert(item, task);
         }
     }

@@ -20,6 +20,7 @@ use foregate_wire::tonic::{Status, Streaming};
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, timeout_at};
 
+use super::background;
 use super::table::Item;
 use crate::metrics::{Source, WorkerMetrics};
 
@@ -77,7 +78,7 @@ pub struct Loader {
     spec: Arc<ModelSpec>,
     checkpoint: Arc<Checkpoint>,
     metrics: Arc<WorkerMetrics>,
-    packing: Semaphore,
+    packing: Arc<Semaphore>,
     threads: usize,
 }
 
@@ -94,7 +95,7 @@ impl Loader {
             spec,
             checkpoint,
             metrics,
-            packing: Semaphore::new(threads.max(1)),
+            packing: Arc::new(Semaphore::new(threads.max(1))),
             threads: threads.max(1),
         }
     }
@@ -111,7 +112,7 @@ impl Loader {
     }
 
     /// Loads an expert from the first of `holders` (`host:port` of their gRPC) that gives it, else from the
-    /// checkpoint.
+    /// checkpoint; beside `serving`, with low priority.
     ///
     /// # Errors
     /// The checkpoint's.
@@ -119,10 +120,11 @@ impl Loader {
         &self,
         item: Item,
         holders: &[String],
+        serving: bool,
     ) -> Result<Arc<ExpertWeights>, LoadError> {
         for holder in holders {
             let begun = Instant::now();
-            match self.load_from_peer(item, holder).await {
+            match self.load_from_peer(item, holder, serving).await {
                 Ok(weights) => {
                     self.done(Source::Peer, begun);
                     return Ok(weights);
@@ -133,7 +135,7 @@ impl Loader {
             }
         }
         let begun = Instant::now();
-        let weights = self.load_from_checkpoint(item).await?;
+        let weights = self.load_from_checkpoint(item, serving).await?;
         self.done(Source::Checkpoint, begun);
         Ok(weights)
     }
@@ -142,13 +144,14 @@ impl Loader {
         &self,
         item: Item,
         holder: &str,
+        serving: bool,
     ) -> Result<Arc<ExpertWeights>, LoadError> {
         let deadline = Instant::now() + FETCH_DEADLINE;
         let (bytes, announced) = timeout_at(deadline, self.fetch(item, holder))
             .await
             .map_err(|_| LoadError::Deadline)??;
         let spec = Arc::clone(&self.spec);
-        self.pack(move || {
+        self.pack(serving, move || {
             let weights = ExpertWeights::from_canonical(&spec, &bytes)?;
             verify(announced, weights.hash())?;
             Ok(weights)
@@ -170,26 +173,40 @@ impl Loader {
         collect(stream, self.spec.expert_bytes()).await
     }
 
-    async fn load_from_checkpoint(&self, item: Item) -> Result<Arc<ExpertWeights>, LoadError> {
+    async fn load_from_checkpoint(
+        &self,
+        item: Item,
+        serving: bool,
+    ) -> Result<Arc<ExpertWeights>, LoadError> {
         let checkpoint = Arc::clone(&self.checkpoint);
-        self.pack(move || Ok(ExpertWeights::load(&checkpoint, item.0, item.1)?))
-            .await
+        self.pack(serving, move || {
+            Ok(ExpertWeights::load(&checkpoint, item.0, item.1)?)
+        })
+        .await
     }
 
-    /// Packs on a blocking thread.
+    /// Packs on a thread that may block.
     async fn pack(
         &self,
+        serving: bool,
         work: impl FnOnce() -> Result<ExpertWeights, LoadError> + Send + 'static,
     ) -> Result<Arc<ExpertWeights>, LoadError> {
-        let _place = self
-            .packing
-            .acquire()
+        let place = Arc::clone(&self.packing)
+            .acquire_owned()
             .await
             .map_err(|_| LoadError::Interrupted)?;
-        let packed = tokio::task::spawn_blocking(work)
-            .await
-            .map_err(|_| LoadError::Interrupted)??;
-        Ok(Arc::new(packed))
+        // The place goes with the work, which goes on when nobody waits for it any more.
+        let work = move || {
+            let packed = work();
+            drop(place);
+            packed
+        };
+        let packed = if serving {
+            background::run(work).await.ok()
+        } else {
+            tokio::task::spawn_blocking(work).await.ok()
+        };
+        Ok(Arc::new(packed.ok_or(LoadError::Interrupted)??))
     }
 
     fn done(&self, source: Source, begun: Instant) {

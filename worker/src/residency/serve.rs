@@ -17,7 +17,7 @@ use futures::Stream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 
-use super::Residency;
+use super::{Residency, background};
 
 /// Experts in transfer at a time.
 const AT_ONCE: usize = 2;
@@ -68,8 +68,9 @@ impl Experts for ExpertsService {
             .map_err(|_| Status::resource_exhausted("too many fetches at a time"))?
             .map_err(|_| Status::unavailable("the worker shuts down"))?;
         let hash = weights.hash();
-        // Unpacking touches every weight: not on a runtime thread.
-        let bytes = tokio::task::spawn_blocking(move || weights.to_canonical())
+        // Unpacking touches every weight: not on a runtime thread. The place goes with it, because the work
+        // goes on when the caller leaves.
+        let (bytes, place) = background::run(move || (weights.to_canonical(), place))
             .await
             .map_err(|_| Status::internal("unpacking the expert failed"))?;
         let chunks = chunks(Bytes::from(bytes), hash.0.to_vec(), place);
