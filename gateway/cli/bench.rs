@@ -2,6 +2,7 @@
 
 mod client;
 mod engine;
+mod migrate;
 mod plot;
 mod rebalance;
 mod record;
@@ -27,6 +28,8 @@ enum What {
     Serve(serve::ServeArgs),
     /// Shift the mix of texts under a running gateway and record how the plan follows.
     Rebalance(rebalance::RebalanceArgs),
+    /// What a live migration adds to the time between two tokens, in this process.
+    Migrate(migrate::MigrateArgs),
     /// Decode and prefill speed of the engine alone, in this process.
     Engine(engine::EngineArgs),
 }
@@ -43,6 +46,7 @@ pub(crate) async fn run(
     match args.what {
         What::Serve(args) => Box::pin(serve::run(&args, progress, drain)).await,
         What::Rebalance(args) => Box::pin(rebalance::run(&args, progress, drain)).await,
+        What::Migrate(args) => Box::pin(migrate::run(&args, progress, &drain)).await,
         What::Engine(args) => Box::pin(engine::run(&args, progress)).await,
     }
 }

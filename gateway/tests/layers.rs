@@ -27,10 +27,9 @@ const ORDER: [&str; 18] = [
 ];
 
 fn place(module: &str) -> usize {
-    ORDER
-        .iter()
-        .position(|known| *known == module)
-        .unwrap_or_else(|| panic!("`{module}` has no place in the order"))
+    let place = ORDER.iter().position(|known| *known == module);
+    assert!(place.is_some(), "`{module}` has no place in the order");
+    place.unwrap()
 }
 
 fn sources(dir: &Path, found: &mut Vec<PathBuf>) {

@@ -1,7 +1,5 @@
 //! Sequences that lose their worker: nothing is lost, nothing comes twice.
 
-#![expect(clippy::unwrap_used, reason = "a test may end in a panic")]
-
 mod support;
 
 use std::collections::BTreeMap;
@@ -98,7 +96,7 @@ async fn a_killed_worker_is_replaced_in_mid_stream_for_all_choices() {
     assert_ne!(expected[0], expected[1], "seeds differ");
     let response = cluster.post("/v1/completions", &body(&extra)).await;
     assert_eq!(response.headers()["x-foregate-worker"], "0,1");
-    tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    tokio::time::sleep(Duration::from_millis(100)).await;
     cluster.workers[0].kill();
     let (events, done) = support::events(&response.text().await.unwrap());
     assert!(done);
