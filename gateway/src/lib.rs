@@ -18,6 +18,7 @@ use foregate_api::node::GatewayConfig;
 use foregate_store::coord::Coord;
 use foregate_store::kv::Store;
 use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -209,6 +210,8 @@ fn gateway(
         config,
         prompter,
         defaults,
+        bodies: http::Bodies::default(),
+        long_bodies: Arc::new(Semaphore::new(http::LONG_BODIES)),
         views,
         admission,
         runner,

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use foregate_wire::generation::{GenerateRequest, Sampling};
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 
 /// What a client asked about generation; absent values are already resolved to their defaults.
@@ -59,20 +60,11 @@ pub struct Generation {
     pub include_usage: bool,
 }
 
-/// A prompt ready to run.
-#[derive(Debug, Clone)]
-pub struct Prompt {
-    /// Token ids, not empty.
-    pub ids: Arc<[u32]>,
-    /// The text as the client wrote it, if it did.
-    pub text: Option<String>,
-}
-
 /// A request ready to run.
 #[derive(Debug)]
 pub struct Job {
-    /// Prompts; choice `p * n + i` is the i-th answer to prompt `p`.
-    pub prompts: Vec<Prompt>,
+    /// Token ids of each prompt, not empty; choice `p * n + i` is the i-th answer to prompt `p`.
+    pub prompts: Vec<Arc<[u32]>>,
     /// Tokens per answer, resolved; 0: only the prompt is read.
     pub max_tokens: u32,
     /// Alternatives to report per prompt token.
@@ -85,6 +77,8 @@ pub struct Job {
     pub began: Instant,
     /// End of its time.
     pub deadline: Instant,
+    /// What the prompts take of the room for bodies; given back with the job.
+    pub room: Option<OwnedSemaphorePermit>,
 }
 
 impl Job {
@@ -97,7 +91,7 @@ impl Job {
     /// Token ids of the prompt that choice `index` answers.
     pub(super) fn prompt_of(&self, index: usize) -> &[u32] {
         let at = index / self.generation.n.max(1) as usize;
-        self.prompts.get(at).map_or(&[], |prompt| &prompt.ids)
+        self.prompts.get(at).map_or(&[], AsRef::as_ref)
     }
 
     /// What a worker is asked for choice `index`.

@@ -11,7 +11,7 @@ use futures::future::try_join_all;
 use futures::stream::{self, BoxStream, StreamExt};
 
 pub use delta::{Delta, Finish, PromptReport, Stop, TokenReport};
-pub use job::{Generation, Job, Prompt};
+pub use job::{Generation, Job};
 
 use crate::admission::Permit;
 use crate::error::ApiError;

@@ -7,14 +7,17 @@ use axum::body::Body;
 use axum::extract::State;
 use axum::http::{Request, Response};
 use serde_json::{Map, Value, json};
+use tokio::sync::OwnedSemaphorePermit;
+use tokio::time::Instant;
 
 use super::answer;
+use super::body::Received;
 use super::chat_request::parse_chat;
 use super::logprobs::{Labels, routed};
 use super::shape::{Shape, Usage, finish_fields};
 use super::state::{Encoded, Gateway};
 use crate::error::ApiError;
-use crate::generate::{Answer, Delta, Generation, Prompt};
+use crate::generate::{Answer, Delta, Generation, Job};
 use crate::metrics::{Call, Operation};
 use crate::trace::Identity;
 
@@ -29,7 +32,7 @@ pub(super) async fn chat(
 }
 
 async fn start(
-    gateway: &Gateway,
+    gateway: &Arc<Gateway>,
     identity: &Identity,
     request: Request<Body>,
     call: &mut Call,
@@ -37,38 +40,52 @@ async fn start(
     identity
         .span
         .record("gen_ai.operation.name", Operation::Chat.word());
-    let body = gateway.body(request).await?;
-    let asked = parse_chat(&body, &gateway.defaults)?;
-    drop(body);
+    let Received { bytes, room } = gateway.bodies.receive(request).await?;
+    let (began, id) = (call.began, format!("chatcmpl-{}", identity.request_id));
+    let digested = gateway.digest(bytes, move |gateway, bytes| {
+        digest(gateway, bytes, id, began, room)
+    });
+    let (job, shape) = digested.await?;
+    call.is_for(&shape.model);
+    Ok((gateway.start(job, identity).await?, shape))
+}
+
+fn digest(
+    gateway: &Gateway,
+    body: &[u8],
+    id: String,
+    began: Instant,
+    room: Option<OwnedSemaphorePermit>,
+) -> Result<(Job, ChatShape), ApiError> {
+    let asked = parse_chat(body, &gateway.defaults)?;
     let model = gateway.model_name(asked.model.as_deref())?;
-    call.is_for(&model);
     let text = gateway.prompter.render(
         &asked.messages,
         asked.add_generation_prompt,
         &asked.template_variables,
         gateway.clock.unix_seconds(),
     )?;
-    let ids: Arc<[u32]> = gateway
-        .encode("messages", text, asked.add_special_tokens)
-        .await?
+    let prompt: Arc<[u32]> = gateway
+        .encode("messages", &text, asked.add_special_tokens)?
         .into();
     let shape = ChatShape {
-        id: format!("chatcmpl-{}", identity.request_id),
+        id,
         created: gateway.clock.unix_seconds(),
         model,
-        prompt: Arc::clone(&ids),
+        prompt: Arc::clone(&prompt),
         labels: Labels::new(gateway.prompter.clone(), asked.generation.tokens_as_ids),
         opened: vec![false; asked.generation.n as usize],
         asked: asked.generation.clone(),
     };
-    let encoded = Encoded {
-        prompts: vec![Prompt { ids, text: None }],
+    let job = gateway.job(Encoded {
+        prompts: vec![prompt],
         generation: asked.generation,
         param: "messages",
         echo: false,
-        began: call.began,
-    };
-    Ok((gateway.start(encoded, identity).await?, shape))
+        began,
+        room,
+    })?;
+    Ok((job, shape))
 }
 
 struct ChatShape {

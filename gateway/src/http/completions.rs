@@ -7,14 +7,17 @@ use axum::body::Body;
 use axum::extract::State;
 use axum::http::{Request, Response};
 use serde_json::{Map, Value, json};
+use tokio::sync::OwnedSemaphorePermit;
+use tokio::time::Instant;
 
 use super::answer;
-use super::completions_request::{CompletionsRequest, PromptInput, parse_completions};
+use super::body::Received;
+use super::completions_request::{PromptInput, parse_completions};
 use super::logprobs::{Labels, Lists, routed};
 use super::shape::{Shape, Usage, finish_fields};
 use super::state::{Encoded, Gateway};
 use crate::error::ApiError;
-use crate::generate::{Answer, Delta, Generation, Prompt};
+use crate::generate::{Answer, Delta, Generation, Job};
 use crate::metrics::{Call, Operation};
 use crate::output::{TextOptions, TextStream};
 use crate::prompt::Prompter;
@@ -31,7 +34,7 @@ pub(super) async fn completions(
 }
 
 async fn start(
-    gateway: &Gateway,
+    gateway: &Arc<Gateway>,
     identity: &Identity,
     request: Request<Body>,
     call: &mut Call,
@@ -39,71 +42,64 @@ async fn start(
     identity
         .span
         .record("gen_ai.operation.name", Operation::TextCompletion.word());
-    let body = gateway.body(request).await?;
-    let asked = parse_completions(&body, &gateway.defaults)?;
-    drop(body);
-    let model = gateway.model_name(asked.model.as_deref())?;
-    call.is_for(&model);
-    let CompletionsRequest {
-        prompts,
-        echo,
-        add_special_tokens,
-        generation,
-        ..
-    } = asked;
-    let prompts = encode(gateway, prompts, add_special_tokens).await?;
-    let echoes = if echo {
-        prompts
-            .iter()
-            .map(|prompt| Echo::of(prompt, &gateway.prompter, &generation))
-            .collect()
-    } else {
-        Vec::new()
-    };
-    let shape = CompletionsShape {
-        id: format!("cmpl-{}", identity.request_id),
-        created: gateway.clock.unix_seconds(),
-        model,
-        labels: Labels::new(gateway.prompter.clone(), generation.tokens_as_ids),
-        prompts: prompts
-            .iter()
-            .map(|prompt| Arc::clone(&prompt.ids))
-            .collect(),
-        echoes,
-        asked: generation.clone(),
-    };
-    let encoded = Encoded {
-        prompts,
-        generation,
-        param: "prompt",
-        echo,
-        began: call.began,
-    };
-    Ok((gateway.start(encoded, identity).await?, shape))
+    let Received { bytes, room } = gateway.bodies.receive(request).await?;
+    let (began, id) = (call.began, format!("cmpl-{}", identity.request_id));
+    let digested = gateway.digest(bytes, move |gateway, bytes| {
+        digest(gateway, bytes, id, began, room)
+    });
+    let (job, shape) = digested.await?;
+    call.is_for(&shape.model);
+    Ok((gateway.start(job, identity).await?, shape))
 }
 
-async fn encode(
+fn digest(
     gateway: &Gateway,
-    prompts: Vec<PromptInput>,
-    special: bool,
-) -> Result<Vec<Prompt>, ApiError> {
-    let mut encoded = Vec::with_capacity(prompts.len());
-    for prompt in prompts {
-        encoded.push(match prompt {
-            PromptInput::Tokens(ids) => Prompt {
-                ids: ids.into(),
-                text: None,
-            },
-            PromptInput::Text(text) => Prompt {
-                ids: gateway
-                    .encode("prompt", text.clone(), special)
-                    .await?
-                    .into(),
-                text: Some(text),
-            },
-        });
+    body: &[u8],
+    id: String,
+    began: Instant,
+    room: Option<OwnedSemaphorePermit>,
+) -> Result<(Job, CompletionsShape), ApiError> {
+    let asked = parse_completions(body, &gateway.defaults)?;
+    let model = gateway.model_name(asked.model.as_deref())?;
+    let mut prompts: Vec<Arc<[u32]>> = Vec::with_capacity(asked.prompts.len());
+    let mut texts = Vec::new();
+    for prompt in asked.prompts {
+        let (ids, text) = match prompt {
+            PromptInput::Tokens(ids) => (ids, None),
+            PromptInput::Text(text) => {
+                let ids = gateway.encode("prompt", &text, asked.add_special_tokens)?;
+                (ids, Some(text))
+            }
+        };
+        prompts.push(ids.into());
+        if asked.echo {
+            texts.push(text);
+        }
     }
-    Ok(encoded)
+    let mut shape = CompletionsShape {
+        id,
+        created: gateway.clock.unix_seconds(),
+        model,
+        labels: Labels::new(gateway.prompter.clone(), asked.generation.tokens_as_ids),
+        prompts: prompts.clone(),
+        echoes: Vec::new(),
+        asked: asked.generation.clone(),
+    };
+    let job = gateway.job(Encoded {
+        prompts,
+        generation: asked.generation,
+        param: "prompt",
+        echo: asked.echo,
+        began,
+        room,
+    })?;
+    // After the lengths were checked: it takes a while per token.
+    shape.echoes = texts
+        .into_iter()
+        .zip(&shape.prompts)
+        .map(|(text, prompt)| Echo::of(text, prompt, &gateway.prompter, &shape.asked))
+        .collect();
+    Ok((job, shape))
 }
 
 /// A prompt as part of the answer.
@@ -115,21 +111,27 @@ struct Echo {
 }
 
 impl Echo {
-    fn of(prompt: &Prompt, prompter: &Prompter, asked: &Generation) -> Self {
+    /// `text`: the prompt as the client wrote it, if it did.
+    fn of(
+        text: Option<String>,
+        prompt: &[u32],
+        prompter: &Prompter,
+        asked: &Generation,
+    ) -> Self {
         let options = TextOptions {
             skip_special_tokens: asked.skip_special_tokens,
             ..TextOptions::default()
         };
         let mut stream = TextStream::new(prompter, &[], &options);
         let mut decoded = String::new();
-        let mut offsets = Vec::with_capacity(prompt.ids.len());
-        for id in prompt.ids.iter() {
+        let mut offsets = Vec::with_capacity(prompt.len());
+        for id in prompt {
             let piece = stream.push(*id);
             offsets.push(piece.offset);
             decoded.push_str(&piece.text);
         }
         decoded.push_str(&stream.finish().text);
-        let text = prompt.text.clone().unwrap_or(decoded);
+        let text = text.unwrap_or(decoded);
         Self {
             characters: text.chars().count(),
             text,

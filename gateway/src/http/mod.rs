@@ -2,6 +2,7 @@
 
 mod admin;
 mod answer;
+mod body;
 mod chat;
 mod chat_request;
 mod completions;
@@ -28,10 +29,12 @@ use axum::routing::{get, post};
 use tracing::Instrument;
 
 pub use answer::{ROUTE, WORKER};
+pub use body::{Bodies, MAX_BODY};
 pub use chat_request::{ChatRequest, parse_chat};
 pub use completions_request::{CompletionsRequest, PromptInput, parse_completions};
 pub use defaults::Defaults;
-pub use state::{Gateway, MAX_BODY};
+pub use state::Gateway;
+pub(crate) use state::LONG_BODIES;
 pub use tokenize_request::{
     DetokenizeRequest, TokenizeInput, TokenizeRequest, parse_detokenize, parse_tokenize,
 };

@@ -3,28 +3,26 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::body::{Body, Bytes};
-use axum::http::{Request, header};
 use foregate_api::node::GatewayConfig;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout};
 
+use super::body::Bodies;
 use super::defaults::Defaults;
 use crate::admission::Admission;
 use crate::clock::Clock;
-use crate::error::{ApiError, clip};
-use crate::generate::{Answer, Generation, Job, Prompt, Runner};
+use crate::error::ApiError;
+use crate::generate::{Answer, Generation, Job, Runner};
 use crate::metrics::Metrics;
 use crate::prompt::Prompter;
 use crate::random::Random;
 use crate::trace::Identity;
 use crate::view::Views;
 
-/// Largest body.
-pub const MAX_BODY: usize = 32 << 20;
-/// Longest time a body may take to arrive.
-const BODY_SECONDS: u64 = 60;
-/// Texts longer than this are encoded off the runtime's threads.
-const LONG_TEXT: usize = 16 << 10;
+/// Bodies longer than this are digested off the runtime's threads.
+const LONG_BODY: usize = 16 << 10;
+/// Long bodies digested at a time.
+pub(crate) const LONG_BODIES: usize = 2;
 
 /// Shared by all handlers.
 #[derive(Debug)]
@@ -35,6 +33,10 @@ pub struct Gateway {
     pub prompter: Prompter,
     /// What a request does not say about sampling.
     pub defaults: Defaults,
+    /// Room for what requests bring.
+    pub bodies: Bodies,
+    /// Turns of long bodies.
+    pub long_bodies: Arc<Semaphore>,
     /// The cluster.
     pub views: Arc<Views>,
     /// Who may work.
@@ -52,32 +54,44 @@ pub struct Gateway {
 /// A request whose prompts are encoded.
 #[derive(Debug)]
 pub(super) struct Encoded {
-    pub(super) prompts: Vec<Prompt>,
+    pub(super) prompts: Vec<Arc<[u32]>>,
     pub(super) generation: Generation,
     /// The field that prompts came from, for errors.
     pub(super) param: &'static str,
     /// Whether the prompt is part of the answer.
     pub(super) echo: bool,
     pub(super) began: Instant,
+    /// What its body takes of the room for bodies.
+    pub(super) room: Option<OwnedSemaphorePermit>,
 }
 
 impl Gateway {
-    /// The whole body of a request.
-    pub(super) async fn body(&self, request: Request<Body>) -> Result<Bytes, ApiError> {
-        let announced = request
-            .headers()
-            .get(header::CONTENT_LENGTH)
-            .and_then(|value| value.to_str().ok())
-            .and_then(|value| value.parse::<usize>().ok());
-        if announced.is_some_and(|length| length > MAX_BODY) {
-            return Err(ApiError::too_large(MAX_BODY));
+    /// Does what a body asks of the processor. For a long one that is where it cannot hold up the tokens of
+    /// others, and few at a time: JSON takes many times its size in memory while it is read.
+    pub(super) async fn digest<T: Send + 'static>(
+        self: &Arc<Self>,
+        bytes: Vec<u8>,
+        work: impl FnOnce(&Self, &[u8]) -> Result<T, ApiError> + Send + 'static,
+    ) -> Result<T, ApiError> {
+        if bytes.len() <= LONG_BODY {
+            return work(self, &bytes);
         }
-        let reading = axum::body::to_bytes(request.into_body(), MAX_BODY);
-        match timeout(Duration::from_secs(BODY_SECONDS), reading).await {
-            Ok(Ok(bytes)) => Ok(bytes),
-            Ok(Err(error)) => Err(body_error(&error)),
-            Err(_) => Err(ApiError::slow_body(BODY_SECONDS)),
-        }
+        let limit = self.config.request_timeout_ms;
+        let turn = timeout(
+            Duration::from_millis(limit),
+            Arc::clone(&self.long_bodies).acquire_owned(),
+        )
+        .await
+        .map_err(|_| ApiError::deadline(limit))?;
+        let gateway = Arc::clone(self);
+        // It goes on when the client leaves, and so does its turn.
+        let work = move || {
+            let _turn = turn;
+            work(&gateway, &bytes)
+        };
+        tokio::task::spawn_blocking(work)
+            .await
+            .map_err(|_| ApiError::internal("reading the request failed"))?
     }
 
     /// The name under which the model answers.
@@ -100,10 +114,10 @@ impl Gateway {
     }
 
     /// Encodes a text. One that cannot fit is refused before the work is done.
-    pub(super) async fn encode(
+    pub(super) fn encode(
         &self,
         param: &str,
-        text: String,
+        text: &str,
         special: bool,
     ) -> Result<Vec<u32>, ApiError> {
         let limit = self.config.max_model_len as usize;
@@ -118,13 +132,7 @@ impl Gateway {
                 ),
             ));
         }
-        if text.len() <= LONG_TEXT {
-            return self.prompter.encode(param, &text, special);
-        }
-        let (prompter, param) = (self.prompter.clone(), param.to_owned());
-        tokio::task::spawn_blocking(move || prompter.encode(&param, &text, special))
-            .await
-            .map_err(|_| ApiError::internal("encoding the prompt failed"))?
+        self.prompter.encode(param, text, special)
     }
 
     /// Token ids must be the model's.
@@ -157,17 +165,16 @@ impl Gateway {
             .map_or(own, |model| own.min(model.max_positions))
     }
 
-    /// Checks lengths and ids, waits for a permit, starts the sequences.
+    /// Waits for a permit, starts the sequences.
     pub(super) async fn start(
         &self,
-        encoded: Encoded,
+        job: Job,
         identity: &Identity,
     ) -> Result<Answer, ApiError> {
         if let Some(reason) = self.views.load().not_ready() {
             return Err(ApiError::unavailable("not_ready", reason));
         }
-        let sequences = encoded.prompts.len() * encoded.generation.n as usize;
-        let job = self.job(encoded)?;
+        let sequences = job.choices();
         self.note(&job, identity);
         let (began, deadline) = (job.began, job.deadline);
         let permit = tokio::select! {
@@ -188,7 +195,7 @@ impl Gateway {
 
     fn note(&self, job: &Job, identity: &Identity) {
         let span = &identity.span;
-        let input: usize = job.prompts.iter().map(|prompt| prompt.ids.len()).sum();
+        let input: usize = job.prompts.iter().map(|prompt| prompt.len()).sum();
         span.record("gen_ai.request.model", self.main_name());
         span.record("gen_ai.request.max_tokens", job.max_tokens);
         span.record(
@@ -199,22 +206,24 @@ impl Gateway {
         span.record("gen_ai.usage.input_tokens", input);
     }
 
-    fn job(&self, encoded: Encoded) -> Result<Job, ApiError> {
+    /// Checks lengths and ids.
+    pub(super) fn job(&self, encoded: Encoded) -> Result<Job, ApiError> {
         let Encoded {
             prompts,
             generation,
             param,
             echo,
             began,
+            room,
         } = encoded;
         for prompt in &prompts {
-            if prompt.ids.is_empty() {
+            if prompt.is_empty() {
                 return Err(ApiError::invalid(
                     param,
                     format!("`{param}` must have at least one token"),
                 ));
             }
-            self.check_ids(param, &prompt.ids)?;
+            self.check_ids(param, prompt)?;
         }
         self.check_ids("stop_token_ids", &generation.stop_token_ids)?;
         let biased: Vec<u32> = generation.logit_bias.keys().copied().collect();
@@ -225,11 +234,7 @@ impl Gateway {
                 "this model has no tokenizer, so stop strings cannot be found: use `stop_token_ids`",
             ));
         }
-        let longest = prompts
-            .iter()
-            .map(|prompt| prompt.ids.len())
-            .max()
-            .unwrap_or(0);
+        let longest = prompts.iter().map(|prompt| prompt.len()).max().unwrap_or(0);
         let max_tokens = self.max_tokens(&generation, longest, param)?;
         if generation.min_tokens > max_tokens {
             return Err(ApiError::invalid(
@@ -249,6 +254,7 @@ impl Gateway {
             max_tokens,
             generation,
             began,
+            room,
         })
     }
 
@@ -280,19 +286,4 @@ impl Gateway {
             .map_or_else(unsaid, |wanted| wanted as usize);
         Ok(u32::try_from(resolved).unwrap_or(u32::MAX))
     }
-}
-
-fn body_error(error: &axum::Error) -> ApiError {
-    // axum hides the type behind its own; the limit is the only error with this text.
-    let mut cause: Option<&dyn std::error::Error> = Some(error);
-    while let Some(error) = cause {
-        if error.to_string().contains("length limit exceeded") {
-            return ApiError::too_large(MAX_BODY);
-        }
-        cause = error.source();
-    }
-    ApiError::malformed(format!(
-        "the body could not be read: {}",
-        clip(&error.to_string(), 200)
-    ))
 }

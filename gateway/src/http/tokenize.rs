@@ -8,6 +8,7 @@ use axum::http::{Request, Response, StatusCode};
 use serde_json::{Value, json};
 
 use super::answer::json_response;
+use super::body::Received;
 use super::logprobs::Labels;
 use super::state::Gateway;
 use super::tokenize_request::{TokenizeInput, parse_detokenize, parse_tokenize};
@@ -17,7 +18,12 @@ pub(super) async fn tokenize(
     State(gateway): State<Arc<Gateway>>,
     request: Request<Body>,
 ) -> Result<Response<Body>, ApiError> {
-    let asked = parse_tokenize(&gateway.body(request).await?)?;
+    let Received { bytes, room: _room } = gateway.bodies.receive(request).await?;
+    gateway.digest(bytes, encode).await
+}
+
+fn encode(gateway: &Gateway, body: &[u8]) -> Result<Response<Body>, ApiError> {
+    let asked = parse_tokenize(body)?;
     gateway.model_name(asked.model.as_deref())?;
     let (param, text) = match asked.input {
         TokenizeInput::Prompt(text) => ("prompt", text),
@@ -35,9 +41,7 @@ pub(super) async fn tokenize(
             ("messages", text)
         }
     };
-    let ids = gateway
-        .encode(param, text, asked.add_special_tokens)
-        .await?;
+    let ids = gateway.encode(param, &text, asked.add_special_tokens)?;
     let strings = if asked.return_token_strs {
         let labels = Labels::new(gateway.prompter.clone(), false);
         ids.iter()
@@ -59,7 +63,12 @@ pub(super) async fn detokenize(
     State(gateway): State<Arc<Gateway>>,
     request: Request<Body>,
 ) -> Result<Response<Body>, ApiError> {
-    let asked = parse_detokenize(&gateway.body(request).await?)?;
+    let Received { bytes, room: _room } = gateway.bodies.receive(request).await?;
+    gateway.digest(bytes, decode).await
+}
+
+fn decode(gateway: &Gateway, body: &[u8]) -> Result<Response<Body>, ApiError> {
+    let asked = parse_detokenize(body)?;
     gateway.model_name(asked.model.as_deref())?;
     gateway.check_ids("tokens", &asked.tokens)?;
     let text = gateway.prompter.decode("tokens", &asked.tokens, false)?;
