@@ -137,6 +137,13 @@ pub async fn run(deps: Deps) -> Result<(), GatewayError> {
     let gateway = Arc::new(gateway(
         config, prompter, defaults, views, loads, metrics, &shutdown,
     ));
+    // The registry outlives the gateway, so it must not hold it.
+    let looked_at = Arc::downgrade(&gateway);
+    gateway.metrics.refresh_with(move || {
+        if let Some(gateway) = looked_at.upgrade() {
+            gateway.show();
+        }
+    });
     let router = http::router(Arc::clone(&gateway));
     tokio::select! {
         () = serve::serve(listener, router, limits, shutdown.clone()) => {}

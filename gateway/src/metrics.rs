@@ -2,14 +2,17 @@
 //! `foregate_gateway_`; those of OpenTelemetry's conventions with `gen_ai_`. Labels are of bounded number:
 //! engine (ranks), layer, policy, outcome, reason, place, operation, served name.
 //!
-//! What workers report through the store is copied at every scrape; what the gateway sees is counted here.
+//! What the gateway sees is counted here. What workers report through the store, and what is known elsewhere in
+//! the gateway, is copied whenever the registry is gathered.
 
 mod cluster;
 mod gen_ai;
+mod scraped;
 
 use std::time::Duration;
 
 use foregate_api::placement::Placement;
+use foregate_store::coord::ClusterState;
 use prometheus::{
     Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
 };
@@ -17,11 +20,12 @@ use prometheus::{
 use crate::route::{self, Choice};
 use cluster::Cluster;
 use gen_ai::GenAi;
+use scraped::Scraped;
 
 pub(crate) use cluster::{imbalance, rank_rows};
 pub(crate) use gen_ai::{Call, Operation};
 
-/// Seconds from a tenth of a millisecond to ten minutes.
+/// Seconds from a millisecond to ten minutes.
 const SECONDS: [f64; 20] = [
     0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0,
     10.0, 30.0, 60.0, 180.0, 600.0,
@@ -53,14 +57,27 @@ pub struct Metrics {
     pub(crate) token_overhead: Histogram,
     /// Time the gateway adds to a request before its sequences run, waiting for a permit not included.
     pub(crate) request_overhead: Histogram,
-    /// Requests with a permit.
-    pub(crate) in_flight: IntGauge,
-    /// Requests waiting for one.
-    pub(crate) waiting: IntGauge,
-    /// Prompt prefixes with a known signature.
-    pub(crate) known_prefixes: IntGauge,
-    pub(crate) cluster: Cluster,
+    in_flight: IntGauge,
+    waiting: IntGauge,
+    known_prefixes: IntGauge,
+    cluster: Cluster,
+    scraped: Scraped,
     gen_ai: GenAi,
+}
+
+/// What is known elsewhere when somebody looks.
+#[derive(Debug)]
+pub(crate) struct Known<'a> {
+    /// The cluster.
+    pub(crate) state: &'a ClusterState,
+    /// Seconds since 1970.
+    pub(crate) now: u64,
+    /// Requests with a permit.
+    pub(crate) in_flight: u32,
+    /// Requests waiting for one.
+    pub(crate) waiting: u32,
+    /// Prompt prefixes with a known signature.
+    pub(crate) prefixes: usize,
 }
 
 /// What one sequence looked like from outside.
@@ -79,6 +96,8 @@ impl Metrics {
     /// A name that is registered already.
     pub fn new(registry: Registry, model: &str) -> Result<Self, prometheus::Error> {
         let make = Make(&registry);
+        let inner = Registry::new();
+        let copied = Make(&inner);
         let named = &["model_name"];
         let metrics = Self {
             model: model.to_owned(),
@@ -156,19 +175,20 @@ impl Metrics {
                 "Time to parse, encode and route a request.",
                 &SHORT,
             )?,
-            in_flight: make.gauge(
+            in_flight: copied.gauge(
                 "foregate_gateway_requests_in_flight",
                 "Requests with a permit.",
             )?,
-            waiting: make.gauge(
+            waiting: copied.gauge(
                 "foregate_gateway_admission_queue",
                 "Requests waiting for a permit.",
             )?,
-            known_prefixes: make.gauge(
+            known_prefixes: copied.gauge(
                 "foregate_gateway_known_prefixes",
                 "Prompt prefixes with a known expert signature.",
             )?,
-            cluster: Cluster::new(&make, model)?,
+            cluster: Cluster::new(&copied, model)?,
+            scraped: Scraped::register(&registry, inner.clone())?,
             gen_ai: GenAi::new(&make)?,
             registry,
         };
@@ -179,6 +199,20 @@ impl Metrics {
     #[must_use]
     pub const fn registry(&self) -> &Registry {
         &self.registry
+    }
+
+    /// Copies what is known elsewhere; to be called by what [`Metrics::refresh_with`] was given.
+    pub(crate) fn show(&self, known: &Known<'_>) {
+        self.in_flight.set(known.in_flight.into());
+        self.waiting.set(known.waiting.into());
+        let prefixes = i64::try_from(known.prefixes).unwrap_or(i64::MAX);
+        self.known_prefixes.set(prefixes);
+        self.cluster.show(known.state, known.now);
+    }
+
+    /// Has `refresh` called whenever the registry is gathered.
+    pub(crate) fn refresh_with(&self, refresh: impl Fn() + Send + Sync + 'static) {
+        self.scraped.refresh_with(refresh);
     }
 
     pub(crate) fn rejected(&self, reason: &str) {

@@ -6,6 +6,7 @@ use opentelemetry::propagation::{Extractor, Injector};
 use tracing::Span;
 use tracing_opentelemetry::OpenTelemetrySpanExt;
 
+use crate::error::clip;
 use crate::random::Random;
 
 /// `x-request-id`.
@@ -67,7 +68,8 @@ impl Identity {
             "http.request",
             otel.kind = "server",
             http.request.method = method,
-            url.path = path,
+            // A path may be as long as a request's headers.
+            url.path = clip(path, 1024),
             http.response.status_code = tracing::field::Empty,
             request.id = request_id,
             gen_ai.operation.name = tracing::field::Empty,

@@ -621,6 +621,23 @@ async fn metrics_and_the_load_matrix_show_the_cluster() {
     assert_eq!(matrix["workers"]["0"]["phase"], "ready");
 }
 
+/// Whoever pushes the registry sees the cluster too, though nobody asks for `/metrics`.
+#[tokio::test]
+async fn the_registry_is_up_to_date_by_itself() {
+    let cluster = Cluster::start(2, ANSWER, config()).await;
+    let workers = || {
+        let families = cluster.registry.gather();
+        let family = families
+            .iter()
+            .find(|family| family.name() == "foregate_gateway_workers");
+        family.map_or(0.0, |family| {
+            let gauges = family.get_metric().iter();
+            gauges.map(|metric| metric.get_gauge().get_value()).sum()
+        })
+    };
+    assert_eq!(workers(), 2.0);
+}
+
 #[tokio::test]
 async fn conventional_metrics_count_requests_by_their_end() {
     let cluster = Cluster::start(1, ANSWER, config()).await;

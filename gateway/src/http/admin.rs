@@ -47,20 +47,10 @@ pub(super) async fn ready(State(gateway): State<Arc<Gateway>>) -> Response<Body>
 pub(super) async fn metrics(
     State(gateway): State<Arc<Gateway>>,
 ) -> Result<Response<Body>, ApiError> {
-    let metrics = &gateway.metrics;
-    metrics
-        .cluster
-        .show(&gateway.views.load().state, gateway.clock.unix_seconds());
-    metrics.in_flight.set(gateway.admission.running().into());
-    metrics.waiting.set(gateway.admission.queued().into());
-    let known = gateway.runner.upstream.known_prefixes();
-    metrics
-        .known_prefixes
-        .set(i64::try_from(known).unwrap_or(i64::MAX));
     let encoder = TextEncoder::new();
     let mut text = Vec::new();
     encoder
-        .encode(&metrics.registry().gather(), &mut text)
+        .encode(&gateway.metrics.registry().gather(), &mut text)
         .map_err(|error| ApiError::internal(format!("metrics: {error}")))?;
     let mut response = Response::new(Body::from(text));
     response.headers_mut().insert(

@@ -13,7 +13,7 @@ use crate::admission::Admission;
 use crate::clock::Clock;
 use crate::error::ApiError;
 use crate::generate::{Answer, Generation, Job, Runner};
-use crate::metrics::Metrics;
+use crate::metrics::{Known, Metrics};
 use crate::prompt::Prompter;
 use crate::random::Random;
 use crate::trace::Identity;
@@ -92,6 +92,17 @@ impl Gateway {
         tokio::task::spawn_blocking(work)
             .await
             .map_err(|_| ApiError::internal("reading the request failed"))?
+    }
+
+    /// Writes what only the gateway as a whole knows into its metrics.
+    pub(crate) fn show(&self) {
+        self.metrics.show(&Known {
+            state: &self.views.load().state,
+            now: self.clock.unix_seconds(),
+            in_flight: self.admission.running(),
+            waiting: self.admission.queued(),
+            prefixes: self.runner.upstream.known_prefixes(),
+        });
     }
 
     /// The name under which the model answers.

@@ -1,4 +1,4 @@
-//! What workers reported last, as gauges and counters; copied from the view when somebody scrapes.
+//! What workers reported last, as gauges and counters; copied from the view when somebody looks.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
@@ -54,7 +54,7 @@ impl Cluster {
             late_rows: make.counters("foregate_gateway_late_rows_total", "Rows that came late or were refused by a peer.", &["engine"])?,
             experts_loaded: make.counters("foregate_gateway_experts_loaded_total", "Experts that migrations loaded.", &["engine"])?,
             cache_config: make.gauges("vllm:cache_config_info", "Shape of the KV cache; always 1.", &["model_name", "engine", "block_size", "num_blocks"])?,
-            lora: make.gauges("vllm:lora_requests_info", "LoRA adapters in use: none are served. The value is the time of the scrape.", &["max_lora", "running_lora_adapters", "waiting_lora_adapters"])?,
+            lora: make.gauges("vllm:lora_requests_info", "LoRA adapters in use: none are served. The value is the time of the look.", &["max_lora", "running_lora_adapters", "waiting_lora_adapters"])?,
             workers: make.gauges("foregate_gateway_workers", "Registered workers by phase.", &["phase"])?,
             epoch: make.gauges("foregate_gateway_epoch", "Number of the active and of the wanted placement.", &["placement"])?,
             connected: make.gauges("foregate_gateway_store_connected", "1 while the view of the store is fresh.", &[])?,

@@ -143,6 +143,7 @@ pub struct Cluster {
     pub coord: Coord,
     pub lease: Arc<dyn Lease>,
     pub shutdown: CancellationToken,
+    pub registry: prometheus::Registry,
     pub client: reqwest::Client,
     pub running: tokio::task::JoinHandle<Result<(), foregate_gateway::GatewayError>>,
 }
@@ -177,12 +178,13 @@ impl Cluster {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let shutdown = CancellationToken::new();
+        let registry = prometheus::Registry::new();
         let deps = foregate_gateway::Deps {
             cluster: "test".into(),
             config,
             listener,
             store,
-            registry: prometheus::Registry::new(),
+            registry: registry.clone(),
             shutdown: shutdown.clone(),
         };
         #[expect(clippy::disallowed_methods, reason = "the test holds the handle")]
@@ -193,6 +195,7 @@ impl Cluster {
             coord,
             lease,
             shutdown,
+            registry,
             client: reqwest::Client::new(),
             running,
         }
