@@ -1,11 +1,14 @@
 //! `foregate bench engine`: the engine alone, all experts in this process, no network, no HTTP.
 //!
-//! Each batch size is measured with and without expert telemetry, turn by turn, so that a drift of the machine
-//! hits both alike.
+//! The cost of expert telemetry is far below the noise of two runs. So two engines, one with it and one without,
+//! decode the same sequences over the same weights and take turns step by step. Which of them goes first, and
+//! where its memory lies, makes a difference of its own: so every turn has fresh engines and both orders.
+
+mod lockstep;
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use foregate_api::ids::Rank;
@@ -15,7 +18,7 @@ use foregate_checkpoint::Checkpoint;
 use foregate_kernels::{Cpu, KvCache};
 use foregate_models::{LocalExperts, Model};
 use foregate_wire::generation::generate_event::Event;
-use foregate_worker::engine::{self, Alone, EngineHandle, EngineParts};
+use foregate_worker::engine::{self, Alone, EngineHandle, EngineParts, StepExperts};
 use foregate_worker::load::LoadCounters;
 use foregate_worker::sampler::Sampling;
 use foregate_worker::sequence::Request;
@@ -23,6 +26,7 @@ use serde::Serialize;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
+use self::lockstep::{Lockstep, Times, Turnstile};
 use super::serve::write_json;
 use super::workload::Draw;
 use crate::error::{CliError, print};
@@ -46,10 +50,10 @@ pub(crate) struct EngineArgs {
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
     prompt_tokens: u32,
     /// Tokens to decode per sequence.
-    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(2..))]
+    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(3..))]
     decode_tokens: u32,
-    /// Turns per batch size, each with and without telemetry; the best counts.
-    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
+    /// Turns per batch size; the best speed counts, and all pairs of steps.
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000))]
     turns: u32,
     /// Also write the figures as JSON to this file.
     #[arg(long)]
@@ -60,10 +64,31 @@ pub(crate) struct EngineArgs {
 #[derive(Debug, Clone, Copy, Serialize)]
 struct Figure {
     batch: u32,
+    /// Of the best turn, as the next.
     prefill_tokens_per_second: f64,
     decode_tokens_per_second: f64,
-    decode_without_telemetry: f64,
-    telemetry_cost_percent: f64,
+    /// Pairs of a step with telemetry and one without.
+    pairs: usize,
+    /// Medians of their two sides.
+    step_ms: f64,
+    step_ms_without_telemetry: f64,
+    /// Of each turn the median over its pairs; of those the median.
+    telemetry_overhead_percent: f64,
+    /// Where the median of more turns would lie with 95 of 100 chances.
+    telemetry_overhead_interval: (f64, f64),
+}
+
+/// Milliseconds of two steps with the same work.
+#[derive(Debug, Clone, Copy)]
+struct Pair {
+    with: f64,
+    without: f64,
+}
+
+impl Pair {
+    fn ratio(self) -> f64 {
+        self.with / self.without
+    }
 }
 
 /// Speeds of one turn.
@@ -100,31 +125,17 @@ pub(super) async fn run(args: &EngineArgs, progress: &Progress) -> Result<(), Cl
     print(&format!("{path}: {threads} threads, {} path", cpu.path()));
     let model = Model::load(&checkpoint, Arc::clone(&cpu), |_, _| {})
         .map_err(|error| CliError::runtime(&path, &error))?;
+    let experts = LocalExperts::load(&checkpoint, cpu)
+        .map_err(|error| CliError::runtime(&path, &error))?;
+    let bench = Bench {
+        args,
+        model,
+        experts,
+        spec: checkpoint.spec(),
+    };
     let mut figures = Vec::new();
     for batch in &args.batch {
-        let task = progress.steps(&format!("batch {batch}"), u64::from(args.turns) * 2);
-        let (mut with, mut without) = (Speed::default(), Speed::default());
-        for _ in 0..args.turns {
-            for telemetry in [true, false] {
-                let experts = LocalExperts::load(&checkpoint, Arc::<Cpu>::clone(&cpu))
-                    .map_err(|error| CliError::runtime(&path, &error))?;
-                let engine =
-                    start(args, *batch, &model, experts, checkpoint.spec(), telemetry)?;
-                let speed = measure(args, *batch, &engine, checkpoint.spec()).await?;
-                engine.stop().await;
-                let best = if telemetry { &mut with } else { &mut without };
-                *best = best.best(speed);
-                task.add(1);
-            }
-        }
-        task.finish("done");
-        let figure = Figure {
-            batch: *batch,
-            prefill_tokens_per_second: with.prefill,
-            decode_tokens_per_second: with.decode,
-            decode_without_telemetry: without.decode,
-            telemetry_cost_percent: (1.0 - with.decode / without.decode) * 100.0,
-        };
+        let figure = bench.figure(*batch, progress).await?;
         print(&figure.line());
         figures.push(figure);
     }
@@ -134,44 +145,145 @@ pub(super) async fn run(args: &EngineArgs, progress: &Progress) -> Result<(), Cl
     }
 }
 
-impl Figure {
-    fn line(&self) -> String {
-        format!(
-            "batch {:>4}: prefill {:>9.1} tokens/s, decode {:>9.1} tokens/s ({:.1} without expert telemetry, cost {:.2} %)",
-            self.batch,
-            self.prefill_tokens_per_second,
-            self.decode_tokens_per_second,
-            self.decode_without_telemetry,
-            self.telemetry_cost_percent
-        )
+/// What all blocks share.
+struct Bench<'a> {
+    args: &'a EngineArgs,
+    model: Model,
+    experts: LocalExperts,
+    spec: &'a ModelSpec,
+}
+
+impl Bench<'_> {
+    async fn figure(&self, batch: u32, progress: &Progress) -> Result<Figure, CliError> {
+        let task = progress.steps(&format!("batch {batch}"), u64::from(self.args.turns) * 2);
+        let mut best = Speed::default();
+        let (mut pairs, mut overheads) = (Vec::new(), Vec::new());
+        for _ in 0..self.args.turns {
+            best = best.best(self.alone(batch).await?);
+            task.add(1);
+            let orders = [self.in_turn(batch, 0).await?, self.in_turn(batch, 1).await?];
+            task.add(1);
+            let ratios = orders[0].iter().zip(&orders[1]);
+            let ratios = ratios.map(|(one, other)| (one.ratio() * other.ratio()).sqrt());
+            overheads.push((median(ratios.collect()).0 - 1.0) * 100.0);
+            pairs.extend(orders.concat());
+        }
+        task.finish("done");
+        let of = |side: fn(&Pair) -> f64| median(pairs.iter().map(side).collect());
+        let (overhead, interval) = median(overheads);
+        Ok(Figure {
+            batch,
+            prefill_tokens_per_second: best.prefill,
+            decode_tokens_per_second: best.decode,
+            pairs: pairs.len(),
+            step_ms: of(|pair| pair.with).0,
+            step_ms_without_telemetry: of(|pair| pair.without).0,
+            telemetry_overhead_percent: overhead,
+            telemetry_overhead_interval: interval,
+        })
+    }
+
+    /// One batch from prompt to end.
+    async fn alone(&self, batch: u32) -> Result<Speed, CliError> {
+        let engine = self.start(batch, true, Box::new(Alone(self.experts.clone())))?;
+        let speed = measure(self.args, batch, &engine, self.spec).await;
+        engine.stop().await;
+        speed
+    }
+
+    /// Decode steps of two engines that take turns: fresh ones, so that their memory lies elsewhere each time.
+    async fn in_turn(&self, batch: u32, with: usize) -> Result<Vec<Pair>, CliError> {
+        let turnstile = Arc::<Turnstile>::default();
+        let times: [Times; 2] = Default::default();
+        let engine = |side: usize| {
+            let experts = Lockstep {
+                inner: Alone(self.experts.clone()),
+                side,
+                turnstile: Arc::clone(&turnstile),
+                times: Arc::clone(&times[side]),
+                begun: None,
+            };
+            self.start(batch, side == with, Box::new(experts))
+        };
+        let engines = [engine(0)?, engine(1)?];
+        let run = async |engine: &EngineHandle| {
+            let done = measure(self.args, batch, engine, self.spec).await;
+            turnstile.open();
+            done
+        };
+        let (first, second) = tokio::join!(run(&engines[0]), run(&engines[1]));
+        for engine in engines {
+            engine.stop().await;
+        }
+        first.and(second)?;
+        let decode = |side: usize| {
+            let times = times[side].lock().unwrap_or_else(PoisonError::into_inner);
+            // The last step of all has no next one and so no time; prompts are read by the first.
+            let steps = times
+                .iter()
+                .rev()
+                .take(self.args.decode_tokens as usize - 2);
+            let steps = steps.map(|time| time.as_secs_f64() * 1000.0);
+            steps.collect::<Vec<f64>>()
+        };
+        let pairs = decode(with).into_iter().zip(decode(1 - with));
+        Ok(pairs
+            .map(|(with, without)| Pair { with, without })
+            .collect())
+    }
+
+    fn start(
+        &self,
+        batch: u32,
+        telemetry: bool,
+        experts: Box<dyn StepExperts>,
+    ) -> Result<EngineHandle, CliError> {
+        let prompt = self.args.prompt_tokens;
+        let length = (prompt + self.args.decode_tokens) as usize;
+        let pages = (length.div_ceil(PAGE_TOKENS) + 1) * batch as usize;
+        let kv = KvCache::new(self.model.kv_shape(pages, PAGE_TOKENS))
+            .map_err(|error| CliError::runtime("KV cache", &error))?;
+        // Counters without layers count nothing: that is the engine without telemetry.
+        let load = match telemetry {
+            true => LoadCounters::new(self.spec.moe_layers(), self.spec.experts),
+            false => LoadCounters::new(0, 0),
+        };
+        engine::start(EngineParts {
+            model: self.model.clone(),
+            kv,
+            experts,
+            config: config(batch, prompt, length),
+            load: Arc::new(load),
+        })
+        .map_err(|error| CliError::runtime("engine", &error))
     }
 }
 
-fn start(
-    args: &EngineArgs,
-    batch: u32,
-    model: &Model,
-    experts: LocalExperts,
-    spec: &ModelSpec,
-    telemetry: bool,
-) -> Result<EngineHandle, CliError> {
-    let length = (args.prompt_tokens + args.decode_tokens) as usize;
-    let pages = (length.div_ceil(PAGE_TOKENS) + 1) * batch as usize;
-    let kv = KvCache::new(model.kv_shape(pages, PAGE_TOKENS))
-        .map_err(|error| CliError::runtime("KV cache", &error))?;
-    // Counters without layers count nothing: that is the engine without telemetry.
-    let load = match telemetry {
-        true => LoadCounters::new(spec.moe_layers(), spec.experts),
-        false => LoadCounters::new(0, 0),
+/// Median, and the order statistics between which the true one lies with 95 of 100 chances: how many of n
+/// figures are below it is binomial with p = 1/2, here by its normal approximation.
+fn median(mut figures: Vec<f64>) -> (f64, (f64, f64)) {
+    figures.sort_by(f64::total_cmp);
+    let n = figures.len();
+    let Some(last) = n.checked_sub(1) else {
+        return (f64::NAN, (f64::NAN, f64::NAN));
     };
-    engine::start(EngineParts {
-        model: model.clone(),
-        kv,
-        experts: Box::new(Alone(experts)),
-        config: config(batch, args.prompt_tokens, length),
-        load: Arc::new(load),
-    })
-    .map_err(|error| CliError::runtime("engine", &error))
+    let out = ((n as f64 - 1.96 * (n as f64).sqrt()) / 2.0).max(0.0) as usize;
+    let middle = f64::midpoint(figures[last / 2], figures[n / 2]);
+    (middle, (figures[out], figures[last - out]))
+}
+
+impl Figure {
+    fn line(&self) -> String {
+        format!(
+            "batch {:>4}: prefill {:>9.1} tokens/s, decode {:>9.1} tokens/s; expert telemetry costs {:.2} % (between {:.2} and {:.2})",
+            self.batch,
+            self.prefill_tokens_per_second,
+            self.decode_tokens_per_second,
+            self.telemetry_overhead_percent,
+            self.telemetry_overhead_interval.0,
+            self.telemetry_overhead_interval.1
+        )
+    }
 }
 
 fn config(batch: u32, prompt: u32, length: usize) -> WorkerConfig {
@@ -252,5 +364,20 @@ fn request(args: &EngineArgs, number: u32, vocab: usize) -> Request {
         logprobs: None,
         prompt_logprobs: None,
         routed_experts: false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_median_lies_in_its_interval() {
+        let figures = (1..=100).rev().map(f64::from).collect();
+        // Ranks 41 and 60 of 100.
+        assert_eq!(median(figures), (50.5, (41.0, 60.0)));
+        assert_eq!(median(vec![3.0]), (3.0, (3.0, 3.0)));
+        assert_eq!(median(vec![4.0, 1.0]), (2.5, (1.0, 4.0)));
+        assert!(median(Vec::new()).0.is_nan());
     }
 }

@@ -79,11 +79,24 @@ const fn id(number: usize) -> u32 {
 }
 
 /// Every expert of a model, in this process.
+///
+/// A clone shares the weights and has memory of its own.
 pub struct LocalExperts {
     ops: Arc<dyn Ops>,
     layers: Vec<Vec<Arc<ExpertWeights>>>,
     groups: ExpertGroups,
     results: Vec<f32>,
+}
+
+impl Clone for LocalExperts {
+    fn clone(&self) -> Self {
+        Self {
+            ops: Arc::clone(&self.ops),
+            layers: self.layers.clone(),
+            groups: ExpertGroups::default(),
+            results: Vec::new(),
+        }
+    }
 }
 
 impl fmt::Debug for LocalExperts {
