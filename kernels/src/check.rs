@@ -1,9 +1,10 @@
 //! What every op asks of its arguments, whoever computes it.
 
+use crate::error::ShapeError;
 use crate::kv::{KvShape, PageMap};
 use crate::ops::{
     Add, Attention, Combine, Embed, ExpertFfn, Gate, KvWrite, LogSoftmax, MatMul, RmsNorm,
-    Rope, ShapeError, SigmoidScale, SiluMul,
+    Rope, SigmoidScale, SiluMul,
 };
 
 type Checked = Result<(), ShapeError>;

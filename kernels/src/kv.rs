@@ -9,7 +9,7 @@
 
 use std::fmt;
 
-use crate::ops::ShapeError;
+use crate::error::ShapeError;
 
 /// Keys beside each other in one vector.
 pub(crate) const KEYS: usize = 16;

@@ -18,6 +18,7 @@ mod buffer;
 mod check;
 mod cpu;
 mod dtype;
+mod error;
 mod kv;
 mod matrix;
 mod ops;
@@ -27,11 +28,12 @@ mod sample;
 pub use buffer::MappedFile;
 pub use cpu::{Cpu, Path, PathError, UnknownPath};
 pub use dtype::Dtype;
+pub use error::ShapeError;
 pub use kv::{KvCache, KvShape, PageMap};
 pub use matrix::{Matrix, PANEL};
 pub use ops::{
     Add, Attention, Combine, Embed, ExpertFfn, ExpertGroup, Gate, KvWrite, LogSoftmax, MatMul,
-    Ops, RmsNorm, Rope, RopeTable, ShapeError, SigmoidScale, SiluMul,
+    Ops, RmsNorm, Rope, RopeTable, SigmoidScale, SiluMul,
 };
 pub use oracle::Oracle;
 pub use sample::{argmax, top_n};

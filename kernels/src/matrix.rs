@@ -10,7 +10,7 @@
 
 use crate::buffer::Buffer;
 use crate::dtype::Dtype;
-use crate::ops::ShapeError;
+use crate::error::ShapeError;
 
 /// Outputs of a panel.
 pub const PANEL: usize = 16;
@@ -139,6 +139,14 @@ impl Matrix {
             *value = self.at(index, k);
         }
         Ok(())
+    }
+
+    /// Writes the weights of several outputs one after the other; `out` has room for as many.
+    pub(crate) fn rows(&self, ids: &[u32], out: &mut [f32]) -> Result<(), ShapeError> {
+        let rows = out.chunks_exact_mut(self.k.max(1));
+        ids.iter()
+            .zip(rows)
+            .try_for_each(|(id, row)| self.row(*id as usize, row))
     }
 
     /// The exact inverse of [`Matrix::pack`]: the same bytes as were packed.

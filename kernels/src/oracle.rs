@@ -4,11 +4,12 @@
     reason = "results are rounded to float32 once"
 )]
 
+use crate::error::ShapeError;
 use crate::kv::{KEYS, KvCache, PageMap};
 use crate::matrix::Matrix;
 use crate::ops::{
     Add, Attention, Combine, Embed, ExpertFfn, Gate, KvWrite, LogSoftmax, MatMul, Ops, RmsNorm,
-    Rope, ShapeError, SigmoidScale, SiluMul,
+    Rope, SigmoidScale, SiluMul,
 };
 
 /// Runs ops slowly and exactly. Not bit-equal to [`crate::Cpu`]: equal within rounding.
@@ -69,11 +70,7 @@ impl Ops for Oracle {
 
     fn embed(&self, op: Embed<'_>) -> Result<(), ShapeError> {
         op.check()?;
-        let rows = op.out.chunks_exact_mut(op.table.k().max(1));
-        op.ids
-            .iter()
-            .zip(rows)
-            .try_for_each(|(id, row)| op.table.row(*id as usize, row))
+        op.table.rows(op.ids, op.out)
     }
 
     fn rms_norm(&self, op: RmsNorm<'_>) -> Result<(), ShapeError> {

@@ -7,6 +7,7 @@
 use super::detect::Isa;
 use super::exp::exp;
 use super::lanes::{Lanes, WIDTH, on_path};
+use super::row::{greatest, load};
 use super::threads::Threads;
 use crate::ops::Gate;
 
@@ -24,18 +25,12 @@ unsafe fn softmax_kernel<L: Lanes>(x: &[f32], out: &mut [f32]) {
     let pad = f32::NEG_INFINITY;
     // SAFETY: `count` values from `i` on are in range; the rest is the caller's promise.
     unsafe {
-        let mut max = L::splat(pad);
+        let max = L::splat(greatest::<L>(x));
+        let mut sum = L::splat(0.0);
         let mut i = 0;
         while i < n {
-            max = max.max(L::load_first(x.as_ptr().add(i), WIDTH.min(n - i), pad));
-            i += WIDTH;
-        }
-        let max = L::splat(max.greatest());
-        let mut sum = L::splat(0.0);
-        i = 0;
-        while i < n {
             let count = WIDTH.min(n - i);
-            let e = exp(L::load_first(x.as_ptr().add(i), count, pad).sub(max));
+            let e = exp(load::<L>(x, i, pad).sub(max));
             e.store_first(out.as_mut_ptr().add(i), count);
             sum = sum.add(e);
             i += WIDTH;

@@ -10,16 +10,18 @@ mod gemm;
 mod lanes;
 mod norm;
 mod rope;
+mod row;
 mod softmax;
 mod threads;
 
 use std::sync::{Arc, Mutex};
 
 use crate::dtype::Dtype;
+use crate::error::ShapeError;
 use crate::matrix::{Matrix, pack_panel, panel_rows};
 use crate::ops::{
     Add, Attention, Combine, Embed, ExpertFfn, Gate, KvWrite, LogSoftmax, MatMul, Ops, RmsNorm,
-    Rope, ShapeError, SigmoidScale, SiluMul,
+    Rope, SigmoidScale, SiluMul,
 };
 
 use detect::Isa;
@@ -114,11 +116,7 @@ impl Ops for Cpu {
 
     fn embed(&self, op: Embed<'_>) -> Result<(), ShapeError> {
         op.check()?;
-        let rows = op.out.chunks_exact_mut(op.table.k().max(1));
-        op.ids
-            .iter()
-            .zip(rows)
-            .try_for_each(|(id, row)| op.table.row(*id as usize, row))
+        op.table.rows(op.ids, op.out)
     }
 
     fn rms_norm(&self, op: RmsNorm<'_>) -> Result<(), ShapeError> {

@@ -7,6 +7,7 @@
 use super::detect::Isa;
 use super::exp::exp;
 use super::lanes::{Lanes, WIDTH, on_path};
+use super::row::{greatest, load};
 use super::threads::{Parts, Threads};
 use crate::ops::LogSoftmax;
 
@@ -21,16 +22,9 @@ unsafe fn row_kernel<L: Lanes>(x: &[f32], out: &mut [f32]) {
     let pad = f32::NEG_INFINITY;
     // SAFETY: `count` values from `i` on are in range; the rest is the caller's promise.
     unsafe {
-        let mut max = L::splat(pad);
-        let mut i = 0;
-        while i < n {
-            max = max.max(load::<L>(x, i, pad));
-            i += WIDTH;
-        }
-        let max = max.greatest();
-        let center = L::splat(max);
+        let center = L::splat(greatest::<L>(x));
         let mut sum = 0.0_f64;
-        i = 0;
+        let mut i = 0;
         while i < n {
             let mut lanes = L::splat(0.0);
             let end = n.min(i + VECTORS * WIDTH);
@@ -47,19 +41,6 @@ unsafe fn row_kernel<L: Lanes>(x: &[f32], out: &mut [f32]) {
             let value = load::<L>(x, i, pad).sub(center).sub(log_sum);
             value.store_first(out.as_mut_ptr().add(i), count);
             i += WIDTH;
-        }
-    }
-}
-
-/// Sixteen values from `i` on, `pad` beyond the end.
-#[inline(always)]
-unsafe fn load<L: Lanes>(x: &[f32], i: usize, pad: f32) -> L {
-    // SAFETY: in range by the length; the instructions are the caller's promise.
-    unsafe {
-        if i + WIDTH <= x.len() {
-            L::load(x.as_ptr().add(i))
-        } else {
-            L::load_first(x.as_ptr().add(i), x.len() - i, pad)
         }
     }
 }
