@@ -18,7 +18,6 @@ use foregate_api::node::GatewayConfig;
 use foregate_store::coord::Coord;
 use foregate_store::kv::Store;
 use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -218,7 +217,6 @@ fn gateway(
         prompter,
         defaults,
         bodies: http::Bodies::default(),
-        long_bodies: Arc::new(Semaphore::new(http::LONG_BODIES)),
         views,
         admission,
         runner,

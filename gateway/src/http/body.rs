@@ -19,10 +19,16 @@ const BODY_SECONDS: u64 = 60;
 /// bounds what a queue of large ones takes.
 const ROOM: usize = 256 << 20;
 
+/// Bytes of bodies that are read at a time: JSON takes many times its size in memory meanwhile.
+const READ_AT_ONCE: usize = 2 * MAX_BODY;
+/// Bodies that are read at a time, however small.
+const READERS: usize = 32;
+
 /// Room for bodies.
 #[derive(Debug)]
 pub struct Bodies {
     room: Arc<Semaphore>,
+    reading: Arc<Semaphore>,
 }
 
 /// A body, and the room it takes until it is dropped.
@@ -42,6 +48,7 @@ impl Bodies {
     fn with_room(bytes: usize) -> Self {
         Self {
             room: Arc::new(Semaphore::new(bytes)),
+            reading: Arc::new(Semaphore::new(READ_AT_ONCE)),
         }
     }
 
@@ -58,6 +65,18 @@ impl Bodies {
         timeout(Duration::from_secs(BODY_SECONDS), self.parts(request))
             .await
             .unwrap_or_else(|_| Err(ApiError::slow_body(BODY_SECONDS)))
+    }
+
+    /// Waits for the turn of a body of so many bytes to be read; `limit`: for so long.
+    pub(super) async fn turn(
+        &self,
+        bytes: usize,
+        limit: Duration,
+    ) -> Option<OwnedSemaphorePermit> {
+        let share = bytes.clamp(READ_AT_ONCE / READERS, READ_AT_ONCE);
+        let share = u32::try_from(share).unwrap_or(u32::MAX);
+        let turn = Arc::clone(&self.reading).acquire_many_owned(share);
+        timeout(limit, turn).await.ok()?.ok()
     }
 
     /// Room is taken as bytes come, not as they are announced.
@@ -122,6 +141,24 @@ mod tests {
         assert!(bodies.receive(request(60)).await.is_err());
         drop(first.room);
         bodies.receive(request(100)).await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn few_large_bodies_and_some_small_ones_are_read_at_once() {
+        let bodies = Bodies::default();
+        let limit = Duration::from_secs(1);
+        let large = [
+            bodies.turn(MAX_BODY, limit).await,
+            bodies.turn(MAX_BODY, limit).await,
+        ];
+        assert!(large.iter().all(Option::is_some));
+        assert!(bodies.turn(1, limit).await.is_none());
+        drop(large);
+        let mut small = Vec::new();
+        for _ in 0..READERS {
+            small.push(bodies.turn(1, limit).await.unwrap());
+        }
+        assert!(bodies.turn(1, limit).await.is_none());
     }
 
     #[tokio::test]

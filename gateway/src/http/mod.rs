@@ -34,7 +34,6 @@ pub use chat_request::{ChatRequest, parse_chat};
 pub use completions_request::{CompletionsRequest, PromptInput, parse_completions};
 pub use defaults::Defaults;
 pub use state::Gateway;
-pub(crate) use state::LONG_BODIES;
 pub use tokenize_request::{
     DetokenizeRequest, TokenizeInput, TokenizeRequest, parse_detokenize, parse_tokenize,
 };

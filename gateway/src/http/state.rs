@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use foregate_api::node::GatewayConfig;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::time::{Instant, timeout};
+use tokio::sync::OwnedSemaphorePermit;
+use tokio::time::Instant;
 
 use super::body::Bodies;
 use super::defaults::Defaults;
@@ -21,8 +21,6 @@ use crate::view::Views;
 
 /// Bodies longer than this are digested off the runtime's threads.
 const LONG_BODY: usize = 16 << 10;
-/// Long bodies digested at a time.
-pub(crate) const LONG_BODIES: usize = 2;
 
 /// Shared by all handlers.
 #[derive(Debug)]
@@ -35,8 +33,6 @@ pub struct Gateway {
     pub defaults: Defaults,
     /// Room for what requests bring.
     pub bodies: Bodies,
-    /// Turns of long bodies.
-    pub long_bodies: Arc<Semaphore>,
     /// The cluster.
     pub views: Arc<Views>,
     /// Who may work.
@@ -67,7 +63,7 @@ pub(super) struct Encoded {
 
 impl Gateway {
     /// Does what a body asks of the processor. For a long one that is where it cannot hold up the tokens of
-    /// others, and few at a time: JSON takes many times its size in memory while it is read.
+    /// others, when its turn has come.
     pub(super) async fn digest<T: Send + 'static>(
         self: &Arc<Self>,
         bytes: Vec<u8>,
@@ -77,12 +73,11 @@ impl Gateway {
             return work(self, &bytes);
         }
         let limit = self.config.request_timeout_ms;
-        let turn = timeout(
-            Duration::from_millis(limit),
-            Arc::clone(&self.long_bodies).acquire_owned(),
-        )
-        .await
-        .map_err(|_| ApiError::deadline(limit))?;
+        let turn = self
+            .bodies
+            .turn(bytes.len(), Duration::from_millis(limit))
+            .await
+            .ok_or_else(|| ApiError::deadline(limit))?;
         let gateway = Arc::clone(self);
         // It goes on when the client leaves, and so does its turn.
         let work = move || {
