@@ -54,6 +54,9 @@ pub(crate) struct Balancer {
     /// Revisions of target and active placement that a write of ours has replaced: a state that still shows them
     /// is old.
     outdated: BTreeSet<(Key, Option<u64>)>,
+    /// Revisions of target and active placement under which somebody else's write came first: nothing is written
+    /// until the state shows it.
+    overtaken: Option<[Option<u64>; 2]>,
     proposed_at: Option<(Epoch, Instant)>,
     said: Said,
 }
@@ -109,11 +112,17 @@ impl Look {
         self.state.active.as_ref().map(|(plan, _)| plan.as_ref())
     }
 
+    /// Revision of what is under the key, readable or not.
     fn revision(&self, key: Key) -> Option<u64> {
-        match key {
-            Key::Target => self.state.target.as_ref().map(|(_, at)| *at),
-            Key::Active => self.state.active.as_ref().map(|(_, at)| *at),
-        }
+        let (known, unreadable) = match key {
+            Key::Target => (&self.state.target, self.state.target_unreadable),
+            Key::Active => (&self.state.active, self.state.active_unreadable),
+        };
+        unreadable.or(known.as_ref().map(|(_, at)| *at))
+    }
+
+    fn revisions(&self) -> [Option<u64>; 2] {
+        [self.revision(Key::Target), self.revision(Key::Active)]
     }
 }
 
@@ -136,6 +145,7 @@ impl Balancer {
             window_ends,
             window_closed: false,
             outdated: BTreeSet::new(),
+            overtaken: None,
             proposed_at: None,
             said: Said::default(),
         }
@@ -173,7 +183,7 @@ impl Balancer {
         let look = self.look(state);
         self.show(&look);
         self.observe(&look);
-        if self.is_outdated(&look) {
+        if self.is_outdated(&look) || self.restore(&look).await? {
             return Ok(());
         }
         match next(&look.view()) {
@@ -267,7 +277,34 @@ impl Balancer {
     fn is_outdated(&mut self, look: &Look) -> bool {
         self.outdated
             .retain(|(key, replaced)| look.revision(*key) == *replaced);
-        !self.outdated.is_empty()
+        if self.overtaken.is_some_and(|seen| seen != look.revisions()) {
+            self.overtaken = None;
+        }
+        !self.outdated.is_empty() || self.overtaken.is_some()
+    }
+
+    /// Writes a placement that is known again over a value that cannot be read: whoever starts now finds neither.
+    async fn restore(&mut self, look: &Look) -> Result<bool, StoreError> {
+        let (key, seen, written) = if let (Some(seen), Some(plan)) =
+            (look.state.active_unreadable, look.active())
+        {
+            (Key::Active, seen, self.coord.reinstate(plan, seen).await?)
+        } else if let (Some(seen), Some(plan)) = (look.state.target_unreadable, look.target()) {
+            (
+                Key::Target,
+                seen,
+                self.coord.propose(plan, Some(seen)).await?,
+            )
+        } else {
+            return Ok(false);
+        };
+        if written {
+            tracing::warn!(?key, "a placement that could not be read was written again");
+            self.outdated.insert((key, Some(seen)));
+        } else {
+            self.stale("restoration", look);
+        }
+        Ok(true)
     }
 
     /// The first placement waits for all ranks it was ordered for.
@@ -351,7 +388,7 @@ impl Balancer {
         };
         let seen = look.revision(Key::Active);
         if !self.coord.activate(target, seen).await? {
-            self.stale("activation");
+            self.stale("activation", look);
             return Ok(());
         }
         self.outdated.insert((Key::Active, seen));
@@ -366,8 +403,9 @@ impl Balancer {
         Ok(())
     }
 
-    fn stale(&self, what: &'static str) {
+    fn stale(&mut self, what: &'static str, look: &Look) {
         self.metrics.stale.inc();
+        self.overtaken = Some(look.revisions());
         tracing::info!(
             what,
             "somebody else wrote first; starting over from the new state"
@@ -400,7 +438,7 @@ impl Balancer {
         name_reason(&mut plan, &look.state, &report.lost);
         let seen = look.revision(Key::Target);
         if !self.coord.propose(&plan, seen).await? {
-            self.stale("proposal");
+            self.stale("proposal", look);
             return Ok(());
         }
         self.outdated.insert((Key::Target, seen));

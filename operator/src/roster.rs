@@ -55,6 +55,10 @@ impl Roster {
             let member = state.members.get(rank);
             member.is_some_and(|member| member.incarnation == *incarnation)
         });
+        // Only ranks that are there or wanted are ever asked about.
+        let asked = |rank: &Rank| wanted.contains(rank) || state.members.contains_key(rank);
+        self.seen.retain(asked);
+        self.leaving.retain(asked);
         let mut alive = BTreeSet::new();
         for (rank, member) in &state.members {
             self.seen.insert(*rank);

@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use foregate_api::ids::{Epoch, Rank};
 use foregate_api::placement::Reason;
-use foregate_store::Store;
 
 use rig::{Habit, Mix, Rig, balance, config, is_complete};
 
@@ -338,23 +337,118 @@ async fn a_target_that_somebody_else_wrote_is_respected() {
         .await;
 }
 
+const KEYS: [&str; 8] = [
+    "member/0",
+    "load/1",
+    "placement/ack/1",
+    "placement/target",
+    "placement/active",
+    "operator/leader",
+    "member/77",
+    "unknown/1",
+];
+
+/// Values of foreign and of broken writers, some of which look like ours.
+const GARBAGE: [&[u8]; 7] = [
+    b"\xffnot json",
+    b"",
+    b"{\"format\":1,\"value\":null}",
+    b"{\"format\":1,\"value\":{\"prepared\":18446744073709551615,\"serving\":18446744073709551615,\"drained\":0}}",
+    b"{\"format\":1,\"value\":{\"epoch\":18446744073709551615,\"parent\":0,\"reason\":\"move\",\"ranks\":[],\"experts\":0,\
+      \"layers\":[],\"balance_before\":0,\"balance_after\":0}}",
+    b"{\"format\":1,\"value\":{\"name\":1}}",
+    b"[[[[[[[[[[[[[[[[",
+];
+
 #[tokio::test(start_paused = true)]
-async fn garbage_in_the_store_stops_nobody() {
-    let (rig, _operator) = started().await;
-    let garbage = bytes::Bytes::from_static(b"\xffnot json");
-    for key in [
-        "member/0",
-        "load/1",
-        "placement/ack/1",
-        "member/77",
-        "unknown/1",
-    ] {
-        rig.store
-            .put(&format!("/foregate/test/{key}"), garbage.clone(), None)
-            .await
-            .unwrap();
+async fn garbage_under_any_key_stops_nobody() {
+    for garbage in GARBAGE {
+        for key in KEYS {
+            let told = format!("{key} {}", String::from_utf8_lossy(garbage));
+            let (mut rig, operator) = started().await;
+            rig.spoil(key, garbage).await;
+            rig.mix.send_replace(HEAVY_LOW);
+            rig.until_settled(&told, |plan| plan.epoch > Epoch(1)).await;
+            // Whoever starts now has seen none of what was there before.
+            operator.task.abort();
+            rig.spoil(key, garbage).await;
+            tokio::time::sleep(Duration::from_secs(6)).await;
+            let _next = rig.operator(config(3));
+            rig.join(3, SLOTS).await;
+            let plan = rig
+                .until_settled(&told, |plan| plan.ranks.contains(&Rank(3)))
+                .await;
+            assert!(is_complete(&plan), "{told}");
+        }
     }
-    rig.mix.send_replace(HEAVY_LOW);
-    rig.until_settled("it goes on", |plan| plan.epoch > Epoch(1))
+}
+
+#[tokio::test(start_paused = true)]
+async fn placements_that_cannot_be_read_are_written_again() {
+    let (rig, operator) = started().await;
+    for key in ["placement/active", "placement/target"] {
+        let plan = rig.until_settled("all is quiet", |_| true).await;
+        let epoch = format!("\"epoch\":{},", plan.epoch);
+        rig.spoil(key, GARBAGE[0]).await;
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert!(rig.found(key).await.contains(&epoch), "{key}");
+        // What a newer version wrote is its own affair: it is neither read nor replaced.
+        rig.spoil(key, b"{\"format\":2,\"value\":7}").await;
+        rig.mix.send_replace(HEAVY_LOW);
+        tokio::time::sleep(Duration::from_secs(20)).await;
+        assert!(rig.found(key).await.contains("\"format\":2"), "{key}");
+        assert_eq!(rig.active().epoch, plan.epoch);
+        rig.spoil(key, GARBAGE[0]).await;
+        rig.until("it goes on", |state| {
+            state
+                .active
+                .as_ref()
+                .is_some_and(|(next, _)| next.epoch > plan.epoch)
+        })
         .await;
+        rig.mix.send_replace(EVEN);
+        tokio::time::sleep(Duration::from_secs(20)).await;
+    }
+    // Not one attempt a tick while it could not write.
+    assert!(operator.metric("foregate_operator_stale_writes_total", "") < 5.0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn outages_at_any_moment_are_survived() {
+    for seed in 0..12_u64 {
+        let mut rig = Rig::new();
+        // The first outage begins before, during or after the election and the first placement.
+        let moment = |n: u64| Duration::from_millis((seed * 7 + n * 13) * 37 % 1900);
+        let operator = rig.operator(config(3));
+        for rank in 0..3 {
+            rig.join(rank, SLOTS).await;
+        }
+        for (n, mix) in [HEAVY_LOW, HEAVY_HIGH, EVEN, HEAVY_LOW]
+            .into_iter()
+            .enumerate()
+        {
+            tokio::time::sleep(moment(n as u64)).await;
+            rig.store.interrupt();
+            rig.mix.send_replace(mix);
+            tokio::time::sleep(moment(n as u64 + 4) * 4).await;
+            rig.store.resume();
+        }
+        if seed % 3 == 0 {
+            // The outage was longer than the lead's time to live.
+            let name = rig.state().leader.clone().unwrap_or_default();
+            if let Some(lease) = name.strip_prefix("operator-") {
+                rig.store.expire(i64::from_str_radix(lease, 16).unwrap());
+            }
+        }
+        rig.until("a leader", |state| state.leader.is_some()).await;
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        let plan = rig.until_settled("a settled placement", |_| true).await;
+        assert!(is_complete(&plan), "{seed}");
+        assert!(
+            balance(&plan, &HEAVY_LOW) > 0.9,
+            "{seed}: {}",
+            balance(&plan, &HEAVY_LOW)
+        );
+        assert!(operator.leads(), "{seed}");
+    }
 }

@@ -40,18 +40,14 @@ id! {
     ExpertId(u32)
 }
 id! {
-    /// A place for one expert of one layer on one rank, from 0.
-    Slot(u32)
-}
-id! {
     /// The number of a placement. It also fixes the ranks it was made for. The first is 1; 0 means "none yet".
     Epoch(u64)
 }
 
 impl Epoch {
-    /// The epoch after this one.
+    /// The epoch after this one; the last one has none and stays.
     #[must_use]
     pub const fn next(self) -> Self {
-        Self(self.0 + 1)
+        Self(self.0.saturating_add(1))
     }
 }

@@ -99,12 +99,14 @@ impl ModelSpec {
     /// Bytes of one routed expert in one layer: gate, up and down matrices.
     #[must_use]
     pub fn expert_bytes(&self) -> usize {
-        3 * self.hidden * self.expert_inner * self.format.bytes()
+        let weights = self.hidden.saturating_mul(self.expert_inner);
+        weights.saturating_mul(3 * self.format.bytes())
     }
 
     /// Bytes of keys and values of one token over all layers, kept as float32.
     #[must_use]
     pub fn kv_bytes_per_token(&self) -> usize {
-        2 * self.layers * self.kv_heads * self.head_dim * 4
+        let floats = self.layers.saturating_mul(self.kv_heads);
+        floats.saturating_mul(self.head_dim).saturating_mul(2 * 4)
     }
 }

@@ -1,6 +1,6 @@
 //! Which slot of which rank holds which expert, with the share of each copy.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
 
@@ -133,16 +133,5 @@ impl Placement {
             .iter()
             .map(|rank| self.diff(old, *rank).load.len())
             .sum()
-    }
-
-    /// Homes of every expert of a layer: rank → experts.
-    #[must_use]
-    pub fn homes(&self, layer: LayerId) -> BTreeMap<Rank, &[ExpertId]> {
-        let layer = &self.layers[layer.index()];
-        self.ranks
-            .iter()
-            .copied()
-            .zip(layer.slots.iter().map(Vec::as_slice))
-            .collect()
     }
 }

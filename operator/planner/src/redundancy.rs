@@ -13,12 +13,6 @@ pub const fn slots_to_link(experts: usize, ranks: usize) -> usize {
     if slots < experts { slots } else { experts }
 }
 
-/// The same, still true after `lost` ranks are gone. 0 if nobody would be left.
-#[must_use]
-pub const fn slots_to_link_after(experts: usize, ranks: usize, lost: usize) -> usize {
-    slots_to_link(experts, ranks.saturating_sub(lost))
-}
-
 /// The least number of components that `copies` copies of `experts` experts on `ranks` ranks can have.
 #[must_use]
 pub const fn least_components(experts: usize, ranks: usize, copies: usize) -> usize {
@@ -33,22 +27,16 @@ mod tests {
     #[test]
     fn the_table_of_known_sizes() {
         let rows = [
-            (256, 32, 9, 10),
-            (256, 64, 5, 6),
-            (256, 72, 5, 5),
-            (256, 320, 2, 2),
-            (128, 32, 5, 6),
-            (32, 4, 9, 12),
-            (8, 8, 2, 2),
+            (256, 32, 9),
+            (256, 64, 5),
+            (256, 72, 5),
+            (256, 320, 2),
+            (128, 32, 5),
+            (32, 4, 9),
+            (8, 8, 2),
         ];
-        for (experts, ranks, slots, after) in rows {
+        for (experts, ranks, slots) in rows {
             assert_eq!(slots_to_link(experts, ranks), slots, "{experts} {ranks}");
-            // 32 experts on 3 ranks: 1 + ⌈31/3⌉ = 12; 8 on 7: 1 + ⌈7/7⌉ = 2.
-            assert_eq!(
-                slots_to_link_after(experts, ranks, 1),
-                after,
-                "{experts} {ranks}"
-            );
         }
         assert_eq!(slots_to_link(4, 1), 4);
         assert_eq!(slots_to_link(1, 5), 1);

@@ -67,12 +67,6 @@ impl History {
             *left = if moved { REST } else { left.saturating_sub(1) };
         }
     }
-
-    /// Windows each layer still rests.
-    #[must_use]
-    pub fn rest(&self) -> &[u8] {
-        &self.rest
-    }
 }
 
 /// Whether a layer may look for a move, given the balance of its best split.

@@ -23,7 +23,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
-use foregate_api::ids::{Epoch, LayerId, Rank};
+use foregate_api::ids::{Epoch, Rank};
 use foregate_api::load::{EngineLoad, LoadWindow};
 use foregate_api::placement::Placement;
 use foregate_planner::check::check;
@@ -192,11 +192,11 @@ impl Script {
     fn show(&mut self, layer: usize) {
         let placement = self.placement.as_ref().expect("plan before show");
         let shown = &placement.layers[layer];
-        for (rank, experts) in placement.homes(LayerId(layer as u32)) {
+        for (rank, experts) in placement.ranks.iter().zip(&shown.slots) {
             write!(self.out, "  rank {rank}:").unwrap();
             for expert in experts {
                 let copies = &shown.copies[expert.index()];
-                let share = copies.iter().find(|c| c.rank == rank).unwrap().share;
+                let share = copies.iter().find(|c| c.rank == *rank).unwrap().share;
                 if copies.len() > 1 {
                     write!(self.out, " {expert}({share:.2})").unwrap();
                 } else {

@@ -6,6 +6,7 @@
 
 use bytes::Bytes;
 use foregate_api::ids::{Epoch, ExpertId, Rank};
+use foregate_api::member::{Ack, Member};
 use foregate_api::placement::{LayerPlacement, Placement, Reason};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -15,6 +16,10 @@ use crate::kv::StoreError;
 /// The format that this version writes, and the only one it reads.
 pub const FORMAT: u32 = 1;
 
+/// Highest epoch that is believed: numbers only grow, so one wrong value would leave none above it.
+const MAX_EPOCH: Epoch = Epoch(1 << 53);
+/// Most (MoE layer, expert) pairs of a model that is believed: a load window of more has no room in etcd's request.
+const MAX_PAIRS: usize = 1 << 20;
 /// Longest excerpt of a bad value in an error.
 const EXCERPT: usize = 60;
 
@@ -67,6 +72,43 @@ pub fn decode<T: DeserializeOwned>(key: &str, bytes: &[u8]) -> Result<T, StoreEr
     serde_json::from_slice::<Incoming<T>>(bytes)
         .map(|incoming| incoming.value)
         .map_err(|e| corrupt(key, e.to_string()))
+}
+
+/// Whether a newer or older version wrote these bytes: they mean something to somebody, and are not to be replaced.
+pub(crate) fn is_of_another_format(bytes: &[u8]) -> bool {
+    serde_json::from_slice::<FormatOnly>(bytes).is_ok_and(|found| found.format != FORMAT)
+}
+
+/// A worker's registration from the bytes under `key`, checked so far that no reader makes room for a model that
+/// does not exist.
+///
+/// # Errors
+/// [`StoreError::Corrupt`].
+pub fn decode_member(key: &str, bytes: &[u8]) -> Result<Member, StoreError> {
+    let member: Member = decode(key, bytes)?;
+    let (layers, experts) = (member.model.moe_layers(), member.model.experts);
+    if layers.saturating_mul(experts) > MAX_PAIRS {
+        let what = format!("its model has {layers} MoE layers of {experts} experts");
+        return Err(corrupt(key, what));
+    }
+    Ok(member)
+}
+
+/// A worker's progress from the bytes under `key`.
+///
+/// # Errors
+/// [`StoreError::Corrupt`].
+pub fn decode_ack(key: &str, bytes: &[u8]) -> Result<Ack, StoreError> {
+    let ack: Ack = decode(key, bytes)?;
+    check_epoch(key, ack.prepared.max(ack.serving).max(ack.drained))?;
+    Ok(ack)
+}
+
+fn check_epoch(key: &str, epoch: Epoch) -> Result<(), StoreError> {
+    if epoch > MAX_EPOCH {
+        return Err(corrupt(key, format!("epoch {epoch} was never reached")));
+    }
+    Ok(())
 }
 
 fn corrupt(key: &str, what: String) -> StoreError {
@@ -151,6 +193,7 @@ fn store_layer(layer: &LayerPlacement) -> StoredLayer {
 /// [`StoreError::Corrupt`].
 pub fn decode_placement(key: &str, bytes: &[u8]) -> Result<Placement, StoreError> {
     let stored: StoredPlacement = decode(key, bytes)?;
+    check_epoch(key, stored.epoch.max(stored.parent))?;
     if stored.ranks.windows(2).any(|pair| pair[0] >= pair[1]) {
         return Err(corrupt(key, "ranks are not ascending".into()));
     }
@@ -214,8 +257,6 @@ fn restore_layer(
 
 #[cfg(test)]
 mod tests {
-    use foregate_api::member::Ack;
-
     use super::*;
 
     fn placement() -> Placement {
@@ -287,6 +328,28 @@ mod tests {
     }
 
     #[test]
+    fn numbers_that_nobody_reached_are_refused() {
+        let last = |field: &str| {
+            let text = r#"{"format":1,"value":{"prepared":1,"serving":1,"drained":0}}"#;
+            let text = text.replace(
+                &format!("\"{field}\":"),
+                &format!("\"{field}\":1844674407370955161"),
+            );
+            decode_ack("/k", text.as_bytes()).unwrap_err().to_string()
+        };
+        for field in ["prepared", "serving", "drained"] {
+            assert!(last(field).contains("never reached"), "{field}");
+        }
+        assert!(
+            decode_ack(
+                "/k",
+                br#"{"format":1,"value":{"prepared":9,"serving":8,"drained":7}}"#
+            )
+            .is_ok()
+        );
+    }
+
+    #[test]
     fn placements_that_would_be_indexed_out_of_are_refused() {
         let bytes = encode_placement(&placement()).unwrap();
         let good = String::from_utf8(bytes.to_vec()).unwrap();
@@ -295,6 +358,11 @@ mod tests {
             ("\"ranks\":[0,2]", "\"ranks\":[0,1,2]", "slots of 2 ranks"),
             ("\"experts\":3", "\"experts\":2", "expert 2 of 2"),
             ("\"experts\":3", "\"experts\":4000000000", "in 4 slots"),
+            (
+                "\"epoch\":4",
+                "\"epoch\":18446744073709551615",
+                "never reached",
+            ),
             ("[1,[0.1,0.9]]", "[1,[0.1]]", "do not match"),
             ("[1,[0.1,0.9]]", "[9,[0.1,0.9]]", "do not match"),
             ("[1,[0.1,0.9]]", "[1,[-1.0,2.0]]", "a share of expert 1"),

@@ -1,6 +1,5 @@
 //! The store in the words of the cluster: register, publish, propose, acknowledge, activate, watch.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -16,26 +15,8 @@ use tokio_util::task::TaskTracker;
 use crate::codec;
 use crate::keys::Keys;
 use crate::kv::{Expect, Lease, Store, StoreError, WatchEvent};
+pub use crate::state::ClusterState;
 use crate::view::{Leader, View};
-
-/// Everything the store knows of a cluster, as one immutable value.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct ClusterState {
-    /// Whether the view is fresh; false while the store is away.
-    pub connected: bool,
-    /// Registered workers. One that vanished across a gap stays for a grace period.
-    pub members: BTreeMap<Rank, Arc<Member>>,
-    /// Last load window of each worker.
-    pub loads: BTreeMap<Rank, Arc<LoadWindow>>,
-    /// Progress of each worker.
-    pub acks: BTreeMap<Rank, Ack>,
-    /// The placement that is wanted, with its revision.
-    pub target: Option<(Arc<Placement>, u64)>,
-    /// The placement that new steps use, with its revision.
-    pub active: Option<(Arc<Placement>, u64)>,
-    /// Name of the leading operator.
-    pub leader: Option<String>,
-}
 
 /// Typed access to one cluster's keys.
 #[derive(Debug, Clone)]
@@ -152,8 +133,27 @@ impl Coord {
         Ok(written.is_some())
     }
 
+    /// Writes the active placement again over a value that cannot be read: succeeds only if that is still the one of
+    /// revision `unreadable` ([`ClusterState::active_unreadable`]).
+    ///
+    /// # Errors
+    /// The store's.
+    pub async fn reinstate(
+        &self,
+        plan: &Placement,
+        unreadable: u64,
+    ) -> Result<bool, StoreError> {
+        let (key, value) = (self.keys.active(), codec::encode_placement(plan)?);
+        let written = self
+            .store
+            .compare_and_put(&key, Expect::Revision(unreadable), value, None)
+            .await?;
+        Ok(written.is_some())
+    }
+
     /// Tries to become the leader; true if `name` leads now, under `lease`. Another process of the same name
-    /// leads until its own lease has ended.
+    /// leads until its own lease has ended; a value that cannot be read leads nothing and is replaced, unless it is
+    /// of a newer version.
     ///
     /// # Errors
     /// The store's.
@@ -166,7 +166,7 @@ impl Coord {
         let value = codec::encode(&own)?;
         let written = self
             .store
-            .compare_and_put(&key, Expect::Absent, value, Some(lease))
+            .compare_and_put(&key, Expect::Absent, value.clone(), Some(lease))
             .await?;
         if written.is_some() {
             return Ok(true);
@@ -174,7 +174,19 @@ impl Coord {
         let Some(found) = self.store.get(&key).await? else {
             return Ok(false); // It ended between the two calls; the next attempt finds it absent.
         };
-        Ok(codec::decode::<Leader>(&key, &found.value)? == own)
+        match codec::decode::<Leader>(&key, &found.value) {
+            Ok(leader) => Ok(leader == own),
+            Err(_) if codec::is_of_another_format(&found.value) => Ok(false),
+            Err(error) => {
+                tracing::warn!(%error, "it leads nothing and is replaced");
+                let expect = Expect::Revision(found.revision);
+                let written = self
+                    .store
+                    .compare_and_put(&key, expect, value, Some(lease))
+                    .await?;
+                Ok(written.is_some())
+            }
+        }
     }
 
     /// Follows the cluster until `shutdown` or until every receiver is gone. The receiver holds the newest

@@ -89,7 +89,8 @@ impl Keys {
             _ => {}
         }
         let (kind, rank) = path.rsplit_once('/')?;
-        let rank = Rank(rank.parse().ok()?);
+        // One spelling per rank: `+7` and `07` would be a second key of rank 7.
+        let rank = Rank(rank.parse().ok().filter(|n: &u32| n.to_string() == rank)?);
         match kind {
             "member" => Some(Subject::Member(rank)),
             "load" => Some(Subject::Load(rank)),
@@ -121,6 +122,8 @@ mod tests {
         for other in [
             "/foregate/b/member/3",
             "/foregate/a/member/x",
+            "/foregate/a/member/07",
+            "/foregate/a/load/+7",
             "/foregate/a/x/1",
             "",
         ] {

@@ -12,11 +12,13 @@ pub mod keys;
 pub mod kv;
 pub mod memory;
 pub mod own_etcd;
+mod state;
 mod view;
 
-pub use coord::{ClusterState, Coord};
+pub use coord::Coord;
 pub use etcd::EtcdStore;
 pub use keys::Keys;
 pub use kv::{Entry, Expect, Lease, Store, StoreError, WatchEvent};
 pub use memory::MemoryStore;
 pub use own_etcd::OwnEtcd;
+pub use state::ClusterState;

@@ -6,15 +6,14 @@ use std::time::Duration;
 
 use foregate_api::ids::Rank;
 use foregate_api::load::LoadWindow;
-use foregate_api::member::{Ack, Member};
-use serde::Deserialize;
-use serde::Serialize;
+use foregate_api::member::Member;
+use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
 use crate::codec;
-use crate::coord::ClusterState;
 use crate::keys::{Keys, Subject};
 use crate::kv::{Entry, StoreError, WatchEvent};
+use crate::state::ClusterState;
 
 /// How long a member that is missing after a gap is believed to be on its way back.
 pub(crate) const GRACE: Duration = Duration::from_secs(5);
@@ -96,6 +95,13 @@ impl View {
         for (key, entry) in entries {
             self.put(key, entry);
         }
+        // A placement that cannot be read any more does not undo the one that is known.
+        if self.state.target.is_none() && entries.contains_key(&self.keys.target()) {
+            self.state.target.clone_from(&old.target);
+        }
+        if self.state.active.is_none() && entries.contains_key(&self.keys.active()) {
+            self.state.active.clone_from(&old.active);
+        }
         if std::mem::replace(&mut self.begun, true) {
             self.keep_missing(&old, &waiting, now);
         }
@@ -132,7 +138,19 @@ impl View {
             return;
         };
         if let Err(error) = self.try_put(subject, key, entry) {
-            tracing::error!(%error, "value skipped");
+            tracing::warn!(%error, "value skipped");
+            let replaceable = !codec::is_of_another_format(&entry.value);
+            self.set_unreadable(subject, replaceable.then_some(entry.revision));
+        } else {
+            self.set_unreadable(subject, None);
+        }
+    }
+
+    const fn set_unreadable(&mut self, subject: Subject, revision: Option<u64>) {
+        match subject {
+            Subject::Target => self.state.target_unreadable = revision,
+            Subject::Active => self.state.active_unreadable = revision,
+            Subject::Member(_) | Subject::Load(_) | Subject::Ack(_) | Subject::Leader => {}
         }
     }
 
@@ -145,7 +163,7 @@ impl View {
         let bytes = entry.value.as_ref();
         match subject {
             Subject::Member(rank) => {
-                let member: Member = codec::decode(key, bytes)?;
+                let member = codec::decode_member(key, bytes)?;
                 same_rank(key, rank, member.rank)?;
                 self.put_member(rank, member);
             }
@@ -155,7 +173,7 @@ impl View {
                 self.state.loads.insert(rank, Arc::new(load));
             }
             Subject::Ack(rank) => {
-                let ack: Ack = codec::decode(key, bytes)?;
+                let ack = codec::decode_ack(key, bytes)?;
                 self.state.acks.insert(rank, ack);
             }
             Subject::Target => {
@@ -190,7 +208,11 @@ impl View {
     }
 
     fn delete(&mut self, key: &str) {
-        match self.keys.subject(key) {
+        let subject = self.keys.subject(key);
+        if let Some(subject) = subject {
+            self.set_unreadable(subject, None);
+        }
+        match subject {
             None => {}
             Some(Subject::Member(rank)) => {
                 self.missing.remove(&rank);

@@ -137,6 +137,19 @@ impl Rig {
         }
     }
 
+    /// Writes what nobody of the cluster would, under no lease.
+    pub async fn spoil(&self, key: &str, value: &'static [u8]) {
+        let value = bytes::Bytes::from_static(value);
+        let key = format!("/foregate/test/{key}");
+        self.store.put(&key, value, None).await.unwrap();
+    }
+
+    /// What is under a key of the cluster, as text.
+    pub async fn found(&self, key: &str) -> String {
+        let found = self.store.get(&format!("/foregate/test/{key}")).await;
+        String::from_utf8_lossy(&found.unwrap().unwrap().value).into_owned()
+    }
+
     pub fn state(&self) -> Arc<ClusterState> {
         Arc::clone(&self.states.borrow())
     }
