@@ -28,7 +28,7 @@ use foregate_store::{ClusterState, Coord, StoreError};
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior};
 
-use crate::metrics::{Metrics, reason_label};
+use crate::metrics::Metrics;
 use crate::problem::{eligible, model, name_reason, problem};
 use crate::roster::Roster;
 
@@ -446,7 +446,7 @@ impl Balancer {
         self.metrics.proposed(plan.reason, report.copies_moved);
         tracing::info!(
             epoch = plan.epoch.0,
-            reason = reason_label(plan.reason),
+            reason = plan.reason.name(),
             balance_before = report.balance_before,
             balance_after = report.balance_after,
             copies = report.copies_moved,

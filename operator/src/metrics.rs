@@ -157,7 +157,7 @@ impl Metrics {
 
     /// Notes a placement that was proposed.
     pub(crate) fn proposed(&self, reason: Reason, copies: usize) {
-        self.plans.with_label_values(&[reason_label(reason)]).inc();
+        self.plans.with_label_values(&[reason.name()]).inc();
         self.moved.inc_by(copies as u64);
     }
 
@@ -173,17 +173,6 @@ impl Metrics {
     pub(crate) fn ranks(&self, state: &'static str, count: usize) {
         let shown = i64::try_from(count).unwrap_or(i64::MAX);
         self.ranks.with_label_values(&[state]).set(shown);
-    }
-}
-
-/// A reason as a label value.
-pub(crate) const fn reason_label(reason: Reason) -> &'static str {
-    match reason {
-        Reason::Initial => "initial",
-        Reason::Reweigh => "reweigh",
-        Reason::Move => "move",
-        Reason::Repair => "repair",
-        Reason::Resize => "resize",
     }
 }
 

@@ -42,6 +42,20 @@ pub enum Reason {
     Resize,
 }
 
+impl Reason {
+    /// As reports, log lines and metric labels have it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Initial => "initial",
+            Self::Reweigh => "reweigh",
+            Self::Move => "move",
+            Self::Repair => "repair",
+            Self::Resize => "resize",
+        }
+    }
+}
+
 /// An immutable, numbered plan over a fixed set of ranks.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -168,7 +168,7 @@ impl fmt::Display for Report {
             Verdict::Move => "move",
         };
         write!(f, "{verdict}")?;
-        if let Some(reason) = self.reason.map(name) {
+        if let Some(reason) = self.reason.map(Reason::name) {
             write!(f, " ({reason})")?;
         }
         write!(
@@ -196,16 +196,6 @@ fn list(f: &mut fmt::Formatter<'_>, name: &str, ranks: &[Rank]) -> fmt::Result {
     }
     let ranks: Vec<String> = ranks.iter().map(ToString::to_string).collect();
     write!(f, "; {name} {}", ranks.join(", "))
-}
-
-const fn name(reason: Reason) -> &'static str {
-    match reason {
-        Reason::Initial => "initial",
-        Reason::Reweigh => "reweigh",
-        Reason::Move => "move",
-        Reason::Repair => "repair",
-        Reason::Resize => "resize",
-    }
 }
 
 /// Part of each domain's exclusive rows, mean over layers. Ranks without a domain are nobody's neighbours.
