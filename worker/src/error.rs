@@ -43,6 +43,9 @@ pub enum WorkerError {
     /// The engine's thread died; the process should be replaced.
     #[error("the engine died: {0}")]
     EngineDied(String),
+    /// The thread that runs experts for peers died; the process should be replaced.
+    #[error("the experts' thread died")]
+    ExpertsDied,
     /// A background task died; the process should be replaced.
     #[error("a background task died: {0}")]
     Task(#[from] tokio::task::JoinError),
@@ -57,7 +60,7 @@ impl WorkerError {
             Self::Checkpoint(_) | Self::Model(_) => "model",
             Self::Metrics(_) => "metrics",
             Self::Io { .. } | Self::Rpc(_) => "io",
-            Self::EngineDied(_) => "engine",
+            Self::EngineDied(_) | Self::ExpertsDied => "engine",
             Self::Task(_) => "task",
         }
     }

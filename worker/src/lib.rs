@@ -281,6 +281,8 @@ impl Worker {
                 Ok(Err(error)) => Err(error.into()),
                 Err(error) => Err(error.into()),
             },
+            // Peers would wait for it in vain; the engine alone does not notice.
+            () = self.endpoint.server().ended() => Err(WorkerError::ExpertsDied),
             died = &mut self.follower => died.map_err(WorkerError::from),
             died = &mut self.publisher => died.map_err(WorkerError::from),
         };

@@ -28,21 +28,34 @@ pub(crate) struct Loaded {
 
 /// Refuses what no worker can run with, naming the field.
 pub(crate) fn check(config: &WorkerConfig) -> Result<(), WorkerError> {
-    let positive = [
-        ("threads", u64::from(config.threads)),
-        ("max_num_seqs", u64::from(config.max_num_seqs)),
+    // A node file may be written by hand; queues and threads are made as large as it says.
+    let ranges = [
+        ("threads", u64::from(config.threads), 1..=1024),
+        ("max_num_seqs", u64::from(config.max_num_seqs), 1..=4096),
         (
             "max_num_batched_tokens",
             u64::from(config.max_num_batched_tokens),
+            1..=65_536,
         ),
-        ("max_model_len", u64::from(config.max_model_len)),
-        ("page_tokens", u64::from(config.page_tokens)),
-        ("exchange_deadline_ms", config.exchange_deadline_ms),
-        ("window_ms", config.window_ms),
+        ("max_waiting", u64::from(config.max_waiting), 0..=65_536),
+        (
+            "max_model_len",
+            u64::from(config.max_model_len),
+            1..=u64::from(u32::MAX),
+        ),
+        ("page_tokens", u64::from(config.page_tokens), 1..=256),
+        (
+            "exchange_deadline_ms",
+            config.exchange_deadline_ms,
+            1..=600_000,
+        ),
+        ("window_ms", config.window_ms, 1..=600_000),
     ];
-    for (field, value) in positive {
-        if value == 0 {
-            return Err(refuse(field, "must be at least 1"));
+    for (field, value, range) in ranges {
+        if !range.contains(&value) {
+            let (least, most) = (range.start(), range.end());
+            let what = format!("{value}, must be from {least} to {most}");
+            return Err(refuse(field, &what));
         }
     }
     if config.served_name.is_empty() {
@@ -160,5 +173,53 @@ mod tests {
             error.starts_with("kv_bytes: ") && error.contains("spec.workers.kvMemory"),
             "{error}"
         );
+    }
+
+    fn config() -> WorkerConfig {
+        WorkerConfig {
+            rank: foregate_api::ids::Rank(0),
+            model_dir: "/models/tiny".to_owned(),
+            served_name: "tiny".to_owned(),
+            rpc_listen: "127.0.0.1:0".to_owned(),
+            exchange_listen: "127.0.0.1:0".to_owned(),
+            fabric: FabricKind::Tcp,
+            slots: 8,
+            threads: 1,
+            max_num_seqs: 1,
+            max_num_batched_tokens: 1,
+            max_waiting: 0,
+            max_model_len: 1,
+            page_tokens: 1,
+            kv_bytes: 1 << 20,
+            exchange_deadline_ms: 1,
+            domain: String::new(),
+            window_ms: 1,
+        }
+    }
+
+    #[test]
+    fn numbers_outside_their_range_are_refused_by_name() {
+        assert!(check(&config()).is_ok());
+        type Change = fn(&mut WorkerConfig);
+        let changes: [(&str, Change); 8] = [
+            ("threads", |c| c.threads = u32::MAX),
+            ("max_num_seqs", |c| c.max_num_seqs = 0),
+            ("max_num_batched_tokens", |c| {
+                c.max_num_batched_tokens = u32::MAX;
+            }),
+            ("max_waiting", |c| c.max_waiting = u32::MAX),
+            ("max_model_len", |c| c.max_model_len = 0),
+            ("page_tokens", |c| c.page_tokens = 257),
+            ("exchange_deadline_ms", |c| {
+                c.exchange_deadline_ms = u64::MAX
+            }),
+            ("window_ms", |c| c.window_ms = 0),
+        ];
+        for (field, change) in changes {
+            let mut config = config();
+            change(&mut config);
+            let error = check(&config).unwrap_err().to_string();
+            assert!(error.starts_with(&format!("{field}: ")), "{error}");
+        }
     }
 }

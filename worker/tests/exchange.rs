@@ -19,6 +19,7 @@ use foregate_models::experts::{ExpertBatch, Experts, LateRows};
 use foregate_models::{ExpertRows, combine, run_expert_rows};
 use foregate_wire::frame::{Call, RefuseReason};
 use foregate_worker::engine::StepExperts;
+use foregate_worker::exchange::serve::ServerLimits;
 use foregate_worker::exchange::{Endpoint, EndpointParts, Exchange, Way};
 use foregate_worker::fabric::local::{LocalFabric, LocalHub};
 use foregate_worker::fabric::{CallHandler, Fabric, Identity, Inbox, PeerAddress, Responder};
@@ -26,7 +27,7 @@ use foregate_worker::load::LoadCounters;
 use foregate_worker::metrics::WorkerMetrics;
 use foregate_worker::residency::Routing;
 
-use exchange_rig::{drawn, expert, fill, metrics, ops, placement, spec};
+use exchange_rig::{callee, drawn, expert, fill, metrics, ops, placement, spec};
 
 const DEADLINE: Duration = Duration::from_millis(300);
 /// Rank 0 is the caller; experts 0 and 1 live on rank 1 alone, 2 and 3 on ranks 1 and 2, 4 and 5 on rank 2
@@ -280,4 +281,17 @@ fn a_step_keeps_its_placement_until_it_ends() {
     for fabric in &cluster.odd {
         fabric.close();
     }
+}
+
+/// Who runs a worker learns that its callee is gone, so that the worker can be replaced.
+#[tokio::test]
+async fn the_end_of_the_experts_thread_is_told() {
+    let server = callee(ServerLimits::default());
+    let brief = Duration::from_millis(50);
+    assert!(tokio::time::timeout(brief, server.ended()).await.is_err());
+    assert!(server.is_alive());
+    server.close();
+    let long = Duration::from_secs(10);
+    assert!(tokio::time::timeout(long, server.ended()).await.is_ok());
+    assert!(!server.is_alive());
 }

@@ -19,6 +19,7 @@ use foregate_api::model::ModelSpec;
 use foregate_kernels::Ops;
 use foregate_models::{ExpertRows, ExpertWeights, run_expert_rows};
 use foregate_wire::frame::{Call, RefuseReason};
+use tokio_util::sync::CancellationToken;
 
 use super::trace;
 use crate::fabric::{CallHandler, Responder};
@@ -81,6 +82,8 @@ struct Inner {
     queue: Mutex<Queue>,
     arrived: Condvar,
     calls: AtomicU64,
+    /// Cancelled when the compute thread has ended, however it ended.
+    ended: CancellationToken,
 }
 
 #[derive(Debug, Default)]
@@ -116,11 +119,15 @@ impl Server {
             queue: Mutex::default(),
             arrived: Condvar::new(),
             calls: AtomicU64::new(0),
+            ended: CancellationToken::new(),
         });
         let for_thread = Arc::clone(&inner);
         let thread = thread::Builder::new()
             .name("experts".into())
-            .spawn(move || for_thread.run())?;
+            .spawn(move || {
+                let _ended = for_thread.ended.clone().drop_guard();
+                for_thread.run();
+            })?;
         Ok(Arc::new(Self {
             inner,
             thread: Mutex::new(Some(thread)),
@@ -148,9 +155,12 @@ impl Server {
     /// Whether the compute thread still runs.
     #[must_use]
     pub fn is_alive(&self) -> bool {
-        lock(&self.thread)
-            .as_ref()
-            .is_some_and(|thread| !thread.is_finished())
+        !self.inner.ended.is_cancelled()
+    }
+
+    /// Resolves when the compute thread has ended.
+    pub async fn ended(&self) {
+        self.inner.ended.cancelled().await;
     }
 
     /// Refuses what waits and ends the thread.

@@ -39,8 +39,13 @@ pub(super) async fn run<T: Send + 'static>(
 /// Linux keeps a niceness per thread; where it belongs to the process it is left alone.
 fn yield_to_serving() {
     #[cfg(target_os = "linux")]
-    if let Err(error) = rustix::process::setpriority_process(None, NICE) {
-        tracing::debug!(%error, "background_priority_refused");
+    {
+        use rustix::process::{getpriority_process, setpriority_process};
+        // A process that is nicer already stays so.
+        let lower = getpriority_process(None).is_ok_and(|now| now < NICE);
+        if lower && let Err(error) = setpriority_process(None, NICE) {
+            tracing::debug!(%error, "background_priority_refused");
+        }
     }
 }
 
