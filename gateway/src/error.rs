@@ -73,6 +73,19 @@ impl ApiError {
         )
     }
 
+    /// 415: the body is compressed.
+    pub fn encoded(encoding: &str) -> Self {
+        Self::new(
+            StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            "invalid_request_error",
+            "malformed",
+            format!(
+                "content-encoding {} is not served: send the body as it is",
+                clip(encoding, 64)
+            ),
+        )
+    }
+
     /// 400: prompt and answer do not fit the model.
     pub fn too_long(param: &str, message: String) -> Self {
         let mut error = Self::invalid(param, message);

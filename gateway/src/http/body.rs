@@ -54,6 +54,13 @@ impl Bodies {
 
     /// The whole body of a request.
     pub(super) async fn receive(&self, request: Request<Body>) -> Result<Received, ApiError> {
+        if let Some(encoding) = request.headers().get(header::CONTENT_ENCODING)
+            && encoding != "identity"
+        {
+            return Err(ApiError::encoded(&String::from_utf8_lossy(
+                encoding.as_bytes(),
+            )));
+        }
         let announced = request
             .headers()
             .get(header::CONTENT_LENGTH)
@@ -159,6 +166,19 @@ mod tests {
             small.push(bodies.turn(1, limit).await.unwrap());
         }
         assert!(bodies.turn(1, limit).await.is_none());
+    }
+
+    #[tokio::test]
+    async fn a_compressed_body_is_refused_by_its_encoding() {
+        for (encoding, status) in [("gzip", Some(415)), ("identity", None)] {
+            let mut request = request(10);
+            let value = encoding.parse().unwrap();
+            request
+                .headers_mut()
+                .insert(header::CONTENT_ENCODING, value);
+            let refused = Bodies::default().receive(request).await.err();
+            assert_eq!(refused.map(|error| error.status.as_u16()), status);
+        }
     }
 
     #[tokio::test]
