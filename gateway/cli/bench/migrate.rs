@@ -19,7 +19,7 @@ use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use self::cluster::{Cluster, Shape};
-use self::gaps::{Block, Figures, Gap};
+use self::gaps::{Block, Figures, Gap, Troubles};
 use super::serve::write_json;
 use super::workload::Draw;
 use crate::error::{CliError, print};
@@ -98,8 +98,13 @@ pub(super) async fn run(
         gaps.extend(seen.map_err(|why| CliError::Runtime(format!("a stream: {why}")))?);
     }
     let moved = cluster.copies_moved();
+    let troubles = Troubles {
+        late_rows: cluster.count("foregate_worker_late_rows_total"),
+        retried_rows: cluster.count("foregate_worker_retried_rows_total"),
+        refused_calls: cluster.count("foregate_worker_refused_calls_total"),
+    };
     cluster.stop().await?;
-    let figures = Figures::of(&blocks?, &gaps, moved);
+    let figures = Figures::of(&blocks?, &gaps, moved, troubles);
     print(&figures.text());
     match &args.json {
         Some(path) => write_json(path, &figures),

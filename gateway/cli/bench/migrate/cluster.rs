@@ -54,6 +54,7 @@ pub(super) struct Cluster {
     state: watch::Receiver<Arc<ClusterState>>,
     workers: JoinSet<Result<(), WorkerError>>,
     clients: Vec<GenerationClient<Channel>>,
+    registries: Vec<Registry>,
     epoch: Epoch,
     shutdown: CancellationToken,
 }
@@ -80,6 +81,7 @@ impl Cluster {
             coord,
             workers: JoinSet::new(),
             clients: Vec::new(),
+            registries: Vec::new(),
             epoch: Epoch(0),
             shutdown,
             spec,
@@ -112,6 +114,8 @@ impl Cluster {
         let channel = channel(&address.to_string())
             .map_err(|error| CliError::runtime("a worker's address", &error))?;
         self.clients.push(GenerationClient::new(channel));
+        let registry = Registry::new();
+        self.registries.push(registry.clone());
         Ok(Deps {
             cluster: NAME.to_owned(),
             config: config(path, rank, &self.spec, self.shape),
@@ -119,7 +123,7 @@ impl Cluster {
             local_hub: Some(Arc::clone(hub)),
             rpc_listener,
             exchange_listener: None,
-            registry: Registry::new(),
+            registry,
             progress: Arc::new(|_| {}),
             health: Health::new(),
             shutdown: self.shutdown.clone(),
@@ -145,6 +149,16 @@ impl Cluster {
             .zip(&new.layers)
             .flat_map(|(old, new)| old.slots.iter().zip(&new.slots))
             .map(|(old, new)| new.iter().filter(|expert| !old.contains(expert)).count())
+            .sum()
+    }
+
+    /// A counter's sum over all workers and labels.
+    pub(super) fn count(&self, name: &str) -> u64 {
+        let families = self.registries.iter().flat_map(Registry::gather);
+        families
+            .filter(|family| family.name() == name)
+            .flat_map(|family| family.get_metric().to_vec())
+            .map(|metric| metric.get_counter().get_value() as u64)
             .sum()
     }
 

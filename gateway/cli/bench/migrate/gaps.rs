@@ -51,11 +51,20 @@ struct Round {
     migrating_ms: f64,
 }
 
+/// What workers counted: each late row is a token computed twice.
+#[derive(Debug, Clone, Copy, Default, Serialize)]
+pub(super) struct Troubles {
+    pub(super) late_rows: u64,
+    pub(super) retried_rows: u64,
+    pub(super) refused_calls: u64,
+}
+
 /// What was measured. Times in milliseconds.
 #[derive(Debug, Serialize)]
 pub(super) struct Figures {
     migrations: usize,
     copies_moved_each: usize,
+    troubles: Troubles,
     /// Of the quiet blocks; its median is the decode step that the others are measured in.
     quiet: Spread,
     /// Gaps with experts on their way.
@@ -75,7 +84,12 @@ pub(super) struct Figures {
 }
 
 impl Figures {
-    pub(super) fn of(blocks: &[Block], gaps: &[Gap], copies_moved_each: usize) -> Self {
+    pub(super) fn of(
+        blocks: &[Block],
+        gaps: &[Gap],
+        copies_moved_each: usize,
+        troubles: Troubles,
+    ) -> Self {
         let inside = |begin: Instant, end: Instant| {
             let gaps = gaps.iter().filter(move |gap| gap.overlaps(begin, end));
             gaps.map(|gap| gap.milliseconds())
@@ -112,6 +126,7 @@ impl Figures {
         Self {
             migrations: all.len(),
             copies_moved_each,
+            troubles,
             fetching: Spread::of(
                 all.iter()
                     .flat_map(|one| inside(one.proposed, one.activated))
@@ -154,6 +169,10 @@ impl Figures {
                 self.copies_moved_each,
                 self.rounds.len(),
                 self.quiet.p50
+            ),
+            format!(
+                "{} late rows, {} retried, {} refused calls",
+                self.troubles.late_rows, self.troubles.retried_rows, self.troubles.refused_calls
             ),
             self.migration_ms.line("one migration"),
             self.quiet.line("gap, quiet"),
@@ -206,7 +225,7 @@ mod tests {
             gap(120, 123),
             gap(145, 152),
         ];
-        let figures = Figures::of(&blocks, &gaps, 8);
+        let figures = Figures::of(&blocks, &gaps, 8, Troubles::default());
         assert_eq!(
             figures.rounds,
             [Round {
