@@ -4,7 +4,8 @@
 //! when it loaded the expert. Anything wrong with a peer is logged and the next source is tried: the
 //! checkpoint is the last.
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -16,6 +17,7 @@ use foregate_models::{ExpertWeights, ModelError};
 use foregate_wire::connect::{BadAddress, channel};
 use foregate_wire::experts::experts_client::ExpertsClient;
 use foregate_wire::experts::{Chunk, FetchRequest};
+use foregate_wire::tonic::transport::Channel;
 use foregate_wire::tonic::{Status, Streaming};
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, timeout_at};
@@ -26,6 +28,8 @@ use crate::metrics::{Source, WorkerMetrics};
 
 /// Longest time one fetch may take.
 const FETCH_DEADLINE: Duration = Duration::from_secs(20);
+/// Holders to which a connection is kept.
+const MOST_CONNECTIONS: usize = 256;
 
 /// Why an expert did not come from a source.
 #[derive(Debug, thiserror::Error)]
@@ -80,6 +84,7 @@ pub struct Loader {
     metrics: Arc<WorkerMetrics>,
     packing: Arc<Semaphore>,
     threads: usize,
+    connections: Mutex<BTreeMap<String, Channel>>,
 }
 
 impl Loader {
@@ -97,6 +102,7 @@ impl Loader {
             metrics,
             packing: Arc::new(Semaphore::new(threads.max(1))),
             threads: threads.max(1),
+            connections: Mutex::default(),
         }
     }
 
@@ -164,13 +170,31 @@ impl Loader {
         (layer, expert): Item,
         holder: &str,
     ) -> Result<(Bytes, ExpertHash), LoadError> {
-        let mut client = ExpertsClient::new(channel(holder)?);
+        let mut client = ExpertsClient::new(self.connection(holder)?);
         let request = FetchRequest {
             layer: layer.0,
             expert: expert.0,
         };
         let stream = client.fetch(request).await?.into_inner();
         collect(stream, self.spec.expert_bytes()).await
+    }
+
+    /// The connection to a holder: one for all its experts, since setting one up takes longer than a small expert.
+    fn connection(&self, holder: &str) -> Result<Channel, LoadError> {
+        let mut open = self
+            .connections
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if let Some(channel) = open.get(holder) {
+            return Ok(channel.clone());
+        }
+        let channel = channel(holder)?;
+        // A peer that was started again has another address, so the old ones are let go now and then.
+        if open.len() >= MOST_CONNECTIONS {
+            open.clear();
+        }
+        open.insert(holder.to_owned(), channel.clone());
+        Ok(channel)
     }
 
     async fn load_from_checkpoint(
