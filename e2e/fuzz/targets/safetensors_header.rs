@@ -1,7 +1,7 @@
 //! safetensors files and config.json: any bytes give tensors inside the file, or an error.
 #![no_main]
 
-use foregate_checkpoint::index::parse_header;
+use foregate_checkpoint::header::parse_header;
 use foregate_checkpoint::spec;
 use libfuzzer_sys::fuzz_target;
 

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::index::HeaderError;
+use crate::header::HeaderError;
 use crate::spec::SpecError;
 
 /// Why a checkpoint cannot be opened or read.

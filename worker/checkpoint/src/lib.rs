@@ -7,12 +7,13 @@
 //! Invariants: every tensor the family needs is present with the right shape and format once
 //! [`Checkpoint::open`] returned; a field of the configuration that would change the computation is
 //! either understood or refused; no bytes of any file make this crate panic.
-//! Start reading at [`Checkpoint`], then [`spec`] and [`index`].
+//! Start reading at [`Checkpoint`], then [`spec`] and [`header`].
 #![forbid(unsafe_code)]
 
 pub mod error;
 pub mod expert;
-pub mod index;
+pub mod header;
+mod index;
 pub mod names;
 mod open;
 pub mod spec;

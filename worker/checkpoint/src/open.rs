@@ -8,7 +8,8 @@ use foregate_api::model::{ModelSpec, WeightFormat};
 
 use crate::error::CheckpointError;
 use crate::expert::ExpertParts;
-use crate::index::{Dtype, Index, Tensor};
+use crate::header::Dtype;
+use crate::index::{Index, Tensor};
 use crate::names::{self, Expected, Kind};
 use crate::spec;
 

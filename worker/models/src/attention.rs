@@ -9,7 +9,6 @@ use foregate_kernels::{
 
 use crate::batch::StepBatch;
 use crate::error::ModelError;
-use crate::family;
 use crate::load::Loader;
 use crate::scratch::{Scratch, sized};
 
@@ -56,7 +55,11 @@ pub(crate) struct Step<'a> {
 }
 
 impl AttentionWeights {
-    pub(crate) fn load(loader: &mut Loader<'_>, block: usize) -> Result<Self, ModelError> {
+    pub(crate) fn load(
+        loader: &mut Loader<'_>,
+        block: usize,
+        after: AfterProjection,
+    ) -> Result<Self, ModelError> {
         let spec = loader.spec();
         let queries = spec.heads * spec.head_dim;
         let keys = spec.kv_heads * spec.head_dim;
@@ -64,7 +67,7 @@ impl AttentionWeights {
             query: Linear::load(loader, block, "q_proj", queries)?,
             key: Linear::load(loader, block, "k_proj", keys)?,
             value: Linear::load(loader, block, "v_proj", keys)?,
-            after: family::after_projection(loader, block)?,
+            after,
             output: loader.matrix(
                 &of_block(block, "self_attn.o_proj.weight"),
                 spec.hidden,

@@ -7,6 +7,7 @@ use foregate_kernels::{Add, KvCache, RmsNorm, ShapeError};
 use crate::attention::{AttentionWeights, Step};
 use crate::error::ModelError;
 use crate::experts::Experts;
+use crate::family;
 use crate::load::Loader;
 use crate::mixture::{Mlp, Notes};
 use crate::scratch::{Scratch, sized};
@@ -30,12 +31,19 @@ impl Block {
         layer: Option<LayerId>,
     ) -> Result<Self, ModelError> {
         let after_attention = of_block(number, "post_attention_layernorm.weight");
+        let after_projection = family::after_projection(loader, number)?;
         Ok(Self {
             number,
             attention_norm: loader.vector(&of_block(number, "input_layernorm.weight"))?,
-            attention: AttentionWeights::load(loader, number)?,
+            attention: AttentionWeights::load(loader, number, after_projection)?,
             mlp_norm: loader.vector(&after_attention)?,
-            mlp: Mlp::load(loader, number, layer)?,
+            mlp: match layer {
+                None => Mlp::dense(loader, number)?,
+                Some(layer) => {
+                    let shared = family::shared_expert(loader, number)?;
+                    Mlp::mixture(loader, number, layer, shared)?
+                }
+            },
         })
     }
 

@@ -16,6 +16,7 @@ mod error;
 pub mod expert;
 pub mod experts;
 mod family;
+mod ffn;
 mod load;
 pub mod local;
 mod mixture;

@@ -2,11 +2,11 @@
 
 use foregate_api::model::ModelSpec;
 use foregate_checkpoint::names::{self, Kind, MlpNames};
-use foregate_checkpoint::{Checkpoint, Tensor, index};
+use foregate_checkpoint::{Checkpoint, Tensor, header};
 use foregate_kernels::{Cpu, Dtype, Matrix};
 
 use crate::error::ModelError;
-use crate::mixture::Ffn;
+use crate::ffn::Ffn;
 
 /// Told after each tensor: bytes done, bytes in all.
 pub(crate) type Progress<'a> = &'a mut dyn FnMut(u64, u64);
@@ -82,8 +82,8 @@ impl<'a> Loader<'a> {
     fn tensor(&self, name: &str) -> Result<(Tensor<'a>, Dtype), ModelError> {
         let tensor = self.checkpoint.tensor(name)?;
         let dtype = match tensor.dtype {
-            index::Dtype::F32 => Dtype::F32,
-            index::Dtype::BF16 => Dtype::Bf16,
+            header::Dtype::F32 => Dtype::F32,
+            header::Dtype::BF16 => Dtype::Bf16,
             _ => {
                 return Err(ModelError::Format {
                     name: name.to_owned(),

@@ -2,24 +2,14 @@
 
 use foregate_api::ids::LayerId;
 use foregate_checkpoint::names;
-use foregate_kernels::{
-    Add, ExpertFfn, ExpertGroup, Gate, MatMul, Matrix, Ops, ShapeError, SigmoidScale,
-};
+use foregate_kernels::{Add, Gate, MatMul, Matrix, ShapeError, SigmoidScale};
 
 use crate::attention::Step;
 use crate::error::ModelError;
 use crate::experts::{ExpertBatch, Experts};
-use crate::family;
+use crate::ffn::Ffn;
 use crate::load::Loader;
 use crate::scratch::{Scratch, sized};
-
-/// `down(silu(gate · x) * (up · x))`.
-#[derive(Debug)]
-pub(crate) struct Ffn {
-    pub(crate) gate: Matrix,
-    pub(crate) up: Matrix,
-    pub(crate) down: Matrix,
-}
 
 /// An expert that every row goes through, weighted by a sigmoid gate of its own (Qwen2-MoE).
 #[derive(Debug)]
@@ -53,22 +43,23 @@ pub(crate) struct Notes<'a> {
 }
 
 impl Mlp {
-    pub(crate) fn load(
+    pub(crate) fn dense(loader: &mut Loader<'_>, block: usize) -> Result<Self, ModelError> {
+        let inner = loader.spec().dense_inner;
+        Ok(Self::Dense(loader.ffn(&names::dense_mlp(block), inner)?))
+    }
+
+    pub(crate) fn mixture(
         loader: &mut Loader<'_>,
         block: usize,
-        layer: Option<LayerId>,
+        layer: LayerId,
+        shared: Option<SharedExpert>,
     ) -> Result<Self, ModelError> {
         let spec = loader.spec();
-        let Some(layer) = layer else {
-            return Ok(Self::Dense(
-                loader.ffn(&names::dense_mlp(block), spec.dense_inner)?,
-            ));
-        };
         let router = names::router(spec.family, block);
         Ok(Self::Mixture(Mixture {
             layer,
             router: loader.matrix(&router, spec.experts, spec.hidden)?,
-            shared: family::shared_expert(loader, block)?,
+            shared,
         }))
     }
 
@@ -88,30 +79,6 @@ impl Mlp {
             }
             Self::Mixture(mixture) => mixture.run(step, experts, scratch, notes),
         }
-    }
-}
-
-impl Ffn {
-    /// All rows through one feed-forward.
-    fn run(
-        &self,
-        ops: &dyn Ops,
-        x: &[f32],
-        rows: &[u32],
-        out: &mut [f32],
-    ) -> Result<(), ShapeError> {
-        ops.expert_ffn(ExpertFfn {
-            x,
-            hidden: self.down.n(),
-            groups: &[ExpertGroup {
-                gate: &self.gate,
-                up: &self.up,
-                down: &self.down,
-                rows,
-                out_offset: 0,
-            }],
-            out,
-        })
     }
 }
 

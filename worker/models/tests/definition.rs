@@ -12,7 +12,7 @@ mod support;
 
 use foregate_api::model::{Family, ModelSpec, WeightFormat};
 use foregate_checkpoint::tiny::Tiny;
-use foregate_checkpoint::{Checkpoint, index::Dtype};
+use foregate_checkpoint::{Checkpoint, header::Dtype};
 
 use support::{Rig, bits, table};
 
