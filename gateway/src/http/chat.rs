@@ -7,18 +7,15 @@ use axum::body::Body;
 use axum::extract::State;
 use axum::http::{Request, Response};
 use serde_json::{Map, Value, json};
-use tokio::sync::OwnedSemaphorePermit;
-use tokio::time::Instant;
 
-use super::answer;
-use super::body::Received;
 use super::chat_request::parse_chat;
 use super::logprobs::{Labels, routed};
+use super::route::{self, Begun};
 use super::shape::{Shape, Usage, finish_fields};
 use super::state::{Encoded, Gateway};
 use crate::error::ApiError;
-use crate::generate::{Answer, Delta, Generation, Job};
-use crate::metrics::{Call, Operation};
+use crate::generate::{Delta, Generation, Job};
+use crate::metrics::Operation;
 use crate::trace::Identity;
 
 pub(super) async fn chat(
@@ -26,37 +23,11 @@ pub(super) async fn chat(
     Extension(identity): Extension<Identity>,
     request: Request<Body>,
 ) -> Result<Response<Body>, ApiError> {
-    let mut call = Call::begin(&gateway.metrics, Operation::Chat);
-    let started = start(&gateway, &identity, request, &mut call).await;
-    answer::respond(started, call, &identity).await
+    let operation = Operation::Chat;
+    route::serve(&gateway, &identity, request, operation, digest).await
 }
 
-async fn start(
-    gateway: &Arc<Gateway>,
-    identity: &Identity,
-    request: Request<Body>,
-    call: &mut Call,
-) -> Result<(Answer, ChatShape), ApiError> {
-    identity
-        .span
-        .record("gen_ai.operation.name", Operation::Chat.word());
-    let Received { bytes, room } = gateway.bodies.receive(request).await?;
-    let (began, id) = (call.began, format!("chatcmpl-{}", identity.request_id));
-    let digested = gateway.digest(bytes, move |gateway, bytes| {
-        digest(gateway, bytes, id, began, room)
-    });
-    let (job, shape) = digested.await?;
-    call.is_for(&shape.model);
-    Ok((gateway.start(job, identity).await?, shape))
-}
-
-fn digest(
-    gateway: &Gateway,
-    body: &[u8],
-    id: String,
-    began: Instant,
-    room: Option<OwnedSemaphorePermit>,
-) -> Result<(Job, ChatShape), ApiError> {
+fn digest(gateway: &Gateway, body: &[u8], begun: Begun) -> Result<(Job, ChatShape), ApiError> {
     let asked = parse_chat(body, &gateway.defaults)?;
     let model = gateway.model_name(asked.model.as_deref())?;
     let text = gateway.prompter.render(
@@ -69,7 +40,7 @@ fn digest(
         .encode("messages", &text, asked.add_special_tokens)?
         .into();
     let shape = ChatShape {
-        id,
+        id: format!("chatcmpl-{}", begun.request_id),
         created: gateway.clock.unix_seconds(),
         model,
         prompt: Arc::clone(&prompt),
@@ -82,8 +53,8 @@ fn digest(
         generation: asked.generation,
         param: "messages",
         echo: false,
-        began,
-        room,
+        began: begun.began,
+        room: begun.room,
     })?;
     Ok((job, shape))
 }
@@ -138,6 +109,10 @@ impl ChatShape {
 }
 
 impl Shape for ChatShape {
+    fn model(&self) -> &str {
+        &self.model
+    }
+
     fn chunk(&mut self, delta: Delta) -> Option<Value> {
         let first = delta.prompt.is_some();
         let quiet = delta.text.is_empty() && delta.finish.is_none() && !first;

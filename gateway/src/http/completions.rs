@@ -7,18 +7,15 @@ use axum::body::Body;
 use axum::extract::State;
 use axum::http::{Request, Response};
 use serde_json::{Map, Value, json};
-use tokio::sync::OwnedSemaphorePermit;
-use tokio::time::Instant;
 
-use super::answer;
-use super::body::Received;
 use super::completions_request::{PromptInput, parse_completions};
 use super::logprobs::{Labels, Lists, routed};
+use super::route::{self, Begun};
 use super::shape::{Shape, Usage, finish_fields};
 use super::state::{Encoded, Gateway};
 use crate::error::ApiError;
-use crate::generate::{Answer, Delta, Generation, Job};
-use crate::metrics::{Call, Operation};
+use crate::generate::{Delta, Generation, Job};
+use crate::metrics::Operation;
 use crate::output::{TextOptions, TextStream};
 use crate::prompt::Prompter;
 use crate::trace::Identity;
@@ -28,36 +25,14 @@ pub(super) async fn completions(
     Extension(identity): Extension<Identity>,
     request: Request<Body>,
 ) -> Result<Response<Body>, ApiError> {
-    let mut call = Call::begin(&gateway.metrics, Operation::TextCompletion);
-    let started = start(&gateway, &identity, request, &mut call).await;
-    answer::respond(started, call, &identity).await
-}
-
-async fn start(
-    gateway: &Arc<Gateway>,
-    identity: &Identity,
-    request: Request<Body>,
-    call: &mut Call,
-) -> Result<(Answer, CompletionsShape), ApiError> {
-    identity
-        .span
-        .record("gen_ai.operation.name", Operation::TextCompletion.word());
-    let Received { bytes, room } = gateway.bodies.receive(request).await?;
-    let (began, id) = (call.began, format!("cmpl-{}", identity.request_id));
-    let digested = gateway.digest(bytes, move |gateway, bytes| {
-        digest(gateway, bytes, id, began, room)
-    });
-    let (job, shape) = digested.await?;
-    call.is_for(&shape.model);
-    Ok((gateway.start(job, identity).await?, shape))
+    let operation = Operation::TextCompletion;
+    route::serve(&gateway, &identity, request, operation, digest).await
 }
 
 fn digest(
     gateway: &Gateway,
     body: &[u8],
-    id: String,
-    began: Instant,
-    room: Option<OwnedSemaphorePermit>,
+    begun: Begun,
 ) -> Result<(Job, CompletionsShape), ApiError> {
     let asked = parse_completions(body, &gateway.defaults)?;
     let model = gateway.model_name(asked.model.as_deref())?;
@@ -77,7 +52,7 @@ fn digest(
         }
     }
     let mut shape = CompletionsShape {
-        id,
+        id: format!("cmpl-{}", begun.request_id),
         created: gateway.clock.unix_seconds(),
         model,
         labels: Labels::new(gateway.prompter.clone(), asked.generation.tokens_as_ids),
@@ -90,8 +65,8 @@ fn digest(
         generation: asked.generation,
         param: "prompt",
         echo: asked.echo,
-        began,
-        room,
+        began: begun.began,
+        room: begun.room,
     })?;
     // After the lengths were checked: it takes a while per token.
     shape.echoes = texts
@@ -235,6 +210,10 @@ impl CompletionsShape {
 }
 
 impl Shape for CompletionsShape {
+    fn model(&self) -> &str {
+        &self.model
+    }
+
     fn chunk(&mut self, delta: Delta) -> Option<Value> {
         let speaks_of_prompt = delta.prompt.is_some()
             && (!self.echoes.is_empty()

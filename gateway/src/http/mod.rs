@@ -11,6 +11,7 @@ mod defaults;
 mod fields;
 mod logprobs;
 mod models;
+mod route;
 mod sampling;
 mod shape;
 mod sse;

@@ -36,6 +36,8 @@ impl Usage {
 
 /// How a route writes its answers.
 pub(super) trait Shape: Send + 'static {
+    /// The model's served name.
+    fn model(&self) -> &str;
     /// One chunk, or none if the delta has nothing to tell.
     fn chunk(&mut self, delta: Delta) -> Option<Value>;
     /// The chunk that carries usage.
