@@ -14,6 +14,8 @@ use foregate_harness::manifest::ManifestFile;
 use foregate_harness::{on_path, skip};
 use foregate_store::own_etcd::OwnEtcd;
 use serde_json::{Value, json};
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 
@@ -40,6 +42,15 @@ fn missing() -> bool {
     }
     skip("no etcd on PATH");
     true
+}
+
+/// A ready cluster and a client of it.
+async fn processes(manifest: &ManifestFile, more: &[&str]) -> (Foregate, Client) {
+    let mut arguments = vec!["--processes", "-f", manifest.argument()];
+    arguments.extend(more);
+    let cluster = Start::up(BINARY, &arguments).ready().await;
+    let client = Client::new(&cluster.url);
+    (cluster, client)
 }
 
 /// The tokens of one stream: greedy for even prompts, drawn from a seed for odd ones.
@@ -115,10 +126,7 @@ async fn without_an_operator_only_rebalancing_stops() {
         return;
     }
     let manifest = manifest();
-    let cluster = Start::up(BINARY, &["--processes", "-f", manifest.argument()])
-        .ready()
-        .await;
-    let client = Client::new(&cluster.url);
+    let (cluster, client) = processes(&manifest, &[]).await;
     let expected = all(&client, 24).await;
     let operator = cluster.instance("operator");
     // A stopped process holds its lease for a while and then loses it; a killed one is started again.
@@ -146,12 +154,7 @@ async fn ten_seconds_without_etcd_are_survived() {
     let mut etcd = OwnEtcd::start().await.unwrap();
     let manifest = manifest();
     let url = etcd.endpoints().join(",");
-    let start = Start::up(
-        BINARY,
-        &["--processes", "--etcd", &url, "-f", manifest.argument()],
-    );
-    let cluster = start.ready().await;
-    let client = Client::new(&cluster.url);
+    let (cluster, client) = processes(&manifest, &["--etcd", &url]).await;
     let expected = all(&client, 24).await;
     let before = epoch(&experts(&client).await);
     etcd.stop_keeping_data().await.unwrap();
@@ -185,10 +188,7 @@ async fn streams_of_a_killed_worker_go_on_with_the_same_tokens() {
         return;
     }
     let manifest = manifest();
-    let cluster = Start::up(BINARY, &["--processes", "-f", manifest.argument()])
-        .ready()
-        .await;
-    let client = Client::new(&cluster.url);
+    let (cluster, client) = processes(&manifest, &[]).await;
     let expected = all(&client, 150).await;
     let worker = cluster.instance("worker-1");
     let streams = all(&client, 150);
@@ -217,10 +217,7 @@ async fn streams_outlive_the_death_of_all_workers() {
         return;
     }
     let manifest = ManifestFile::demo("  workers:\n    count: 2\n    kvMemory: 64Mi\n");
-    let cluster = Start::up(BINARY, &["--processes", "-f", manifest.argument()])
-        .ready()
-        .await;
-    let client = Client::new(&cluster.url);
+    let (cluster, client) = processes(&manifest, &[]).await;
     let expected = all(&client, 150).await;
     let workers = ["worker-0", "worker-1"].map(|name| (name, cluster.instance(name)));
     let streams = all(&client, 150);
@@ -251,10 +248,7 @@ async fn a_killed_gateway_keeps_its_port() {
         return;
     }
     let manifest = manifest();
-    let cluster = Start::up(BINARY, &["--processes", "-f", manifest.argument()])
-        .ready()
-        .await;
-    let client = Client::new(&cluster.url);
+    let (cluster, client) = processes(&manifest, &[]).await;
     let expected = all(&client, 24).await;
     let gateway = cluster.instance("gateway");
     signal(gateway, "KILL");
@@ -277,6 +271,36 @@ async fn a_killed_gateway_keeps_its_port() {
         .await;
     assert_eq!(all(&client, 24).await, expected);
     end(cluster, &[gateway, next]).await;
+}
+
+/// Nobody who connects and then says nothing, or half of something, is waited for.
+#[tokio::test]
+async fn half_a_request_does_not_hold_up_a_drain() {
+    if missing() {
+        return;
+    }
+    let manifest = manifest();
+    let (cluster, client) = processes(&manifest, &[]).await;
+    let log = cluster.stderr();
+    let mut addresses: Vec<&str> = log
+        .lines()
+        .filter(|line| line.contains("status server listens"))
+        .filter_map(|line| line.split("address=").nth(1)?.split_whitespace().next())
+        .collect();
+    assert_eq!(addresses.len(), 4, "one operator, three workers\n{log}");
+    addresses.push(client.address());
+    let mut open = Vec::new();
+    for address in addresses {
+        for said in ["", "GET /metrics HTTP/1.1\r\nho"] {
+            let mut stream = TcpStream::connect(address).await.unwrap();
+            stream.write_all(said.as_bytes()).await.unwrap();
+            open.push(stream);
+        }
+    }
+    let (status, stderr) = cluster.stop().await;
+    assert!(status.success(), "{status}\n{stderr}");
+    assert!(!stderr.contains("did not drain"), "{stderr}");
+    drop(open);
 }
 
 /// The parent killed without warning takes its children with it.

@@ -316,9 +316,6 @@ async fn beside_status<E: std::error::Error + 'static>(
         end.cancel();
         done
     };
-    let (done, served) = tokio::join!(work, server);
-    if let Err(error) = served {
-        tracing::warn!(%error, "the status server ended");
-    }
+    let (done, ()) = tokio::join!(work, server);
     done.map_err(|error| CliError::runtime("the role failed", &error))
 }

@@ -1,16 +1,22 @@
 //! /metrics, /healthz and /readyz of operator and worker. The gateway has its own.
 
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use axum::Router;
 use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use foregate_gateway::serve::{self as server, Limits};
 use foregate_worker::Health;
 use prometheus::{Registry, TextEncoder};
 use tokio::net::TcpListener;
+use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
+
+/// Longest time for answers on their way when the role has ended.
+const FLUSH: Duration = Duration::from_millis(500);
 
 /// Who knows how a role is.
 #[derive(Debug, Clone)]
@@ -43,24 +49,27 @@ struct Status {
     probe: Probe,
 }
 
-/// Serves until `shutdown`.
-///
-/// # Errors
-/// The listener's.
+/// Serves until `ended`; then answers that are on their way get a moment, and every connection is cut: one on which
+/// half a request was sent must not hold up the end of the role.
 pub(crate) async fn serve(
     listener: TcpListener,
     registry: Registry,
     probe: Probe,
-    shutdown: CancellationToken,
-) -> std::io::Result<()> {
+    ended: CancellationToken,
+) {
     let router = Router::new()
         .route("/metrics", get(metrics))
         .route("/healthz", get(healthz))
         .route("/readyz", get(readyz))
         .with_state(Status { registry, probe });
-    axum::serve(listener, router)
-        .with_graceful_shutdown(shutdown.cancelled_owned())
-        .await
+    let cut = async {
+        ended.cancelled().await;
+        sleep(FLUSH).await;
+    };
+    tokio::select! {
+        () = server::serve(listener, router, Limits::for_requests(0), ended.clone()) => {}
+        () = cut => {}
+    }
 }
 
 /// Binds a listener with an error that names the address.

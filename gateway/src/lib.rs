@@ -33,7 +33,7 @@ pub mod output;
 pub mod prompt;
 pub mod random;
 pub mod route;
-mod serve;
+pub mod serve;
 pub mod signature;
 pub mod trace;
 pub mod upstream;

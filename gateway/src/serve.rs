@@ -31,7 +31,7 @@ const REFUSED: Duration = Duration::from_secs(1);
 
 /// What connections may cost.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Limits {
+pub struct Limits {
     /// Connections at a time; further ones wait in the system's queue.
     connections: usize,
     /// See [`HEADERS`].
@@ -42,7 +42,8 @@ pub(crate) struct Limits {
 
 impl Limits {
     /// For so many requests at a time, at work and waiting.
-    pub(crate) const fn for_requests(requests: usize) -> Self {
+    #[must_use]
+    pub const fn for_requests(requests: usize) -> Self {
         Self {
             connections: requests.saturating_add(SPARE),
             headers: HEADERS,
@@ -53,7 +54,7 @@ impl Limits {
 
 /// Serves until `shutdown`, then takes no new connection or request and returns when the last answer is
 /// written. Dropping it cuts every connection.
-pub(crate) async fn serve(
+pub async fn serve(
     listener: TcpListener,
     router: Router,
     limits: Limits,

@@ -37,6 +37,12 @@ impl Client {
         }
     }
 
+    /// Host and port.
+    #[must_use]
+    pub fn address(&self) -> &str {
+        self.base.trim_start_matches("http://")
+    }
+
     /// POSTs bytes as they are.
     ///
     /// # Panics
