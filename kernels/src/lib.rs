@@ -26,7 +26,7 @@ mod oracle;
 mod sample;
 
 pub use buffer::MappedFile;
-pub use cpu::{Cpu, Path, PathError, UnknownPath};
+pub use cpu::{Cpu, Path, PathError, ReadThrough, UnknownPath};
 pub use dtype::Dtype;
 pub use error::ShapeError;
 pub use kv::{KvCache, KvShape, PageMap};

@@ -9,6 +9,7 @@ mod gate;
 mod gemm;
 mod lanes;
 mod norm;
+mod read_through;
 mod rope;
 mod row;
 mod softmax;
@@ -28,6 +29,7 @@ use detect::Isa;
 use threads::Threads;
 
 pub use detect::{Path, PathError, UnknownPath};
+pub use read_through::ReadThrough;
 
 /// A processor with its instruction path and its threads. Clones share the threads.
 #[derive(Debug, Clone)]
