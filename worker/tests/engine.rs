@@ -10,8 +10,8 @@ mod golden;
 mod rig;
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use foregate_api::ids::Epoch;
@@ -341,6 +341,8 @@ struct Broken {
     left: u32,
     panics: bool,
     calls: Arc<AtomicU32>,
+    /// The first call waits for the other end to go.
+    gate: mpsc::Receiver<()>,
 }
 
 impl Experts for Broken {
@@ -349,7 +351,9 @@ impl Experts for Broken {
         batch: &ExpertBatch<'_>,
         out: &mut [f32],
     ) -> Result<LateRows, ExpertsError> {
-        self.calls.fetch_add(1, Ordering::Relaxed);
+        if self.calls.fetch_add(1, Ordering::Relaxed) == 0 {
+            self.gate.recv().unwrap_err();
+        }
         if self.left > 0 {
             self.left -= 1;
             return self.inner.run(batch, out);
@@ -369,20 +373,26 @@ impl StepExperts for Broken {
     fn end_step(&mut self) {}
 }
 
-fn broken(rig: &Rig, left: u32, panics: bool) -> Box<Broken> {
-    Box::new(Broken {
+/// The experts, and what holds up their first call until it is dropped.
+fn broken(rig: &Rig, left: u32, panics: bool) -> (Box<Broken>, mpsc::Sender<()>) {
+    let (hold, gate) = mpsc::channel();
+    let experts = Broken {
         inner: rig.local(),
         left,
         panics,
         calls: Arc::default(),
-    })
+        gate,
+    };
+    (Box::new(experts), hold)
 }
 
 #[tokio::test]
 async fn a_panic_is_reported_and_ends_every_stream() {
     let rig = Rig::tiny(Family::Qwen3Moe);
-    let engine = rig.engine(Sizes::default(), broken(&rig, 9, true));
+    let (experts, hold) = broken(&rig, 9, true);
+    let engine = rig.engine(Sizes::default(), experts);
     let streams = [1, 2, 3].map(|seed| submit(&engine, drawn(&[4, 5, 6], 40, seed)));
+    drop(hold);
     for stream in streams {
         let error = collect(stream).await.unwrap_err();
         assert_eq!(
@@ -401,7 +411,8 @@ async fn a_panic_is_reported_and_ends_every_stream() {
 #[tokio::test]
 async fn steps_that_keep_failing_end_their_sequences() {
     let rig = Rig::tiny(Family::Qwen3Moe);
-    let experts = broken(&rig, 9, false);
+    let (experts, hold) = broken(&rig, 9, false);
+    drop(hold);
     let calls = Arc::clone(&experts.calls);
     let engine = rig.engine(Sizes::default(), experts);
     let error = collect(submit(&engine, request(&[4, 5, 6], 40)))
