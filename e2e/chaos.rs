@@ -5,6 +5,7 @@
     reason = "a failure here is the test's failure"
 )]
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use foregate_harness::binary::{Foregate, Start};
@@ -16,6 +17,7 @@ use foregate_store::own_etcd::OwnEtcd;
 use serde_json::{Value, json};
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
+use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 
@@ -53,13 +55,17 @@ async fn processes(manifest: &ManifestFile, more: &[&str]) -> (Foregate, Client)
     (cluster, client)
 }
 
-/// The tokens of one stream: greedy for even prompts, drawn from a seed for odd ones.
-async fn tokens(client: &Client, at: usize, length: usize) -> Vec<u32> {
+/// The tokens of one stream: greedy for even prompts, drawn from a seed for odd ones. `running` gets a permit when
+/// the first token has come.
+async fn tokens(client: &Client, at: usize, length: usize, running: &Semaphore) -> Vec<u32> {
     let body = json!({
         "prompt": PROMPTS[at], "max_tokens": length, "temperature": if at.is_multiple_of(2) { 0.0 } else { 0.9 },
         "seed": 7 + at, "ignore_eos": true, "stream": true, "return_token_ids": true,
     });
-    let events = client.stream("/v1/completions", &body).await;
+    let started = || running.add_permits(1);
+    let events = client
+        .watched_stream("/v1/completions", &body, started)
+        .await;
     events
         .iter()
         .filter_map(|event| event.data["choices"][0]["token_ids"].as_array())
@@ -69,10 +75,18 @@ async fn tokens(client: &Client, at: usize, length: usize) -> Vec<u32> {
 }
 
 async fn all(client: &Client, length: usize) -> Vec<Vec<u32>> {
+    all_watched(client, length, &Arc::new(Semaphore::new(0))).await
+}
+
+async fn all_watched(
+    client: &Client,
+    length: usize,
+    running: &Arc<Semaphore>,
+) -> Vec<Vec<u32>> {
     let mut streams = JoinSet::new();
     for at in 0..PROMPTS.len() {
-        let client = client.clone();
-        streams.spawn(async move { (at, tokens(&client, at, length).await) });
+        let (client, running) = (client.clone(), Arc::clone(running));
+        streams.spawn(async move { (at, tokens(&client, at, length, &running).await) });
     }
     let mut results = vec![Vec::new(); PROMPTS.len()];
     while let Some(stream) = streams.join_next().await {
@@ -91,15 +105,45 @@ fn epoch(experts: &Value) -> u64 {
     experts["active"]["epoch"].as_u64().unwrap_or(0)
 }
 
-async fn all_streams_run(client: &Client) {
-    client
-        .until("all streams run", Duration::from_secs(30), || async {
-            let running = client
-                .metric("foregate_gateway_requests_in_flight", "")
-                .await;
-            running == Some(PROMPTS.len() as f64)
-        })
-        .await;
+/// Kills these instances while all streams run and waits until others run in their place. The streams' tokens must
+/// be the expected ones. Then waits until all `workers` are ready. Returns the processes, dead and new.
+///
+/// On a fast machine short streams may be over before the signal is out, so it goes on until one had to be resumed.
+async fn killed_in_mid_stream(
+    cluster: &Foregate,
+    client: &Client,
+    names: &[&str],
+    workers: usize,
+    expected: &[Vec<u32>],
+) -> Vec<u32> {
+    let mut processes = Vec::new();
+    for round in 0.. {
+        assert!(round < 10, "no stream ran when {names:?} were killed");
+        let mut killed = Vec::new();
+        for name in names {
+            killed.push((*name, cluster.instance(name).await));
+        }
+        let running = Arc::new(Semaphore::new(0));
+        let streams = all_watched(client, expected[0].len(), &running);
+        let kill = async {
+            let all = running.acquire_many(PROMPTS.len() as u32).await;
+            drop(all.unwrap());
+            for (_, pid) in &killed {
+                signal(*pid, "KILL");
+            }
+        };
+        let (got, ()) = tokio::join!(streams, kill);
+        assert_eq!(got, expected);
+        for (name, pid) in killed {
+            processes.extend([pid, cluster.restarted(name, pid).await]);
+        }
+        all_ready(client, workers).await;
+        let resumed = client.metric("foregate_gateway_resumes_total", "").await;
+        if resumed >= Some(1.0) {
+            break;
+        }
+    }
+    processes
 }
 
 async fn all_ready(client: &Client, count: usize) {
@@ -128,7 +172,7 @@ async fn without_an_operator_only_rebalancing_stops() {
     let manifest = manifest();
     let (cluster, client) = processes(&manifest, &[]).await;
     let expected = all(&client, 24).await;
-    let operator = cluster.instance("operator");
+    let operator = cluster.instance("operator").await;
     // A stopped process holds its lease for a while and then loses it; a killed one is started again.
     signal(operator, "STOP");
     assert_eq!(all(&client, 24).await, expected);
@@ -190,16 +234,7 @@ async fn streams_of_a_killed_worker_go_on_with_the_same_tokens() {
     let manifest = manifest();
     let (cluster, client) = processes(&manifest, &[]).await;
     let expected = all(&client, 150).await;
-    let worker = cluster.instance("worker-1");
-    let streams = all(&client, 150);
-    let kill = async {
-        all_streams_run(&client).await;
-        signal(worker, "KILL");
-    };
-    let (got, ()) = tokio::join!(streams, kill);
-    assert_eq!(got, expected);
-    let next = cluster.restarted("worker-1", worker).await;
-    all_ready(&client, 3).await;
+    let children = killed_in_mid_stream(&cluster, &client, &["worker-1"], 3, &expected).await;
     assert_eq!(
         all(&client, 24).await,
         expected
@@ -207,7 +242,7 @@ async fn streams_of_a_killed_worker_go_on_with_the_same_tokens() {
             .map(|t| t[..24].to_vec())
             .collect::<Vec<_>>()
     );
-    end(cluster, &[worker, next]).await;
+    end(cluster, &children).await;
 }
 
 /// Nobody is left who has a copy or could take a sequence: streams wait until the workers are back.
@@ -219,25 +254,8 @@ async fn streams_outlive_the_death_of_all_workers() {
     let manifest = ManifestFile::demo("  workers:\n    count: 2\n    kvMemory: 64Mi\n");
     let (cluster, client) = processes(&manifest, &[]).await;
     let expected = all(&client, 150).await;
-    let workers = ["worker-0", "worker-1"].map(|name| (name, cluster.instance(name)));
-    let streams = all(&client, 150);
-    let kill = async {
-        all_streams_run(&client).await;
-        for (_, worker) in workers {
-            signal(worker, "KILL");
-        }
-    };
-    let (got, ()) = tokio::join!(streams, kill);
-    assert_eq!(got, expected);
-    assert!(
-        client.metric("foregate_gateway_resumes_total", "").await >= Some(1.0),
-        "the workers died under the streams"
-    );
-    let mut children = Vec::new();
-    for (name, worker) in workers {
-        children.extend([worker, cluster.restarted(name, worker).await]);
-    }
-    all_ready(&client, 2).await;
+    let workers = ["worker-0", "worker-1"];
+    let children = killed_in_mid_stream(&cluster, &client, &workers, 2, &expected).await;
     end(cluster, &children).await;
 }
 
@@ -250,7 +268,7 @@ async fn a_killed_gateway_keeps_its_port() {
     let manifest = manifest();
     let (cluster, client) = processes(&manifest, &[]).await;
     let expected = all(&client, 24).await;
-    let gateway = cluster.instance("gateway");
+    let gateway = cluster.instance("gateway").await;
     signal(gateway, "KILL");
     client
         .until("the gateway is dead", Duration::from_secs(10), || async {
@@ -273,6 +291,13 @@ async fn a_killed_gateway_keeps_its_port() {
     end(cluster, &[gateway, next]).await;
 }
 
+fn status_address(line: &str) -> Option<String> {
+    let (_, address) = line
+        .contains("status server listens")
+        .then(|| line.split_once("address="))??;
+    address.split_whitespace().next().map(str::to_owned)
+}
+
 /// Nobody who connects and then says nothing, or half of something, is waited for.
 #[tokio::test]
 async fn half_a_request_does_not_hold_up_a_drain() {
@@ -281,18 +306,18 @@ async fn half_a_request_does_not_hold_up_a_drain() {
     }
     let manifest = manifest();
     let (cluster, client) = processes(&manifest, &[]).await;
-    let log = cluster.stderr();
-    let mut addresses: Vec<&str> = log
-        .lines()
-        .filter(|line| line.contains("status server listens"))
-        .filter_map(|line| line.split("address=").nth(1)?.split_whitespace().next())
-        .collect();
-    assert_eq!(addresses.len(), 4, "one operator, three workers\n{log}");
-    addresses.push(client.address());
+    // One operator and three workers.
+    let mut addresses = cluster
+        .logged("four status servers", |log| {
+            let addresses: Vec<String> = log.lines().filter_map(status_address).collect();
+            (addresses.len() == 4).then_some(addresses)
+        })
+        .await;
+    addresses.push(client.address().to_owned());
     let mut open = Vec::new();
     for address in addresses {
         for said in ["", "GET /metrics HTTP/1.1\r\nho"] {
-            let mut stream = TcpStream::connect(address).await.unwrap();
+            let mut stream = TcpStream::connect(&address).await.unwrap();
             stream.write_all(said.as_bytes()).await.unwrap();
             open.push(stream);
         }
@@ -311,10 +336,10 @@ async fn children_end_with_their_parent() {
     }
     let cluster = Start::up(BINARY, &["--processes"]).ready().await;
     let client = Client::new(&cluster.url);
-    let children: Vec<u32> = ["etcd", "operator", "worker-0", "worker-1", "gateway"]
-        .iter()
-        .map(|name| cluster.instance(name))
-        .collect();
+    let mut children = Vec::new();
+    for name in ["etcd", "operator", "worker-0", "worker-1", "gateway"] {
+        children.push(cluster.instance(name).await);
+    }
     assert!(children.iter().all(|pid| alive(*pid)));
     signal(cluster.pid(), "KILL");
     client

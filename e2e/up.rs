@@ -6,6 +6,7 @@ use foregate_harness::client::Client;
 use foregate_harness::golden::Golden;
 use foregate_harness::{on_path, repository, skip};
 use serde_json::{Value, json};
+use tokio::sync::Notify;
 
 const BINARY: &str = env!("CARGO_BIN_EXE_foregate");
 const FAMILIES: [&str; 4] = ["qwen3_moe", "qwen2_moe", "mixtral", "olmoe"];
@@ -179,20 +180,10 @@ async fn a_drain_finishes_what_runs() {
         "model": "two", "prompt": "def main():", "max_tokens": 200, "temperature": 0,
         "ignore_eos": true, "stream": true, "stream_options": {"include_usage": true},
     });
-    let stream = client.stream("/v1/completions", &body);
+    let running = Notify::new();
+    let stream = client.watched_stream("/v1/completions", &body, || running.notify_one());
     let stop = async {
-        client
-            .until(
-                "the stream runs",
-                std::time::Duration::from_secs(30),
-                || async {
-                    client
-                        .metric("foregate_gateway_requests_in_flight", "")
-                        .await
-                        == Some(1.0)
-                },
-            )
-            .await;
+        running.notified().await;
         cluster.stop().await
     };
     let (events, (status, stderr)) = tokio::join!(stream, stop);

@@ -110,7 +110,7 @@ impl Start {
                     url,
                     stdout,
                     stderr,
-                    _readers: readers,
+                    readers,
                 };
             }
             let ended = child.try_wait().expect("the child can be waited for");
@@ -166,7 +166,7 @@ pub struct Foregate {
     pub url: String,
     stdout: Lines,
     stderr: Lines,
-    _readers: JoinSet<()>,
+    readers: JoinSet<()>,
 }
 
 impl Foregate {
@@ -188,20 +188,31 @@ impl Foregate {
         self.child.id().expect("it still runs")
     }
 
+    /// Waits until its stderr shows something: what was written before the ready line may be read after it.
+    ///
+    /// # Panics
+    /// If that takes too long.
+    pub async fn logged<T>(&self, what: &str, pick: impl Fn(&str) -> Option<T>) -> T {
+        let since = Instant::now();
+        loop {
+            if let Some(found) = pick(&self.stderr.text()) {
+                return found;
+            }
+            assert!(
+                since.elapsed() < START,
+                "not logged: {what}\n{}",
+                self.stderr()
+            );
+            sleep(Duration::from_millis(20)).await;
+        }
+    }
+
     /// The process of one instance of `up --processes`, as last reported.
     ///
     /// # Panics
-    /// If no such instance was reported.
-    #[must_use]
-    pub fn instance(&self, name: &str) -> u32 {
-        self.instance_now(name)
-            .unwrap_or_else(|| panic!("no process of {name} in\n{}", self.stderr()))
-    }
-
-    fn instance_now(&self, name: &str) -> Option<u32> {
-        let start = format!("{name} runs as process ");
-        self.stderr
-            .find(|line| line.strip_prefix(&start)?.trim().parse().ok())
+    /// If no such instance is reported in time.
+    pub async fn instance(&self, name: &str) -> u32 {
+        self.logged(name, |log| process(log, name)).await
     }
 
     /// Waits until an instance runs as another process than `old`.
@@ -209,18 +220,9 @@ impl Foregate {
     /// # Panics
     /// If that takes too long.
     pub async fn restarted(&self, name: &str, old: u32) -> u32 {
-        let since = Instant::now();
-        loop {
-            match self.instance_now(name) {
-                Some(pid) if pid != old => return pid,
-                _ => assert!(
-                    since.elapsed() < START,
-                    "{name} did not come back\n{}",
-                    self.stderr()
-                ),
-            }
-            sleep(Duration::from_millis(50)).await;
-        }
+        let what = format!("{name} as another process than {old}");
+        self.logged(&what, |log| process(log, name).filter(|pid| *pid != old))
+            .await
     }
 
     /// Presses ctrl-c and waits for a clean end.
@@ -233,6 +235,19 @@ impl Foregate {
             .await
             .unwrap_or_else(|_| panic!("no end after ctrl-c\n{}", self.stderr()))
             .expect("the child can be waited for");
+        // The pipes may hold lines that nobody has read yet.
+        let readers = std::mem::take(&mut self.readers);
+        timeout(STOP, readers.join_all())
+            .await
+            .unwrap_or_else(|_| panic!("a process keeps the output open\n{}", self.stderr()));
         (status, self.stderr())
     }
+}
+
+/// The newest process of an instance that a log reports.
+fn process(log: &str, name: &str) -> Option<u32> {
+    let start = format!("{name} runs as process ");
+    log.lines()
+        .rev()
+        .find_map(|line| line.strip_prefix(&start)?.trim().parse().ok())
 }

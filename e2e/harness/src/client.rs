@@ -96,6 +96,20 @@ impl Client {
     /// # Panics
     /// If the answer is no complete event stream.
     pub async fn stream(&self, path: &str, body: &Value) -> Vec<Event> {
+        self.watched_stream(path, body, || ()).await
+    }
+
+    /// Like [`Client::stream`], and calls `started` once, when the first event has come.
+    ///
+    /// # Panics
+    /// If the answer is no complete event stream.
+    pub async fn watched_stream(
+        &self,
+        path: &str,
+        body: &Value,
+        started: impl FnOnce(),
+    ) -> Vec<Event> {
+        let mut started = Some(started);
         let since = Instant::now();
         let answer = self
             .raw(path, "application/json", body.to_string().into_bytes())
@@ -129,6 +143,9 @@ impl Client {
                     at: since.elapsed(),
                     data: serde_json::from_str(data).expect("data is JSON"),
                 });
+                if let Some(started) = started.take() {
+                    started();
+                }
             }
         }
     }
