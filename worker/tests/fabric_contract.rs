@@ -12,12 +12,13 @@ mod exchange_rig;
 mod proxy;
 
 use std::collections::BTreeMap;
+use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use foregate_api::ids::{Epoch, ExpertId, LayerId, Rank};
-use foregate_wire::frame::{Call, RefuseReason, Route};
+use foregate_wire::frame::{Call, Frame, Hello, RefuseReason, Route, encode};
 use foregate_worker::exchange::serve::ServerLimits;
 use foregate_worker::fabric::local::LocalHub;
 use foregate_worker::fabric::tcp::{TcpFabric, TcpParts, TcpSettings};
@@ -27,7 +28,7 @@ use foregate_worker::fabric::{
 };
 use foregate_worker::metrics::WorkerMetrics;
 
-use exchange_rig::{MISSING, answer, call, callee, metrics, soon, wait_for};
+use exchange_rig::{MISSING, PATIENCE, answer, call, callee, metrics, soon, wait_for};
 use proxy::Proxy;
 
 const CALLER: Rank = Rank(0);
@@ -88,6 +89,10 @@ impl Station {
     }
 }
 
+fn test_name() -> String {
+    std::thread::current().name().unwrap_or("test").to_owned()
+}
+
 /// How the suite opens a fabric.
 trait Kind {
     fn open_as(
@@ -98,8 +103,10 @@ trait Kind {
         handler: Arc<dyn CallHandler>,
     ) -> Station;
 
+    /// In a cluster named after the test: the port that one test gave back may be the next one of
+    /// another, and who still connects to it must be a stranger there.
     fn open(&self, rank: Rank, incarnation: u64, handler: Arc<dyn CallHandler>) -> Station {
-        self.open_as("test", rank, incarnation, handler)
+        self.open_as(&test_name(), rank, incarnation, handler)
     }
 
     /// A caller that knows a callee.
@@ -164,6 +171,10 @@ impl Kind for Tcp {
                 in_flight: IN_FLIGHT,
                 backoff_first: Duration::from_millis(2),
                 backoff_most: Duration::from_millis(20),
+                // No test waits for these; a slow machine shall not meet them.
+                handshake: PATIENCE,
+                write_timeout: PATIENCE,
+                silence: PATIENCE,
                 ..TcpSettings::default()
             },
         })
@@ -401,6 +412,29 @@ fn a_corrupt_answer_resets_the_connection_and_is_counted() {
     assert!(matches!(caller.ask(call(2)), Outcome::Reply(_)));
 }
 
+/// A caller's first connection may be served after its second: the one in use stays.
+#[test]
+fn a_late_hello_ends_no_newer_connection() {
+    let holding = Arc::new(Holding::default());
+    let callee = Tcp.open(CALLEE, 7, holding.clone());
+    let mut first = std::net::TcpStream::connect(callee.fabric.address()).unwrap();
+    let caller = Tcp.open(CALLER, 1, Arc::new(Holding::default()));
+    caller.meet(CALLEE, callee.address());
+    let hello = Frame::Hello(Hello {
+        cluster: test_name(),
+        rank: CALLER,
+        incarnation: 1,
+    });
+    for frame in [hello, Frame::Call(call(1))] {
+        let mut bytes = Vec::new();
+        encode(&frame, &mut bytes).unwrap();
+        first.write_all(&bytes).unwrap();
+    }
+    wait_for("the first one's call", || holding.held() == 1);
+    caller.send(call(2)).unwrap();
+    wait_for("the second one's call", || holding.held() == 2);
+}
+
 #[test]
 fn another_cluster_is_not_served() {
     let holding = Arc::new(Holding::default());
@@ -416,13 +450,10 @@ fn another_cluster_is_not_served() {
 
 #[test]
 fn bytes_that_are_no_frame_end_their_connection_only() {
-    use std::io::{Read, Write};
     let (caller, callee) = Tcp.pair(callee(ServerLimits::default()));
     let mut stranger = std::net::TcpStream::connect(callee.fabric.address()).unwrap();
     stranger.write_all(&[b'x'; 200]).unwrap();
-    stranger
-        .set_read_timeout(Some(exchange_rig::PATIENCE))
-        .unwrap();
+    stranger.set_read_timeout(Some(PATIENCE)).unwrap();
     // Closed without an answer: an end of file, or a reset because of unread bytes.
     let mut answer = [0_u8; 16];
     assert!(!matches!(stranger.read(&mut answer), Ok(1..)));

@@ -63,11 +63,11 @@ impl Callers {
     }
 
     /// Names a connection's caller. An older connection of the same rank is ended: its caller has
-    /// connected anew, so nobody reads the old one.
+    /// connected anew, so nobody reads the old one. A newer one stays: its hello may be read first.
     fn name(&self, number: u64, rank: Rank) {
         let mut state = lock(&self.state);
-        for (other, caller) in &state.open {
-            if *other != number && caller.rank == Some(rank) {
+        for caller in state.open.range(..number).map(|(_, caller)| caller) {
+            if caller.rank == Some(rank) {
                 shut(&caller.stream);
             }
         }
