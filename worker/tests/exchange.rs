@@ -27,9 +27,10 @@ use foregate_worker::load::LoadCounters;
 use foregate_worker::metrics::WorkerMetrics;
 use foregate_worker::residency::Routing;
 
-use exchange_rig::{callee, drawn, expert, fill, metrics, ops, placement, spec};
+use exchange_rig::{PATIENCE, callee, drawn, expert, fill, metrics, ops, placement, spec};
 
-const DEADLINE: Duration = Duration::from_millis(300);
+/// A deadline that a test waits for. Half of it is left for what is asked of another copy.
+const WAITED_FOR: Duration = Duration::from_secs(10);
 /// Rank 0 is the caller; experts 0 and 1 live on rank 1 alone, 2 and 3 on ranks 1 and 2, 4 and 5 on rank 2
 /// alone, 6 and 7 at home.
 const SLOTS: [&[u32]; 3] = [&[6, 7], &[0, 1, 2, 3], &[2, 3, 4, 5]];
@@ -61,17 +62,23 @@ struct Cluster {
     endpoints: BTreeMap<Rank, Endpoint>,
     odd: Vec<LocalFabric>,
     metrics: Arc<WorkerMetrics>,
+    deadline: Duration,
 }
 
 impl Cluster {
     /// The caller alone.
     fn new() -> Self {
+        Self::with_deadline(PATIENCE)
+    }
+
+    fn with_deadline(deadline: Duration) -> Self {
         let mut cluster = Self {
             hub: LocalHub::new(),
             peers: BTreeMap::new(),
             endpoints: BTreeMap::new(),
             odd: Vec::new(),
             metrics: metrics(),
+            deadline,
         };
         cluster.metrics = cluster.good(Rank(0));
         cluster
@@ -88,7 +95,7 @@ impl Cluster {
             way: Way::Local(self.hub.clone()),
             load: Arc::new(LoadCounters::new(spec.moe_layers(), spec.experts)),
             metrics: metrics.clone(),
-            deadline: DEADLINE,
+            deadline: self.deadline,
         })
         .unwrap();
         let plan = Arc::new(placement(1, 0, &SLOTS));
@@ -233,7 +240,7 @@ fn an_answer_of_the_wrong_size_is_no_answer() {
 
 #[test]
 fn a_silent_peer_costs_the_deadline_and_no_other_rows() {
-    let mut cluster = Cluster::new();
+    let mut cluster = Cluster::with_deadline(WAITED_FOR);
     cluster.good(Rank(2));
     cluster.odd(Rank(1), Peer::Silent(Mutex::default()));
     let mut exchange = cluster.exchange();
@@ -253,7 +260,7 @@ fn before_a_placement_every_row_is_late() {
         way: Way::Local(LocalHub::new()),
         load: Arc::new(LoadCounters::new(spec.moe_layers(), spec.experts)),
         metrics: metrics(),
-        deadline: DEADLINE,
+        deadline: PATIENCE,
     })
     .unwrap();
     let mut exchange = endpoint.exchange();
@@ -291,7 +298,6 @@ async fn the_end_of_the_experts_thread_is_told() {
     assert!(tokio::time::timeout(brief, server.ended()).await.is_err());
     assert!(server.is_alive());
     server.close();
-    let long = Duration::from_secs(10);
-    assert!(tokio::time::timeout(long, server.ended()).await.is_ok());
+    assert!(tokio::time::timeout(PATIENCE, server.ended()).await.is_ok());
     assert!(!server.is_alive());
 }

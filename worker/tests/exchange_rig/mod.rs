@@ -24,7 +24,7 @@ use foregate_worker::residency::{EpochGate, Residency};
 use prometheus::Registry;
 
 /// Longest any single wait of a test may take.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 pub fn spec() -> Arc<ModelSpec> {
     Arc::new(Tiny::new(Family::Qwen3Moe).spec().unwrap())
@@ -104,7 +104,7 @@ pub fn call(number: u64) -> Call {
         epoch: Epoch(1),
         call: number,
         layer: LayerId(1),
-        deadline_us: 10_000_000,
+        deadline_us: PATIENCE.as_micros() as u32,
         trace: None,
         hidden: spec.hidden as u32,
         rows: drawn(number, 2 * spec.hidden),
