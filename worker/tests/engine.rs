@@ -10,8 +10,8 @@ mod golden;
 mod rig;
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use foregate_api::ids::Epoch;
@@ -110,11 +110,12 @@ async fn preemption_changes_no_bit() {
     for request in &asked {
         want.push(run(&roomy, request.clone()).await);
     }
-    let tight = rig.alone(Sizes {
+    let (tight, pace) = rig.paced(Sizes {
         pages: 12,
         ..Sizes::default()
     });
     let streams: Vec<_> = asked.iter().map(|r| submit(&tight, r.clone())).collect();
+    drop(pace);
     for (stream, want) in streams.into_iter().zip(&want) {
         let got = collect(stream).await.unwrap();
         assert_eq!(got.bits(), want.bits());
@@ -135,13 +136,15 @@ async fn preemption_changes_no_bit() {
 #[tokio::test]
 async fn a_dropped_stream_frees_its_pages() {
     let rig = Rig::tiny(Family::Olmoe);
-    let engine = rig.alone(Sizes::default());
+    let (engine, pace) = rig.paced(Sizes::default());
     let mut stream = submit(&engine, request(&[5, 6, 7], 200));
+    pace.steps(3);
     for _ in 0..4 {
         next(&mut stream).await.unwrap().unwrap();
     }
     until(&engine, "pages in use", |load| load.kv_pages_used > 0).await;
     drop(stream);
+    drop(pace);
     until(&engine, "pages free", |load| {
         load.kv_pages_used == 0 && load.running == 0
     })
@@ -341,8 +344,6 @@ struct Broken {
     left: u32,
     panics: bool,
     calls: Arc<AtomicU32>,
-    /// The first call waits for the other end to go.
-    gate: mpsc::Receiver<()>,
 }
 
 impl Experts for Broken {
@@ -351,9 +352,7 @@ impl Experts for Broken {
         batch: &ExpertBatch<'_>,
         out: &mut [f32],
     ) -> Result<LateRows, ExpertsError> {
-        if self.calls.fetch_add(1, Ordering::Relaxed) == 0 {
-            self.gate.recv().unwrap_err();
-        }
+        self.calls.fetch_add(1, Ordering::Relaxed);
         if self.left > 0 {
             self.left -= 1;
             return self.inner.run(batch, out);
@@ -373,26 +372,21 @@ impl StepExperts for Broken {
     fn end_step(&mut self) {}
 }
 
-/// The experts, and what holds up their first call until it is dropped.
-fn broken(rig: &Rig, left: u32, panics: bool) -> (Box<Broken>, mpsc::Sender<()>) {
-    let (hold, gate) = mpsc::channel();
-    let experts = Broken {
+fn broken(rig: &Rig, left: u32, panics: bool) -> Box<Broken> {
+    Box::new(Broken {
         inner: rig.local(),
         left,
         panics,
         calls: Arc::default(),
-        gate,
-    };
-    (Box::new(experts), hold)
+    })
 }
 
 #[tokio::test]
 async fn a_panic_is_reported_and_ends_every_stream() {
     let rig = Rig::tiny(Family::Qwen3Moe);
-    let (experts, hold) = broken(&rig, 9, true);
-    let engine = rig.engine(Sizes::default(), experts);
+    let (engine, pace) = rig.paced_with(Sizes::default(), broken(&rig, 9, true));
     let streams = [1, 2, 3].map(|seed| submit(&engine, drawn(&[4, 5, 6], 40, seed)));
-    drop(hold);
+    drop(pace);
     for stream in streams {
         let error = collect(stream).await.unwrap_err();
         assert_eq!(
@@ -411,8 +405,7 @@ async fn a_panic_is_reported_and_ends_every_stream() {
 #[tokio::test]
 async fn steps_that_keep_failing_end_their_sequences() {
     let rig = Rig::tiny(Family::Qwen3Moe);
-    let (experts, hold) = broken(&rig, 9, false);
-    drop(hold);
+    let experts = broken(&rig, 9, false);
     let calls = Arc::clone(&experts.calls);
     let engine = rig.engine(Sizes::default(), experts);
     let error = collect(submit(&engine, request(&[4, 5, 6], 40)))
@@ -496,10 +489,12 @@ async fn drain_finishes_and_stop_cuts_off() {
     let refused = engine.submit(request(&[4], 1), None, tracing::Span::none());
     assert_eq!(refused.unwrap_err(), SubmitError::Draining);
 
-    let engine = rig.alone(Sizes::default());
+    let (engine, pace) = rig.paced(Sizes::default());
     let mut stream = submit(&engine, request(&[4, 5], 200));
+    pace.steps(1);
     next(&mut stream).await.unwrap().unwrap();
-    assert_eq!(engine.stop().await, EngineState::Stopped);
+    let (state, ()) = tokio::join!(biased; engine.stop(), async { drop(pace) });
+    assert_eq!(state, EngineState::Stopped);
     let last = loop {
         match next(&mut stream).await {
             Some(Ok(Event::Finished(_))) => panic!("it was cut off"),

@@ -8,6 +8,8 @@
 
 mod rig;
 
+use std::time::Duration;
+
 use foregate_api::model::Family;
 use foregate_wire::connect::channel;
 use foregate_wire::generation::generation_client::GenerationClient;
@@ -15,13 +17,14 @@ use foregate_wire::generation::{FinishReason, GenerateRequest, Sampling};
 use foregate_wire::serve::{serve, server};
 use foregate_wire::tonic::transport::Channel;
 use foregate_wire::tonic::{Code, Status};
-use foregate_worker::engine::EngineHandle;
+use foregate_worker::engine::{EngineHandle, SubmitError};
 use foregate_worker::serve::GenerationService;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
-use rig::{Answer, Gather, Rig, Sizes, run, until};
+use rig::{Answer, Gather, PATIENCE, Rig, Sizes, collect, run, until};
 
 struct Served {
     engine: EngineHandle,
@@ -31,7 +34,10 @@ struct Served {
 
 impl Served {
     async fn start(sizes: Sizes) -> Self {
-        let engine = Rig::tiny(Family::Qwen3Moe).alone(sizes);
+        Self::over(Rig::tiny(Family::Qwen3Moe).alone(sizes)).await
+    }
+
+    async fn over(engine: EngineHandle) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let router = server().add_service(GenerationService::new(engine.clone()).into_server());
@@ -125,32 +131,57 @@ async fn refuses_by_name_and_by_kind() {
 
 #[tokio::test]
 async fn a_client_that_leaves_cancels() {
-    let mut served = Served::start(Sizes::default()).await;
+    let (engine, pace) = Rig::tiny(Family::Qwen3Moe).paced(Sizes {
+        seqs: 1,
+        waiting: 0,
+        ..Sizes::default()
+    });
+    let mut served = Served::over(engine).await;
     let mut stream = served
         .client
         .generate(request(200))
         .await
         .unwrap()
         .into_inner();
-    stream.message().await.unwrap();
+    pace.steps(1);
+    stream.message().await.unwrap().unwrap();
     drop(stream);
+    // The only place is free again once the service has noticed.
+    let taken = timeout(PATIENCE, async {
+        loop {
+            match served
+                .engine
+                .submit(rig::request(&[4], 1), None, tracing::Span::none())
+            {
+                Ok(stream) => break stream,
+                Err(refused) => assert_eq!(refused, SubmitError::Full(1)),
+            }
+            sleep(Duration::from_millis(2)).await;
+        }
+    });
+    let next = taken.await.expect("the client's place in time");
+    drop(pace);
+    collect(next).await.unwrap();
     until(&served.engine, "nothing runs", |load| {
         load.running == 0 && load.kv_pages_used == 0
     })
     .await;
+    assert!(served.engine.load().generation_tokens < 200);
 }
 
 #[tokio::test]
 async fn a_stopped_engine_ends_streams_as_unavailable() {
-    let mut served = Served::start(Sizes::default()).await;
+    let (engine, pace) = Rig::tiny(Family::Qwen3Moe).paced(Sizes::default());
+    let mut served = Served::over(engine).await;
     let mut stream = served
         .client
         .generate(request(250))
         .await
         .unwrap()
         .into_inner();
-    stream.message().await.unwrap();
-    served.engine.stop().await;
+    pace.steps(1);
+    stream.message().await.unwrap().unwrap();
+    tokio::join!(biased; served.engine.stop(), async { drop(pace) });
     let status = loop {
         match stream.message().await {
             Ok(Some(_)) => {}

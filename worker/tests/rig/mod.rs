@@ -4,16 +4,18 @@
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
-use foregate_api::ids::Rank;
+use foregate_api::ids::{Epoch, Rank};
 use foregate_api::model::{Family, ModelSpec};
 use foregate_api::node::{FabricKind, WorkerConfig};
 use foregate_checkpoint::Checkpoint;
 use foregate_checkpoint::tiny::Tiny;
 use foregate_kernels::{Cpu, KvCache};
+use foregate_models::experts::{ExpertBatch, Experts, ExpertsError, LateRows};
 use foregate_models::{LocalExperts, Model};
+use foregate_wire::frame::TraceContext;
 use foregate_wire::generation::generate_event::Event;
 use foregate_wire::generation::{Finished, Prefilled, Token, TokenInfo};
 use foregate_worker::engine::{
@@ -24,7 +26,7 @@ use foregate_worker::sampler::Sampling;
 use foregate_worker::sequence::Request;
 
 /// Longest any single wait of a test may take.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A loaded checkpoint.
 pub struct Rig {
@@ -80,6 +82,21 @@ impl Rig {
         self.engine(sizes, Box::new(Alone(self.local())))
     }
 
+    /// As [`Rig::alone`], but it takes only the steps it is allowed, however fast the machine is.
+    pub fn paced(&self, sizes: Sizes) -> (EngineHandle, Pace) {
+        self.paced_with(sizes, Box::new(Alone(self.local())))
+    }
+
+    pub fn paced_with(
+        &self,
+        sizes: Sizes,
+        experts: Box<dyn StepExperts>,
+    ) -> (EngineHandle, Pace) {
+        let (allow, allowed) = mpsc::channel();
+        let engine = self.engine(sizes, Box::new(Paced { experts, allowed }));
+        (engine, Pace(allow))
+    }
+
     pub fn engine(&self, sizes: Sizes, experts: Box<dyn StepExperts>) -> EngineHandle {
         let spec = self.spec();
         let load = LoadCounters::new(spec.moe_layers(), spec.experts);
@@ -102,6 +119,44 @@ impl Rig {
             load,
         })
         .unwrap()
+    }
+}
+
+/// Says how many steps a paced engine takes. Once it is dropped, the engine takes as many as it likes.
+pub struct Pace(mpsc::Sender<()>);
+
+impl Pace {
+    pub fn steps(&self, count: usize) {
+        for _ in 0..count {
+            self.0.send(()).unwrap();
+        }
+    }
+}
+
+/// Experts that begin no step before it is allowed.
+struct Paced {
+    experts: Box<dyn StepExperts>,
+    allowed: mpsc::Receiver<()>,
+}
+
+impl Experts for Paced {
+    fn run(
+        &mut self,
+        batch: &ExpertBatch<'_>,
+        out: &mut [f32],
+    ) -> Result<LateRows, ExpertsError> {
+        self.experts.run(batch, out)
+    }
+}
+
+impl StepExperts for Paced {
+    fn begin_step(&mut self, trace: Option<TraceContext>) -> Epoch {
+        self.allowed.recv().ok();
+        self.experts.begin_step(trace)
+    }
+
+    fn end_step(&mut self) {
+        self.experts.end_step();
     }
 }
 
