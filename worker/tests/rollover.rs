@@ -555,6 +555,11 @@ async fn a_restarted_worker_prepares_anew() {
     old.stop.cancel();
     old.endpoint.close();
     drop(old);
+    cluster
+        .until("its old life to leave", |state| {
+            !state.members.contains_key(&Rank(2))
+        })
+        .await;
     let new = cluster.node(Rank(2), 999).await;
     cluster
         .until("its new life to serve", |state| {
