@@ -219,13 +219,14 @@ mod tests {
 
     use axum::body::{Body, Bytes};
     use axum::routing::get;
-    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::io::AsyncReadExt;
+    use tokio::sync::Barrier;
     use tokio::time::timeout;
 
     use super::*;
 
     const SHORT: Duration = Duration::from_millis(100);
-    const LONG: Duration = Duration::from_secs(20);
+    const LONG: Duration = Duration::from_secs(240);
     const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n";
 
     const LIMITS: Limits = Limits {
@@ -243,10 +244,12 @@ mod tests {
         (address, tasks)
     }
 
-    async fn send(address: SocketAddr, bytes: &[u8]) -> TcpStream {
-        let mut stream = TcpStream::connect(address).await.unwrap();
-        stream.write_all(bytes).await.unwrap();
-        stream
+    /// In one go: the server, on the same thread, finds the connection with all its bytes.
+    fn send(address: SocketAddr, bytes: &[u8]) -> TcpStream {
+        let mut stream = std::net::TcpStream::connect(address).unwrap();
+        io::Write::write_all(&mut stream, bytes).unwrap();
+        stream.set_nonblocking(true).unwrap();
+        TcpStream::from_std(stream).unwrap()
     }
 
     async fn rest(stream: &mut TcpStream) -> String {
@@ -264,19 +267,21 @@ mod tests {
             ..LIMITS
         };
         let (address, _server) = start(router, limits).await;
-        let mut half = send(address, b"GET / HTTP/1.1\r\nhost").await;
+        let mut half = send(address, b"GET / HTTP/1.1\r\nhost");
         assert_eq!(rest(&mut half).await, "");
-        let mut idle = send(address, b"GET / HTTP/1.1\r\nhost: x\r\n\r\n").await;
+        let mut idle = send(address, b"GET / HTTP/1.1\r\nhost: x\r\n\r\n");
         assert!(rest(&mut idle).await.ends_with("here"));
     }
 
     #[tokio::test]
     async fn connections_beyond_the_bound_wait_for_their_turn() {
         let (now, most) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+        let both = Arc::new(Barrier::new(2));
         let handler = {
             let most = Arc::clone(&most);
             async move || {
                 most.fetch_max(now.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+                both.wait().await;
                 sleep(SHORT / 4).await;
                 now.fetch_sub(1, Ordering::SeqCst);
                 "here"
@@ -289,7 +294,7 @@ mod tests {
         let (address, _server) = start(Router::new().route("/", get(handler)), limits).await;
         let mut clients = Vec::new();
         for _ in 0..6 {
-            clients.push(send(address, REQUEST).await);
+            clients.push(send(address, REQUEST));
         }
         for client in &mut clients {
             assert!(rest(client).await.ends_with("here"));
@@ -316,7 +321,7 @@ mod tests {
             ..LIMITS
         };
         let (address, _server) = start(Router::new().route("/", get(handler)), limits).await;
-        let _silent = send(address, REQUEST).await;
+        let _silent = send(address, REQUEST);
         timeout(LONG, gone.cancelled()).await.unwrap();
     }
 
@@ -338,7 +343,7 @@ mod tests {
         let mut server = JoinSet::new();
         let router = Router::new().route("/", get(handler));
         server.spawn(serve(listener, router, LIMITS, shutdown.clone()));
-        let mut client = send(address, b"GET / HTTP/1.1\r\nhost: x\r\n\r\n").await;
+        let mut client = send(address, b"GET / HTTP/1.1\r\nhost: x\r\n\r\n");
         let mut asks = asks;
         asks.wait_for(|asked| *asked).await.unwrap();
         shutdown.cancel();
