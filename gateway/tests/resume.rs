@@ -82,27 +82,29 @@ async fn another_worker_goes_on_at_the_next_index() {
 #[tokio::test]
 async fn a_killed_worker_is_replaced_in_mid_stream_for_all_choices() {
     let mut cluster = Cluster::start(2, ANSWER, config()).await;
-    cluster.pace(10);
-    let extra = json!({"stream": true, "n": 4, "temperature": 1});
-    let expected = {
-        let whole = cluster
-            .json("/v1/completions", &body(&json!({"n": 4, "temperature": 1})))
-            .await;
-        let texts: Vec<String> = (0..4)
-            .map(|at| whole["choices"][at]["text"].as_str().unwrap().to_owned())
-            .collect();
-        texts
-    };
+    let whole = cluster
+        .json("/v1/completions", &body(&json!({"n": 4, "temperature": 1})))
+        .await;
+    let expected: Vec<&str> = (0..4)
+        .map(|at| whole["choices"][at]["text"].as_str().unwrap())
+        .collect();
     assert_ne!(expected[0], expected[1], "seeds differ");
+    cluster.hold_after(5);
+    let extra = json!({"stream": true, "n": 4, "temperature": 1});
     let response = cluster.post("/v1/completions", &body(&extra)).await;
     assert_eq!(response.headers()["x-foregate-worker"], "0,1");
-    tokio::time::sleep(Duration::from_millis(100)).await;
+    let tokens = whole["usage"]["completion_tokens"].as_u64().unwrap() + 4 * 5;
+    let tokens = format!("vllm:generation_tokens_total{{model_name=\"demo\"}} {tokens}\n");
+    cluster.shows(&tokens).await;
     cluster.workers[0].kill();
+    cluster.hold_after(0);
     let (events, done) = support::events(&response.text().await.unwrap());
     assert!(done);
     for (index, expected) in expected.iter().enumerate() {
-        assert_eq!(&text_of(&events, index), expected, "choice {index}");
+        assert_eq!(text_of(&events, index), *expected, "choice {index}");
     }
+    // The two choices of the killed worker.
+    cluster.shows("foregate_gateway_resumes_total 2\n").await;
 }
 
 #[tokio::test]

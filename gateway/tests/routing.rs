@@ -23,7 +23,7 @@ fn prompt(expert: u32, tail: u32) -> Value {
 #[tokio::test]
 async fn prompts_join_their_like() {
     let cluster = Cluster::start(2, "x", routed_by(RoutingPolicy::Signature)).await;
-    cluster.pace(20);
+    cluster.hold_after(1);
     // Unknown prompts go by load: one kind to each worker.
     let mut running = Vec::new();
     for expert in [1, 2] {
@@ -64,7 +64,7 @@ async fn prompts_join_their_like() {
 #[tokio::test]
 async fn the_band_limits_what_a_fit_may_cost() {
     let cluster = Cluster::start(2, "x", routed_by(RoutingPolicy::Signature)).await;
-    cluster.pace(20);
+    cluster.hold_after(1);
     let mut running = Vec::new();
     let mut workers = Vec::new();
     for tail in 0..6 {

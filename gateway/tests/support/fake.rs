@@ -1,10 +1,10 @@
 //! Fake workers that speak the real gRPC protocol, each on a runtime of its own.
 
 use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use foregate_wire::generation::generate_event::Event;
 use foregate_wire::generation::generation_server::{Generation, GenerationServer};
@@ -14,6 +14,7 @@ use foregate_wire::generation::{
 };
 use foregate_wire::tonic::{Request, Response, Status};
 use futures::Stream;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::{EXPERTS, LAYERS, TOP_K};
@@ -31,8 +32,8 @@ pub struct Behaviour {
     pub busy: AtomicBool,
     /// Answer INVALID_ARGUMENT.
     pub refuse: AtomicBool,
-    /// Milliseconds before each token.
-    pub pace_ms: AtomicU32,
+    /// Tokens after which a stream waits, as long as this stays so; 0: never. Counted over one stream.
+    pub hold_after: watch::Sender<u32>,
     /// Requests, in order.
     pub seen: Mutex<Vec<GenerateRequest>>,
     /// Metadata of requests, in order.
@@ -40,6 +41,9 @@ pub struct Behaviour {
     /// Streams that are open.
     pub open: AtomicU32,
 }
+
+/// The last byte of the next worker's address. Each has its own, so that nobody listens where one was killed.
+static NEXT: AtomicU8 = AtomicU8::new(1);
 
 /// A fake worker on a runtime of its own, so that dropping it cuts its sockets as a kill would.
 pub struct Worker {
@@ -56,13 +60,14 @@ impl Worker {
         let (send, receive) = std::sync::mpsc::channel();
         let service = GenerationServer::new(Fake(Arc::clone(&behaviour)));
         let killed = kill.clone();
+        let host = Ipv4Addr::new(127, 0, 1, NEXT.fetch_add(1, Ordering::SeqCst));
         let thread = std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread()
                 .enable_all()
                 .build()
                 .unwrap();
             runtime.block_on(async move {
-                let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+                let listener = tokio::net::TcpListener::bind((host, 0)).await.unwrap();
                 send.send(listener.local_addr().unwrap().to_string())
                     .unwrap();
                 let router = foregate_wire::serve::server().add_service(service);
@@ -248,16 +253,21 @@ async fn answer(
     send.send(Ok(event(Event::Prefilled(prefilled)))).await?;
     let mut last = None;
     let break_after = behaviour.break_after.load(Ordering::SeqCst);
-    for index in have..request.max_tokens as usize {
-        let pace = behaviour.pace_ms.load(Ordering::SeqCst);
-        if pace > 0 {
-            tokio::time::sleep(Duration::from_millis(pace.into())).await;
+    let mut hold_after = behaviour.hold_after.subscribe();
+    for index in have..=request.max_tokens as usize {
+        let sent = (index - have) as u32;
+        tokio::select! {
+            () = send.closed() => return Ok(()),
+            _ = hold_after.wait_for(|tokens| *tokens == 0 || sent < *tokens) => {}
         }
-        if break_after > 0 && index - have >= break_after as usize {
+        if break_after > 0 && sent >= break_after {
             if !behaviour.end_quietly.load(Ordering::SeqCst) {
                 send.send(Err(Status::unavailable("going away"))).await?;
             }
             return Ok(());
+        }
+        if index == request.max_tokens as usize {
+            break;
         }
         let Some(id) = script
             .get(index)

@@ -36,6 +36,8 @@ pub use fake::{Worker, experts_of, logprob_of};
 pub const LAYERS: usize = 2;
 pub const EXPERTS: usize = 8;
 pub const TOP_K: usize = 2;
+/// Longest wait for what must happen. Long: it ends a test that fails, and no machine is too slow to pass.
+pub const PATIENCE: Duration = Duration::from_secs(120);
 pub const DEMO: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../e2e/models/demo");
 
 pub fn model() -> ModelSpec {
@@ -131,8 +133,8 @@ pub fn config() -> GatewayConfig {
         routing: RoutingPolicy::LeastLoaded,
         max_in_flight: 16,
         max_queued: 16,
-        queue_timeout_ms: 5000,
-        request_timeout_ms: 20_000,
+        queue_timeout_ms: 60_000,
+        request_timeout_ms: 60_000,
     }
 }
 
@@ -174,7 +176,7 @@ impl Cluster {
         }
         let store: Arc<dyn foregate_store::kv::Store> = Arc::new(MemoryStore::new());
         let coord = Coord::new(Arc::clone(&store), "test");
-        let lease = store.lease(Duration::from_secs(60)).await.unwrap();
+        let lease = store.lease(Duration::from_secs(3600)).await.unwrap();
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let shutdown = CancellationToken::new();
@@ -208,32 +210,25 @@ impl Cluster {
     }
 
     pub async fn wait_ready(&self) {
-        for _ in 0..500 {
-            let ready = self.client.get(format!("{}/ready", self.url)).send().await;
-            if ready.is_ok_and(|response| response.status() == 200) {
-                return;
-            }
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-        panic!("the gateway did not become ready");
+        self.eventually("readiness", async || self.get("/ready").await.0 == 200)
+            .await;
     }
 
-    /// Waits until `holds`, for five seconds at most.
+    /// Waits until `holds`. That must last: what comes and goes may do so between two looks.
     pub async fn eventually(&self, what: &str, mut holds: impl AsyncFnMut() -> bool) {
-        for _ in 0..500 {
-            if holds().await {
-                return;
+        let looks = async {
+            while !holds().await {
+                tokio::time::sleep(Duration::from_millis(10)).await;
             }
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-        panic!("{what} did not happen");
+        };
+        let seen = tokio::time::timeout(PATIENCE, looks).await;
+        assert!(seen.is_ok(), "{what} did not happen");
     }
 
-    /// Makes every worker wait so long before each token.
-    pub fn pace(&self, milliseconds: u32) {
+    /// Makes every stream wait after so many tokens, until it is let go by 0.
+    pub fn hold_after(&self, tokens: u32) {
         for worker in &self.workers {
-            let pace = &worker.behaviour.pace_ms;
-            pace.store(milliseconds, Ordering::SeqCst);
+            worker.behaviour.hold_after.send_replace(tokens);
         }
     }
 
@@ -290,6 +285,13 @@ impl Cluster {
         assert!(kind.starts_with("text/event-stream"), "{kind}");
         events(&response.text().await.unwrap())
     }
+}
+
+/// Lets so much time go by at once for everything on this thread: the test, its client and the gateway.
+pub async fn pass(time: Duration) {
+    tokio::time::pause();
+    tokio::time::advance(time).await;
+    tokio::time::resume();
 }
 
 /// Reads server-sent events strictly.
