@@ -15,7 +15,8 @@ const HEAVY: usize = 2;
 const LIGHT: usize = 2;
 
 /// Moves copies until the best split reaches `threshold`, nothing gains [`LEAST_GAIN`], or more than `limit` copies
-/// would differ from `origin`. Returns the best split of the result. Every round gains, so it ends.
+/// would differ from `origin`; with never more components than `origin` has. Returns the best split of the result.
+/// Every round gains, so it ends.
 pub(crate) fn follow_split(
     layer: &mut Layer,
     origin: &Layer,
@@ -25,10 +26,12 @@ pub(crate) fn follow_split(
     threshold: f64,
 ) -> Solved {
     let mut solved = layer.best_split(room, w);
+    let most_components = origin.components();
     while solved.balance() < threshold {
         let better = candidates(layer, &solved, w)
             .into_iter()
             .filter(|candidate| candidate.moved_from(origin) <= limit)
+            .filter(|candidate| candidate.components() <= most_components)
             .map(|candidate| (candidate.best_split(room, w), candidate))
             .enumerate()
             .min_by(|(i, (a, _)), (j, (b, _))| least(&(a.max(), *i), &(b.max(), *j)));

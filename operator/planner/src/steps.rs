@@ -114,6 +114,7 @@ pub(crate) fn from_survivors(survivors: &Layer, room: &Room, w: &[f64]) -> Homes
 /// `None` if no way found gains more than [`LEAST_GAIN`].
 ///
 /// Local search judges even split and may cut links that the best split needs, and connecting costs copies as well.
+/// A way that ends with more components than `origin` is not taken: what a first plan linked stays linked.
 /// So the limit is divided in three ways: none of it for the search, half, all. The first that reaches the
 /// threshold wins, since it moves least; without one the best, where more copies must gain [`LEAST_GAIN`] more, and
 /// from there a search judged by the split goes on with what is left of the limit.
@@ -127,10 +128,11 @@ pub(crate) fn lazy(
     let limit = settings.max_moves_per_layer;
     let mut divisions = vec![0, limit / 2, limit];
     divisions.dedup();
+    let most_components = origin.components();
     let (mut best, mut reached): (Option<Homes>, f64) = (None, q0);
     for search in divisions {
         let (layer, steps) = improve_then_connect(origin, w, search, limit);
-        if layer == *origin {
+        if layer == *origin || layer.components() > most_components {
             continue;
         }
         let solved = layer.best_split(room, w);

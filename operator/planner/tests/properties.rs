@@ -164,6 +164,22 @@ fn optimum(table: &SplitTable, rows: &[f64]) -> f64 {
     best
 }
 
+/// The polish of a first plan: one more copy of expert 1 in place of a link would balance these loads better.
+#[test]
+fn a_first_plan_stays_linked_where_a_cut_would_balance_better() {
+    let ranks = [2, 3, 1, 1]
+        .into_iter()
+        .zip(0..)
+        .map(|(slots, r)| rank(r, slots));
+    let problem = Problem {
+        demand: vec![vec![80.0, 96.0, 64.0, 16.0]],
+        ..Problem::uniform(ranks.collect(), 1, 4)
+    };
+    let placement = first(&problem);
+    assert_sound(&placement, &problem, None);
+    assert_linked(&placement, &problem, None);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(256))]
 
@@ -212,6 +228,7 @@ proptest! {
             };
             quiet = 0;
             assert_sound(next, &problem, Some(&placement));
+            assert_linked(next, &problem, Some(&placement));
             prop_assert_eq!(report.copies_moved, next.copies_moved(Some(&placement)));
             let most = report.layers.iter().map(|l| l.copies_moved).max().unwrap();
             prop_assert!(most <= limit);
