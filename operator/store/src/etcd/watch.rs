@@ -70,14 +70,15 @@ impl Watching {
 
     /// One life of the stream.
     async fn follow(&self) -> End {
+        // The room comes first: a reader that fell behind gets what is true once it reads again, and not an old list
+        // with everything after it, which could overrun it once more.
+        let Ok(room) = self.events.reserve().await else {
+            return End::Closed;
+        };
         let (entries, revision) = match list_at(&self.kv, &self.prefix).await {
             Ok(found) => found,
             Err(error) => return End::Broken(error, false),
         };
-        // Waits for room, so a reader that fell behind gets what is true now as soon as it reads.
-        if self.events.reserve().await.is_err() {
-            return End::Closed;
-        }
         let options = WatchOptions::new()
             .with_range(prefix_end(&self.prefix))
             .with_start_revision(revision + 1);
@@ -87,14 +88,7 @@ impl Watching {
             Ok(stream) => stream,
             Err(error) => return End::Broken(error, false),
         };
-        if self
-            .events
-            .send(WatchEvent::Snapshot(entries))
-            .await
-            .is_err()
-        {
-            return End::Closed;
-        }
+        room.send(WatchEvent::Snapshot(entries));
         loop {
             let answer = match stream.message().await {
                 Ok(Some(answer)) => answer,
