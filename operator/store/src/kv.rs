@@ -73,7 +73,7 @@ pub enum Expect {
 pub trait Lease: Send + Sync + std::fmt::Debug {
     /// The store's number of this lease.
     fn id(&self) -> i64;
-    /// Resolves when the lease has ended without being revoked here. Keys under it are gone then.
+    /// Resolves when the lease has ended though [`Self::revoke`] was not called. Keys under it are gone then.
     fn lost(&self) -> BoxFuture<'_, ()>;
     /// Ends the lease and deletes its keys.
     fn revoke(&self) -> BoxFuture<'_, Result<(), StoreError>>;

@@ -392,8 +392,8 @@ impl Lease for MemoryLease {
 
     fn revoke(&self) -> BoxFuture<'_, Result<(), StoreError>> {
         Box::pin(async move {
-            drop(self.shared.open()?);
             self.revoked.cancel();
+            drop(self.shared.open()?);
             self.shared.end_lease(self.id);
             Ok(())
         })

@@ -21,6 +21,8 @@ pub(super) struct EtcdLease {
     id: i64,
     client: Client,
     lost: CancellationToken,
+    /// Cancelled before etcd is asked to end the lease: an end that the holder wanted is no loss.
+    revoked: CancellationToken,
     /// Ends the keeping, by revocation or drop.
     released: CancellationToken,
 }
@@ -48,6 +50,7 @@ pub(super) async fn grant(
         id: answer.id(),
         client: Client(client.clone()),
         lost: CancellationToken::new(),
+        revoked: CancellationToken::new(),
         released: CancellationToken::new(),
     };
     let granted = Duration::from_secs(u64::try_from(answer.ttl()).unwrap_or(1).max(1));
@@ -56,11 +59,12 @@ pub(super) async fn grant(
         client: client.clone(),
         beat: granted / BEATS,
     };
-    let (lost, released) = (lease.lost.clone(), lease.released.clone());
+    let (lost, revoked) = (lease.lost.clone(), lease.revoked.clone());
+    let released = lease.released.clone();
     tasks.spawn(async move {
         tokio::select! {
             () = released.cancelled() => {}
-            () = keeping.run() => {
+            () = keeping.run() => if !revoked.is_cancelled() {
                 tracing::warn!(lease = keeping.id, "lease lost");
                 lost.cancel();
             }
@@ -137,6 +141,7 @@ impl Lease for EtcdLease {
 
     fn revoke(&self) -> BoxFuture<'_, Result<(), StoreError>> {
         Box::pin(async move {
+            self.revoked.cancel();
             let mut client = self.client.0.clone();
             let answer = bounded("lease revoke", client.revoke(self.id)).await;
             match answer {
