@@ -12,13 +12,13 @@ use tokio::time::Instant;
 use crate::etcd::EtcdStore;
 
 /// How long a start may take until etcd answers.
-const START_DEADLINE: Duration = Duration::from_secs(20);
-/// How often another pair of ports is tried, in case somebody takes one between choice and use.
+const START_DEADLINE: Duration = Duration::from_secs(45);
+/// How often other ports are tried, in case a stranger takes one between choice and use.
 const PORT_ATTEMPTS: usize = 5;
-/// Where its ports are looked for.
-const PORTS: std::ops::Range<u16> = 20_000..30_000;
-/// Bytes of etcd's log shown in an error.
-const LOG_TAIL: usize = 800;
+/// Where its ports are looked for, three in a row each.
+const PORTS: std::ops::Range<u16> = 20_000..29_999;
+/// Bytes of etcd's log shown in an error: etcd 3.5 puts a stack of calls after its last words.
+const LOG_TAIL: usize = 2000;
 
 /// Why an etcd of one's own does not run.
 #[derive(Debug, thiserror::Error)]
@@ -51,8 +51,7 @@ pub enum OwnEtcdError {
 #[derive(Debug)]
 pub struct OwnEtcd {
     data: tempfile::TempDir,
-    client_port: u16,
-    peer_port: u16,
+    ports: Ports,
     child: Option<Child>,
 }
 
@@ -80,7 +79,7 @@ impl OwnEtcd {
     /// Where clients find it, for [`EtcdStore::connect`] and `StoreConfig::Etcd`.
     #[must_use]
     pub fn endpoints(&self) -> Vec<String> {
-        vec![format!("http://127.0.0.1:{}", self.client_port)]
+        vec![format!("http://127.0.0.1:{}", self.ports.client())]
     }
 
     /// Number of the process, if it was started: what a fault test sends its signals to.
@@ -139,15 +138,13 @@ impl OwnEtcd {
                 what: "making a data directory",
                 source,
             })?;
-        let [client_port, peer_port] =
-            free_ports(data.path()).map_err(|source| OwnEtcdError::Io {
-                what: "choosing ports",
-                source,
-            })?;
+        let ports = Ports::take(data.path()).map_err(|source| OwnEtcdError::Io {
+            what: "choosing ports",
+            source,
+        })?;
         Ok(Self {
             data,
-            client_port,
-            peer_port,
+            ports,
             child: None,
         })
     }
@@ -180,8 +177,8 @@ impl OwnEtcd {
                 what: "writing its log",
                 source,
             })?;
-        let client = format!("http://127.0.0.1:{}", self.client_port);
-        let peer = format!("http://127.0.0.1:{}", self.peer_port);
+        let client = format!("http://127.0.0.1:{}", self.ports.client());
+        let peer = format!("http://127.0.0.1:{}", self.ports.peer());
         Command::new("etcd")
             .arg("--name=foregate")
             .arg("--data-dir")
@@ -194,6 +191,9 @@ impl OwnEtcd {
             // Load windows are rewritten every few seconds; their history is of no use.
             .arg("--auto-compaction-mode=revision")
             .arg("--auto-compaction-retention=1000")
+            // What vanishes with the process need not survive a power cut: a slow disk does not make calls slow.
+            // By the environment, since an etcd that does not know it then only says so.
+            .env("ETCD_UNSAFE_NO_FSYNC", "true")
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log)
@@ -224,24 +224,55 @@ impl OwnEtcd {
     }
 }
 
-/// Two ports that are free now, looked for from a place that the random name of `directory` picks.
+/// Three loopback ports in a row: the first is held here for as long as the etcd is ours, the others are etcd's.
+///
+/// An etcd that is down for a moment listens on nothing; whoever looks for ports of an etcd of his own in that moment
+/// finds the first of the three taken and goes on.
 ///
 /// They lie below the range that Linux takes outgoing connections from (`ip_local_port_range`, from 32768 on): a
 /// port of that range could be another connection's by the time etcd is started again on it, or even that of a
 /// client that dials it in the meantime and is connected to itself.
-fn free_ports(directory: &Path) -> std::io::Result<[u16; 2]> {
-    let mut hasher = DefaultHasher::new();
-    directory.hash(&mut hasher);
-    let first = usize::try_from(hasher.finish() % PORTS.len() as u64).unwrap_or_default();
-    let mut held = PORTS
-        .cycle()
-        .skip(first)
-        .take(PORTS.len())
-        .filter_map(|port| TcpListener::bind((Ipv4Addr::LOCALHOST, port)).ok());
-    match (held.next(), held.next()) {
-        (Some(a), Some(b)) => Ok([a.local_addr()?.port(), b.local_addr()?.port()]),
-        _ => Err(std::io::Error::other(
-            "no two free ports from 20000 to 29999",
-        )),
+#[derive(Debug)]
+struct Ports {
+    first: u16,
+    _held: TcpListener,
+}
+
+impl Ports {
+    /// Ports that are free now, looked for from a place that the random name of `directory` picks.
+    fn take(directory: &Path) -> std::io::Result<Self> {
+        let bind = |port| TcpListener::bind((Ipv4Addr::LOCALHOST, port));
+        let places = PORTS.step_by(3);
+        let mut hasher = DefaultHasher::new();
+        directory.hash(&mut hasher);
+        let from = usize::try_from(hasher.finish() % places.len() as u64).unwrap_or_default();
+        for first in places.clone().cycle().skip(from).take(places.len()) {
+            if let (Ok(held), Ok(_), Ok(_)) = (bind(first), bind(first + 1), bind(first + 2)) {
+                return Ok(Self { first, _held: held });
+            }
+        }
+        Err(std::io::Error::other(
+            "no three free ports in a row from 20000 to 29999",
+        ))
+    }
+
+    const fn client(&self) -> u16 {
+        self.first + 1
+    }
+
+    const fn peer(&self) -> u16 {
+        self.first + 2
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ports_are_one_owners_though_nobody_listens_on_them() {
+        let place = Path::new("the same");
+        let (first, second) = (Ports::take(place).unwrap(), Ports::take(place).unwrap());
+        assert_ne!(first.client(), second.client());
     }
 }
