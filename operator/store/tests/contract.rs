@@ -12,13 +12,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use foregate_store::kv::WATCH_QUEUE;
 use foregate_store::own_etcd::OwnEtcdError;
 use foregate_store::{EtcdStore, Expect, MemoryStore, OwnEtcd, Store, StoreError, WatchEvent};
+use tokio::net::TcpSocket;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
-const LONG: Duration = Duration::from_secs(30);
-const TTL: Duration = Duration::from_secs(2);
+const LONG: Duration = Duration::from_secs(60);
+/// A lease outlives two thirds of it without a beat, so that a test that is not scheduled for seconds keeps its leases.
+const TTL: Duration = Duration::from_secs(9);
 
 /// A store to test, and how to do to it what happens to stores.
 struct Subject {
@@ -166,22 +169,28 @@ async fn slow_reader(subject: &Subject) {
     let s = &subject.store;
     let mut events = s.watch("/s/");
     assert!(snapshot_keys(&mut events).await.is_empty());
-    for i in 0..1500 {
-        s.put("/s/k", bytes(&i.to_string()), None).await.unwrap();
-    }
-    let mut last = None;
-    let mut snapshots = 0;
-    while last != Some(bytes("1499")) {
-        match next(&mut events).await {
-            WatchEvent::Put(_, entry) => last = Some(entry.value),
-            WatchEvent::Snapshot(entries) => {
-                snapshots += 1;
-                last = entries.get("/s/k").map(|entry| entry.value.clone());
-            }
-            other => panic!("{other:?}"),
+    let write = async |numbers: std::ops::Range<usize>| {
+        for i in numbers {
+            s.put("/s/k", bytes(&i.to_string()), None).await.unwrap();
         }
+    };
+    write(0..WATCH_QUEUE).await;
+    let full = async {
+        while events.len() < WATCH_QUEUE {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    timeout(LONG, full).await.expect("all were told");
+    write(WATCH_QUEUE..1500).await;
+    for i in 0..WATCH_QUEUE {
+        assert!(
+            matches!(next(&mut events).await, WatchEvent::Put(_, e) if e.value == i.to_string())
+        );
     }
-    assert_eq!(snapshots, 1);
+    match next(&mut events).await {
+        WatchEvent::Snapshot(entries) => assert_eq!(entries["/s/k"].value, "1499"),
+        other => panic!("{other:?}"),
+    }
     s.put("/s/k", bytes("end"), None).await.unwrap();
     assert!(matches!(next(&mut events).await, WatchEvent::Put(_, e) if e.value == "end"));
 }
@@ -230,8 +239,7 @@ async fn leases(subject: &Subject) {
         next(&mut events).await,
         WatchEvent::Delete("/l/dropped".into())
     );
-    // By then the kept one has outlived its first time to live.
-    tokio::time::sleep(TTL).await;
+    // By then the kept one, which is older, has outlived its first time to live.
     assert!(s.get("/l/kept").await.unwrap().is_some());
     kept.revoke().await.unwrap();
 }
@@ -254,7 +262,7 @@ async fn outage(subject: &mut Subject) {
         .expect("calls have a deadline");
     assert!(matches!(&call, Err(StoreError::Unavailable(_))), "{call:?}");
     assert!(call.unwrap_err().is_retryable());
-    tokio::time::sleep(Duration::from_millis(3200)).await;
+    tokio::time::sleep(TTL + Duration::from_secs(1)).await;
     subject.come_back().await;
 
     assert_eq!(
@@ -262,7 +270,8 @@ async fn outage(subject: &mut Subject) {
         ["/o/kept", "/o/leased"],
         "exactly one gap"
     );
-    tokio::time::sleep(TTL + Duration::from_secs(1)).await;
+    // A restarted etcd gives every lease its time to live again, and a second.
+    tokio::time::sleep(TTL + Duration::from_secs(2)).await;
     s.put("/o/again", bytes("2"), Some(lease.as_ref()))
         .await
         .unwrap();
@@ -361,9 +370,10 @@ async fn etcd_knows_a_lost_lease_and_compaction_does_not_stop_a_watch() {
 
 #[tokio::test]
 async fn nobody_at_the_endpoint_is_an_error_in_time() {
-    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let endpoint = format!("http://{}", free.local_addr().unwrap());
-    drop(free);
+    // Held and not listened on: nobody else can answer there.
+    let held = TcpSocket::new_v4().unwrap();
+    held.bind(([127, 0, 0, 1], 0).into()).unwrap();
+    let endpoint = format!("http://{}", held.local_addr().unwrap());
     let endpoints = [&endpoint];
     let tried = EtcdStore::connect_within(&endpoints, Duration::from_millis(500));
     let error = timeout(LONG, tried).await.unwrap().unwrap_err();
@@ -391,9 +401,17 @@ async fn a_hanging_etcd_is_noticed_and_its_return_too() {
     let mut events = subject.store.watch("/h/");
     assert!(snapshot_keys(&mut events).await.is_empty());
     signal("-STOP").await;
-    let call = timeout(LONG, subject.store.get("/h/a")).await;
-    let call = call.expect("calls have a deadline");
-    assert!(matches!(&call, Err(StoreError::Unavailable(_))), "{call:?}");
+    // Its threads stop one by one, a while after the signal was sent.
+    let unanswered = async {
+        loop {
+            if let Err(error) = subject.store.get("/h/a").await {
+                return error;
+            }
+        }
+    };
+    let error = timeout(LONG, unanswered).await;
+    let error = error.expect("calls have a deadline");
+    assert!(matches!(error, StoreError::Unavailable(_)), "{error:?}");
     assert_eq!(next(&mut events).await, WatchEvent::Disconnected);
     signal("-CONT").await;
     assert!(snapshot_keys(&mut events).await.is_empty());
