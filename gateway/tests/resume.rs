@@ -211,4 +211,5 @@ async fn an_end_that_is_lost_after_the_last_token_is_no_loss() {
         .await;
     assert_eq!(whole["choices"][0]["finish_reason"], "length");
     assert_eq!(whole["usage"]["completion_tokens"], 4);
+    assert_eq!(cluster.workers[0].requests().len(), 1, "asked once only");
 }
