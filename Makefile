@@ -10,12 +10,17 @@ ARGS ?=
 FUZZ_SECONDS ?= 60
 FUZZ_TARGETS := http_body exchange_frame safetensors_header
 
+# The property tests of `make test` draw the same cases every time: what it says is said of the change, not of the day.
+# New cases are drawn by `make soak`, as often as ROUNDS says.
+SEED ?= 1
+ROUNDS ?= 10
+
 # In CI a test that cannot run is a failure, not a skip.
 ifeq ($(CI),true)
 export FOREGATE_E2E_REQUIRE ?= 1
 endif
 
-.PHONY: help up test lint unit fuzz bench
+.PHONY: help up test lint unit soak fuzz bench
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -37,7 +42,10 @@ lint: ## format check and clippy, warnings are errors
 
 # Test programs run one after the other, so the end-to-end ones do not fight for the cores.
 unit:
-	cargo test --workspace
+	PROPTEST_RNG_SEED=$(SEED) cargo test --workspace
+
+soak: ## all tests but the end-to-end ones, ROUNDS times, each time with new random cases
+	for round in $$(seq $(ROUNDS)); do cargo test --workspace --exclude foregate; done
 
 fuzz: ## each fuzz target for FUZZ_SECONDS; a crash is a failure
 	@for target in $(FUZZ_TARGETS); do e2e/fuzz/run "$$target" "$(FUZZ_SECONDS)"; done
