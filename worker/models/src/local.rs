@@ -132,6 +132,15 @@ impl LocalExperts {
         })
     }
 
+    /// The same weights, computed with other ops that give the same results.
+    #[must_use]
+    pub fn with_ops(&self, ops: Arc<dyn Ops>) -> Self {
+        Self {
+            ops,
+            ..self.clone()
+        }
+    }
+
     /// One expert.
     #[must_use]
     pub fn expert(&self, layer: LayerId, expert: ExpertId) -> Option<&Arc<ExpertWeights>> {

@@ -76,6 +76,15 @@ impl Model {
         })
     }
 
+    /// The same weights, computed with other ops that give the same results.
+    #[must_use]
+    pub fn with_ops(&self, ops: Arc<dyn Ops>) -> Self {
+        Self {
+            ops,
+            ..self.clone()
+        }
+    }
+
     /// The model's shape.
     #[must_use]
     pub fn spec(&self) -> &ModelSpec {

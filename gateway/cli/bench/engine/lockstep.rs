@@ -7,7 +7,6 @@ use foregate_api::ids::Epoch;
 use foregate_models::experts::{ExpertBatch, Experts, ExpertsError, LateRows};
 use foregate_wire::frame::TraceContext;
 use foregate_worker::engine::StepExperts;
-use tokio::time::Instant;
 
 /// Longest wait for the other engine's step.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -48,17 +47,11 @@ impl Turnstile {
     }
 }
 
-/// Times of one engine's steps.
-pub(super) type Times = Arc<Mutex<Vec<Duration>>>;
-
 /// Experts of one side.
 pub(super) struct Lockstep<E> {
     pub(super) inner: E,
     pub(super) side: usize,
     pub(super) turnstile: Arc<Turnstile>,
-    /// From the begin of a step until the engine wants to begin the next.
-    pub(super) times: Times,
-    pub(super) begun: Option<Instant>,
 }
 
 impl<E: Experts> Experts for Lockstep<E> {
@@ -73,12 +66,7 @@ impl<E: Experts> Experts for Lockstep<E> {
 
 impl<E: StepExperts> StepExperts for Lockstep<E> {
     fn begin_step(&mut self, trace: Option<TraceContext>) -> Epoch {
-        if let Some(begun) = self.begun.take() {
-            let mut times = self.times.lock().unwrap_or_else(PoisonError::into_inner);
-            times.push(begun.elapsed());
-        }
         self.turnstile.pass(self.side);
-        self.begun = Some(Instant::now());
         self.inner.begin_step(trace)
     }
 

@@ -1,0 +1,259 @@
+//! A loaded model, and engines over it that run one load to its end.
+
+use std::collections::BTreeSet;
+use std::error::Error;
+use std::sync::Arc;
+use std::time::Duration;
+
+use foregate_api::ids::Rank;
+use foregate_api::model::ModelSpec;
+use foregate_api::node::{FabricKind, WorkerConfig};
+use foregate_checkpoint::{Checkpoint, names};
+use foregate_kernels::{Cpu, KvCache, KvShape};
+use foregate_models::{LocalExperts, Model};
+use foregate_wire::generation::generate_event::Event;
+use foregate_worker::engine::{self, EngineHandle, EngineParts, StepExperts};
+use foregate_worker::load::LoadCounters;
+use foregate_worker::sampler::Sampling;
+use foregate_worker::sequence::Request;
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+use super::steps::{Ledger, Step};
+use crate::bench::workload::Draw;
+use crate::error::CliError;
+
+const PAGE_TOKENS: usize = 16;
+
+/// Sequences that begin together.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Load {
+    /// How many.
+    pub(super) sequences: u32,
+    /// Tokens of each prompt.
+    pub(super) prompt: u32,
+    /// Tokens of each answer.
+    pub(super) answer: u32,
+    /// Most tokens in a step.
+    pub(super) step_tokens: u32,
+}
+
+impl Load {
+    /// Sequences that decode `tokens` each as one batch, in steps of at most `step_tokens`, or more if the
+    /// batch would leave no room for prompts. The first sequence decodes until the last prompt is read, so
+    /// answers are longer than `tokens` by the steps that this may take.
+    pub(super) fn decode(sequences: u32, prompt: u32, tokens: u32, step_tokens: u32) -> Self {
+        let step_tokens = step_tokens.max(sequences * 2);
+        let reading = (sequences * prompt).div_ceil(step_tokens - sequences);
+        Self {
+            sequences,
+            prompt,
+            answer: tokens + reading - 1,
+            step_tokens,
+        }
+    }
+
+    /// Steps that decoded all sequences at once: after the prompts, and before the first sequence's end.
+    pub(super) fn decode_steps(&self, ledger: &Ledger) -> Vec<Step> {
+        ledger.decode(self.sequences as usize, self.answer as usize - 1)
+    }
+
+    /// Tokens of a sequence at its end.
+    pub(super) const fn length(&self) -> usize {
+        self.prompt as usize + self.answer as usize
+    }
+
+    /// Pages with room for all sequences.
+    const fn pages(&self) -> usize {
+        (self.length().div_ceil(PAGE_TOKENS) + 1) * self.sequences as usize
+    }
+
+    fn config(&self) -> WorkerConfig {
+        WorkerConfig {
+            rank: Rank(0),
+            model_dir: String::new(),
+            served_name: String::new(),
+            rpc_listen: String::new(),
+            exchange_listen: String::new(),
+            fabric: FabricKind::Local,
+            slots: 0,
+            threads: 1,
+            max_num_seqs: self.sequences,
+            max_num_batched_tokens: self.step_tokens,
+            max_waiting: self.sequences,
+            max_model_len: u32::try_from(self.length()).unwrap_or(u32::MAX),
+            page_tokens: PAGE_TOKENS as u32,
+            kv_bytes: 0,
+            exchange_deadline_ms: 1000,
+            domain: String::new(),
+            window_ms: 1000,
+        }
+    }
+
+    /// Random tokens, others for each number and turn, the same in each run.
+    fn request(&self, turn: u32, number: u32, vocab: usize) -> Request {
+        let seed = u64::from(turn) * u64::from(self.sequences) + u64::from(number);
+        let mut draw = Draw::new(seed);
+        let mut token = || u32::try_from(draw.below(vocab)).unwrap_or(0);
+        let tokens: Vec<u32> = (0..self.prompt).map(|_| token()).collect();
+        Request {
+            id: format!("bench-{number}"),
+            prompt_len: tokens.len(),
+            tokens,
+            max_tokens: self.answer as usize,
+            min_tokens: 0,
+            stop_tokens: BTreeSet::new(),
+            sampling: Sampling::greedy(),
+            logprobs: None,
+            prompt_logprobs: None,
+            routed_experts: false,
+        }
+    }
+}
+
+/// A model and all its experts in this process.
+#[derive(Debug)]
+pub(super) struct Rig {
+    pub(super) cpu: Arc<Cpu>,
+    pub(super) model: Model,
+    pub(super) experts: LocalExperts,
+    /// From the opened files until the model could step.
+    pub(super) load_time: Duration,
+    /// Bytes of all tensors in the files.
+    pub(super) weight_bytes: u64,
+}
+
+impl Rig {
+    /// Loads all of a model.
+    pub(super) fn load(checkpoint: &Checkpoint, threads: usize) -> Result<Self, CliError> {
+        let since = Instant::now();
+        let failed = |error: &dyn Error| CliError::runtime("model", error);
+        let cpu = Arc::new(Cpu::new(threads));
+        let model = Model::load(checkpoint, Arc::clone(&cpu), |_, _| {})
+            .map_err(|error| failed(&error))?;
+        let experts =
+            LocalExperts::load(checkpoint, cpu.clone()).map_err(|error| failed(&error))?;
+        let load_time = since.elapsed();
+        let mut weight_bytes = 0;
+        for tensor in names::expected(checkpoint.spec()) {
+            let tensor = checkpoint.tensor(&tensor.name);
+            let tensor = tensor.map_err(|error| failed(&error))?;
+            weight_bytes += tensor.bytes.len() as u64;
+        }
+        Ok(Self {
+            cpu,
+            model,
+            experts,
+            load_time,
+            weight_bytes,
+        })
+    }
+
+    pub(super) fn spec(&self) -> &ModelSpec {
+        self.model.spec()
+    }
+
+    fn kv_shape(&self, load: &Load) -> KvShape {
+        self.model.kv_shape(load.pages(), PAGE_TOKENS)
+    }
+
+    /// Bytes of keys and values that a load has room for.
+    pub(super) fn kv_bytes(&self, load: &Load) -> u64 {
+        let shape = self.kv_shape(load);
+        shape.page_bytes().unwrap_or(0) as u64 * shape.pages as u64
+    }
+
+    /// A fresh engine.
+    pub(super) fn start(
+        &self,
+        load: &Load,
+        telemetry: bool,
+        model: &Model,
+        experts: Box<dyn StepExperts>,
+    ) -> Result<EngineHandle, CliError> {
+        let kv = KvCache::new(self.kv_shape(load))
+            .map_err(|error| CliError::runtime("KV cache", &error))?;
+        let spec = self.spec();
+        // Counters without layers count nothing: that is the engine without telemetry.
+        let counters = match telemetry {
+            true => LoadCounters::new(spec.moe_layers(), spec.experts),
+            false => LoadCounters::new(0, 0),
+        };
+        engine::start(EngineParts {
+            model: model.clone(),
+            kv,
+            experts,
+            config: load.config(),
+            load: Arc::new(counters),
+        })
+        .map_err(|error| CliError::runtime("engine", &error))
+    }
+}
+
+/// Runs a load to its end; each turn of an engine has prompts of its own, so that none is in the prefix
+/// cache. Gives the time until every sequence had its first token.
+pub(super) async fn drive(
+    engine: &EngineHandle,
+    load: &Load,
+    vocab: usize,
+    turn: u32,
+) -> Result<Duration, CliError> {
+    let requests: Vec<Request> = (0..load.sequences)
+        .map(|number| load.request(turn, number, vocab))
+        .collect();
+    let since = Instant::now();
+    let mut work = JoinSet::new();
+    for request in requests {
+        let mut stream = engine
+            .submit(request, None, tracing::Span::none())
+            .map_err(|error| CliError::runtime("engine", &error))?;
+        work.spawn(async move {
+            let mut first = None;
+            while let Some(event) = stream.next().await {
+                let event = event.map_err(|error| error.to_string())?;
+                if let (Event::Token(_), None) = (event, first) {
+                    first = Some(since.elapsed());
+                }
+            }
+            first.ok_or("a sequence gave no token".to_owned())
+        });
+    }
+    let mut prefilled = Duration::ZERO;
+    while let Some(done) = work.join_next().await {
+        let first = done
+            .map_err(|error| CliError::runtime("engine", &error))?
+            .map_err(CliError::Runtime)?;
+        prefilled = prefilled.max(first);
+    }
+    Ok(prefilled)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_two_prompts_begin_alike() {
+        let load = Load::decode(64, 16, 3, 512);
+        let tokens = |turn, number| load.request(turn, number, 4096).tokens;
+        let prompts: BTreeSet<Vec<u32>> = (0..3)
+            .flat_map(|turn| (0..64).map(move |number| tokens(turn, number)[..4].to_vec()))
+            .collect();
+        assert_eq!(prompts.len(), 3 * 64);
+    }
+
+    #[test]
+    fn answers_last_until_all_prompts_are_read() {
+        let of = |sequences, prompt, step_tokens| {
+            let load = Load::decode(sequences, prompt, 10, step_tokens);
+            (load.step_tokens, load.answer)
+        };
+        assert_eq!(of(1, 64, 512), (512, 10));
+        // Two chunks of 511 tokens and one of 2.
+        assert_eq!(of(1, 1024, 512), (512, 12));
+        // 480 rows of a step are free for 2048 tokens of prompts.
+        assert_eq!(of(32, 64, 512), (512, 14));
+        // 600 sequences in a step of 512 tokens would leave no room.
+        assert_eq!(of(600, 2, 512), (1200, 11));
+    }
+}

@@ -1,0 +1,190 @@
+//! Tokens per second of prefill and decode, and what a decode step reads and spends.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use foregate_kernels::Ops;
+use foregate_worker::engine::Alone;
+use serde::Serialize;
+use tokio::time::Instant;
+
+use super::audit::Audited;
+use super::rig::{Load, Rig, drive};
+use super::steps::{Kept, Ledger, Step};
+use crate::error::CliError;
+use crate::progress::Task;
+
+/// After this time a measurement is not repeated.
+const ENOUGH: Duration = Duration::from_secs(20);
+
+/// Speed of reading prompts.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub(super) struct Prefill {
+    /// Prompts that begin together.
+    pub(super) prompts: u32,
+    /// Tokens of each.
+    pub(super) tokens: u32,
+    /// Of all prompts together, until the last of them has its first token.
+    pub(super) tokens_per_second: f64,
+}
+
+/// A decode step of a full batch.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub(super) struct Cost {
+    /// Bytes of weights, keys and values that it reads, mean over the steps.
+    pub(super) bytes: f64,
+    /// Mean times, of a pass of its own with a clock around every op.
+    pub(super) times: Times,
+}
+
+/// A step's time and its parts, in milliseconds.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub(super) struct Times {
+    /// All of it.
+    pub(super) step: f64,
+    /// Norm, router and choice of experts.
+    pub(super) gate: f64,
+    /// Grouping rows by expert and summing their results.
+    pub(super) exchange: f64,
+    /// Feed-forwards.
+    pub(super) experts: f64,
+    /// Norm, projections and attention.
+    pub(super) attention: f64,
+    /// What remains: embedding, residuals, output projection, sampling, scheduling.
+    pub(super) rest: f64,
+}
+
+/// Best of up to `turns` runs of prompts alone; the task is told each.
+pub(super) async fn prefill(
+    rig: &Rig,
+    load: &Load,
+    turns: u32,
+    task: &Task,
+) -> Result<Prefill, CliError> {
+    let experts = Box::new(Alone(rig.experts.clone()));
+    let engine = rig.start(load, true, &rig.model, experts)?;
+    let mut best = Duration::MAX;
+    for turn in until_enough(turns) {
+        best = best.min(drive(&engine, load, rig.spec().vocab, turn).await?);
+        task.add(1);
+    }
+    engine.stop().await;
+    let tokens = f64::from(load.sequences) * f64::from(load.prompt);
+    Ok(Prefill {
+        prompts: load.sequences,
+        tokens: load.prompt,
+        tokens_per_second: tokens / best.as_secs_f64(),
+    })
+}
+
+/// Tokens per second of decode steps, best of up to `turns` runs; the task is told each.
+pub(super) async fn decode(
+    rig: &Rig,
+    load: &Load,
+    turns: u32,
+    task: &Task,
+) -> Result<f64, CliError> {
+    let ledger = Ledger::default();
+    let experts = Box::new(Kept::new(Alone(rig.experts.clone()), &ledger));
+    let engine = rig.start(load, true, &rig.model, experts)?;
+    let mut best = 0.0_f64;
+    for turn in until_enough(turns) {
+        drive(&engine, load, rig.spec().vocab, turn).await?;
+        let (time, steps) = total(&steps(&ledger, load)?);
+        best = best.max(f64::from(load.sequences) * steps / time.as_secs_f64());
+        task.add(1);
+    }
+    engine.stop().await;
+    Ok(best)
+}
+
+/// Numbers of turns: at least one, then until there are `most` of them or time is up.
+fn until_enough(most: u32) -> impl Iterator<Item = u32> {
+    let begun = Instant::now();
+    (0..most).take_while(move |turn| *turn == 0 || begun.elapsed() < ENOUGH)
+}
+
+/// One run of decode steps, audited.
+pub(super) async fn cost(rig: &Rig, load: &Load) -> Result<Cost, CliError> {
+    let ledger = Ledger::default();
+    let ops: Arc<dyn Ops> = Arc::new(Audited::new(rig.cpu.clone(), &ledger));
+    let model = rig.model.with_ops(Arc::clone(&ops));
+    let experts = Kept::new(Alone(rig.experts.with_ops(ops)), &ledger);
+    let engine = rig.start(load, true, &model, Box::new(experts))?;
+    drive(&engine, load, rig.spec().vocab, 0).await?;
+    engine.stop().await;
+    Ok(Cost::of(&steps(&ledger, load)?))
+}
+
+/// Decode steps of the full batch, at least one of them with a time.
+fn steps(ledger: &Ledger, load: &Load) -> Result<Vec<Step>, CliError> {
+    let steps = load.decode_steps(ledger);
+    if steps.iter().all(|step| step.time.is_none()) {
+        return Err(CliError::Runtime(format!(
+            "no step decoded all {} sequences at once: raise --decode",
+            load.sequences
+        )));
+    }
+    Ok(steps)
+}
+
+/// Time of the steps that have one, and their number.
+fn total(steps: &[Step]) -> (Duration, f64) {
+    let times = steps.iter().filter_map(|step| step.time);
+    (times.clone().sum(), times.count() as f64)
+}
+
+impl Cost {
+    fn of(steps: &[Step]) -> Self {
+        let bytes: u64 = steps.iter().map(|step| step.bytes).sum();
+        let timed: Vec<Step> = steps.iter().copied().filter(|s| s.time.is_some()).collect();
+        let (time, count) = total(&timed);
+        let mean = |time: Duration| time.as_secs_f64() * 1000.0 / count;
+        let part = |part: fn(&Step) -> Duration| mean(timed.iter().map(part).sum());
+        let mut times = Times {
+            step: mean(time),
+            gate: part(|step| step.parts.gate),
+            exchange: part(|step| step.parts.exchange),
+            experts: part(|step| step.parts.experts),
+            attention: part(|step| step.parts.attention),
+            rest: 0.0,
+        };
+        let known = times.gate + times.exchange + times.experts + times.attention;
+        times.rest = times.step - known;
+        Self {
+            bytes: bytes as f64 / steps.len() as f64,
+            times,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::steps::Parts;
+    use super::*;
+
+    #[test]
+    fn a_cost_is_a_mean_and_its_parts_are_the_whole() {
+        let ms = Duration::from_millis;
+        let step = |time: Option<u64>, bytes| Step {
+            rows: 2,
+            time: time.map(ms),
+            bytes,
+            parts: Parts {
+                gate: ms(1),
+                exchange: ms(2),
+                experts: ms(4),
+                attention: ms(3),
+            },
+        };
+        // The last step has bytes but no time.
+        let cost = Cost::of(&[step(Some(20), 10), step(Some(30), 20), step(None, 60)]);
+        assert_eq!(cost.bytes, 30.0);
+        let times = cost.times;
+        assert_eq!([times.step, times.gate, times.exchange], [25.0, 1.0, 2.0]);
+        assert_eq!(
+            [times.experts, times.attention, times.rest],
+            [4.0, 3.0, 15.0]
+        );
+    }
+}

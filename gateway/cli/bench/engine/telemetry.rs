@@ -1,0 +1,136 @@
+//! What expert telemetry costs.
+//!
+//! The cost is far below the noise of two runs. So two engines, one with it and one without, decode the same
+//! sequences over the same weights and take turns step by step. Which of them goes first, and where its
+//! memory lies, makes a difference of its own: so every turn has fresh engines and both orders.
+
+use std::sync::Arc;
+
+use foregate_worker::engine::{Alone, EngineHandle};
+use serde::Serialize;
+
+use super::lockstep::{Lockstep, Turnstile};
+use super::rig::{Load, Rig, drive};
+use super::steps::{Kept, Ledger};
+use crate::error::CliError;
+use crate::progress::Task;
+
+/// The cost at one batch size.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub(super) struct Telemetry {
+    /// Pairs of a step with telemetry and one without.
+    pub(super) pairs: usize,
+    /// Medians of their two sides.
+    pub(super) step_ms: f64,
+    pub(super) step_ms_without: f64,
+    /// Of each turn the median over its pairs; of those the median.
+    pub(super) overhead_percent: f64,
+    /// Where the median of more turns would lie with 95 of 100 chances.
+    pub(super) overhead_interval: (f64, f64),
+}
+
+/// Milliseconds of two steps with the same work.
+#[derive(Debug, Clone, Copy)]
+struct Pair {
+    with: f64,
+    without: f64,
+}
+
+impl Pair {
+    fn ratio(self) -> f64 {
+        self.with / self.without
+    }
+}
+
+/// Measures; the task is told each turn.
+pub(super) async fn measure(
+    rig: &Rig,
+    load: &Load,
+    turns: u32,
+    task: &Task,
+) -> Result<Telemetry, CliError> {
+    let (mut pairs, mut overheads) = (Vec::new(), Vec::new());
+    for _ in 0..turns {
+        let orders = [in_turn(rig, load, 0).await?, in_turn(rig, load, 1).await?];
+        let ratios = orders[0].iter().zip(&orders[1]);
+        let ratios = ratios.map(|(one, other)| (one.ratio() * other.ratio()).sqrt());
+        overheads.push((median(ratios.collect()).0 - 1.0) * 100.0);
+        pairs.extend(orders.concat());
+        task.add(1);
+    }
+    let of = |side: fn(&Pair) -> f64| median(pairs.iter().map(side).collect());
+    let (overhead_percent, overhead_interval) = median(overheads);
+    Ok(Telemetry {
+        pairs: pairs.len(),
+        step_ms: of(|pair| pair.with).0,
+        step_ms_without: of(|pair| pair.without).0,
+        overhead_percent,
+        overhead_interval,
+    })
+}
+
+/// Decode steps of two engines that take turns; `with` is the side that has telemetry.
+async fn in_turn(rig: &Rig, load: &Load, with: usize) -> Result<Vec<Pair>, CliError> {
+    let turnstile = Arc::<Turnstile>::default();
+    let ledgers: [Ledger; 2] = Default::default();
+    let engine = |side: usize| {
+        let experts = Lockstep {
+            inner: Alone(rig.experts.clone()),
+            side,
+            turnstile: Arc::clone(&turnstile),
+        };
+        let experts = Box::new(Kept::new(experts, &ledgers[side]));
+        rig.start(load, side == with, &rig.model, experts)
+    };
+    let engines = [engine(0)?, engine(1)?];
+    let run = async |engine: &EngineHandle| {
+        let done = drive(engine, load, rig.spec().vocab, 0).await;
+        turnstile.open();
+        done
+    };
+    let (first, second) = tokio::join!(run(&engines[0]), run(&engines[1]));
+    for engine in engines {
+        engine.stop().await;
+    }
+    first.and(second)?;
+    // From the last step, up to which the sequences of both sides are equally long.
+    let decode = |side: usize| {
+        let steps = load.decode_steps(&ledgers[side]).into_iter().rev();
+        let times = steps.filter_map(|step| step.time);
+        times
+            .map(|time| time.as_secs_f64() * 1000.0)
+            .collect::<Vec<f64>>()
+    };
+    let pairs = decode(with).into_iter().zip(decode(1 - with));
+    Ok(pairs
+        .map(|(with, without)| Pair { with, without })
+        .collect())
+}
+
+/// Median, and the order statistics between which the true one lies with 95 of 100 chances: how many of n
+/// figures are below it is binomial with p = 1/2, here by its normal approximation.
+fn median(mut figures: Vec<f64>) -> (f64, (f64, f64)) {
+    figures.sort_by(f64::total_cmp);
+    let n = figures.len();
+    let Some(last) = n.checked_sub(1) else {
+        return (f64::NAN, (f64::NAN, f64::NAN));
+    };
+    let out = ((n as f64 - 1.96 * (n as f64).sqrt()) / 2.0).max(0.0) as usize;
+    let middle = f64::midpoint(figures[last / 2], figures[n / 2]);
+    (middle, (figures[out], figures[last - out]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_median_lies_in_its_interval() {
+        let figures = (1..=100).rev().map(f64::from).collect();
+        // Ranks 41 and 60 of 100.
+        assert_eq!(median(figures), (50.5, (41.0, 60.0)));
+        assert_eq!(median(vec![3.0]), (3.0, (3.0, 3.0)));
+        assert_eq!(median(vec![4.0, 1.0]), (2.5, (1.0, 4.0)));
+        assert!(median(Vec::new()).0.is_nan());
+    }
+}
