@@ -4,7 +4,7 @@ use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::fmt;
 use std::fs::File;
 use std::io;
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 use std::path::Path;
 use std::ptr::NonNull;
 
@@ -130,6 +130,25 @@ impl MappedFile {
             map: Some(map.map_err(named)?),
         })
     }
+
+    /// Gives the memory of these bytes back; the next read takes them from the file again. Bytes beyond the
+    /// end are left out, and a system that refuses keeps the memory.
+    pub fn release(&self, range: Range<usize>) {
+        let Some(map) = &self.map else { return };
+        let end = range.end.min(map.len());
+        let length = end.saturating_sub(range.start);
+        if length == 0 {
+            return;
+        }
+        #[cfg(unix)]
+        // SAFETY: nobody writes to this mapping, so its pages have nothing that the file lacks, and they
+        // come back as they were. `range.start + length` is `end`, which is inside.
+        if let Err(error) = unsafe {
+            map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, length)
+        } {
+            tracing::debug!(%error, "mapped memory is not given back");
+        }
+    }
 }
 
 impl Deref for MappedFile {
@@ -161,5 +180,35 @@ mod tests {
         let error = MappedFile::open("/no/such/file").unwrap_err();
         assert!(error.to_string().contains("/no/such/file"), "{error}");
         assert!(MappedFile::open(std::env::temp_dir()).is_err());
+    }
+    /// KiB of files that this process has in memory.
+    #[cfg(target_os = "linux")]
+    fn resident_of_files() -> u64 {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let line = status.lines().find(|line| line.starts_with("RssFile:"));
+        line.unwrap()
+            .split_whitespace()
+            .nth(1)
+            .unwrap()
+            .parse()
+            .unwrap()
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn released_bytes_take_no_memory_and_come_back() {
+        const BYTES: usize = 64 << 20;
+        let path = std::env::temp_dir().join(format!("foregate-mapped-{}", std::process::id()));
+        std::fs::write(&path, vec![3_u8; BYTES]).unwrap();
+        let file = MappedFile::open(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        assert!(file.iter().all(|byte| *byte == 3));
+        let before = resident_of_files();
+        // Neither whole pages nor inside the file.
+        file.release(5..usize::MAX);
+        file.release(BYTES + 1..BYTES + 9);
+        let given = before.saturating_sub(resident_of_files());
+        assert!(given > (BYTES as u64 / 1024) * 3 / 4, "{given} KiB");
+        assert!(file.iter().all(|byte| *byte == 3));
     }
 }

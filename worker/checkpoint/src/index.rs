@@ -87,6 +87,15 @@ impl Index {
         })
     }
 
+    /// Gives the memory of a tensor's mapped bytes back.
+    pub(crate) fn release(&self, name: &str) {
+        let shard = self.home.get(name).and_then(|at| self.shards.get(*at));
+        let entry = shard.and_then(|shard| shard.entries.get(name));
+        if let (Some(shard), Some(entry)) = (shard, entry) {
+            shard.file.release(entry.range.clone());
+        }
+    }
+
     /// Names of all tensors, ascending.
     pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
         self.home.keys().map(String::as_str)

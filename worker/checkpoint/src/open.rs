@@ -10,7 +10,7 @@ use crate::error::CheckpointError;
 use crate::expert::ExpertParts;
 use crate::header::Dtype;
 use crate::index::{Index, Tensor};
-use crate::names::{self, Expected, Kind};
+use crate::names::{self, Expected, Kind, MlpNames};
 use crate::spec;
 
 /// A model directory whose configuration and weights were found to belong together.
@@ -77,11 +77,7 @@ impl Checkpoint {
         layer: LayerId,
         expert: ExpertId,
     ) -> Result<ExpertParts<'_>, CheckpointError> {
-        let block = self.blocks.get(layer.index());
-        let (Some(block), true) = (block, expert.index() < self.spec.experts) else {
-            return Err(CheckpointError::NoSuchExpert { layer, expert });
-        };
-        let names = names::expert(self.spec.family, *block, expert.index());
+        let names = self.expert_names(layer, expert)?;
         Ok(ExpertParts {
             gate: self.tensor(&names.gate)?.bytes,
             up: self.tensor(&names.up)?.bytes,
@@ -90,6 +86,34 @@ impl Checkpoint {
             hidden: self.spec.hidden,
             inner: self.spec.expert_inner,
         })
+    }
+
+    /// Gives the memory that a tensor's mapped bytes take back to the system, once they are copied; reading
+    /// them again takes them from the file again. Does nothing for a name that the checkpoint lacks.
+    pub fn release(&self, name: &str) {
+        self.index.release(name);
+    }
+
+    /// As [`Checkpoint::release`], for the parts of a routed expert.
+    pub fn release_expert(&self, layer: LayerId, expert: ExpertId) {
+        if let Ok(names) = self.expert_names(layer, expert) {
+            for name in [names.gate, names.up, names.down] {
+                self.index.release(&name);
+            }
+        }
+    }
+
+    fn expert_names(
+        &self,
+        layer: LayerId,
+        expert: ExpertId,
+    ) -> Result<MlpNames, CheckpointError> {
+        match self.blocks.get(layer.index()) {
+            Some(block) if expert.index() < self.spec.experts => {
+                Ok(names::expert(self.spec.family, *block, expert.index()))
+            }
+            _ => Err(CheckpointError::NoSuchExpert { layer, expert }),
+        }
     }
 }
 

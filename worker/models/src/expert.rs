@@ -72,7 +72,10 @@ impl ExpertWeights {
         layer: LayerId,
         expert: ExpertId,
     ) -> Result<Self, ModelError> {
-        Ok(Self::from_parts(&checkpoint.expert(layer, expert)?)?)
+        let packed = Self::from_parts(&checkpoint.expert(layer, expert)?)?;
+        // Else the weights would be in memory twice: packed, and as the file's pages.
+        checkpoint.release_expert(layer, expert);
+        Ok(packed)
     }
 
     /// The bytes it was packed from: what a peer is sent.

@@ -58,6 +58,8 @@ impl<'a> Loader<'a> {
     ) -> Result<Matrix, ModelError> {
         let (tensor, dtype) = self.tensor(name)?;
         let matrix = self.cpu.pack(dtype, n, k, tensor.bytes)?;
+        // Else the weights would be in memory twice: packed, and as the file's pages.
+        self.checkpoint.release(name);
         self.count(tensor.bytes.len());
         Ok(matrix)
     }
