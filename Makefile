@@ -50,6 +50,6 @@ soak: ## all tests but the end-to-end ones, ROUNDS times, each time with new ran
 fuzz: ## each fuzz target for FUZZ_SECONDS; a crash is a failure
 	@for target in $(FUZZ_TARGETS); do e2e/fuzz/run "$$target" "$(FUZZ_SECONDS)"; done
 
-bench: ## decode and prefill speed of the engine, with and without expert telemetry
+bench: ## decode and prefill speed of the engine, and its share of what memory allows
 	cargo build --release --bin foregate
 	target/release/foregate bench engine --model e2e/models/demo

@@ -135,20 +135,29 @@ pub(super) async fn run(args: &EngineArgs, progress: &Progress) -> Result<(), Cl
         rig,
         progress,
     };
-    let figures = bench.figures().await?;
+    let mut figures = bench.figures().await?;
+    let text = !matches!(args.json, Some(None));
+    // The rest takes longest: who stops it has the figures so far.
+    if text {
+        print(&figures.text());
+    }
+    for (load, decode) in bench.loads.decode.iter().zip(&mut figures.decode) {
+        let telemetry = bench.telemetry(load).await?;
+        if text {
+            print(&telemetry.line(load.sequences));
+        }
+        decode.telemetry = Some(telemetry);
+    }
     match &args.json {
-        None => print(&figures.text()),
+        None => Ok(()),
+        Some(Some(path)) => write_json(path, &figures),
         Some(None) => {
             let text = serde_json::to_string_pretty(&figures)
                 .map_err(|error| CliError::runtime("--json", &error))?;
             print(&text);
-        }
-        Some(Some(path)) => {
-            print(&figures.text());
-            write_json(path, &figures)?;
+            Ok(())
         }
     }
-    Ok(())
 }
 
 fn open(dir: &Path) -> Result<Checkpoint, CliError> {
@@ -170,7 +179,7 @@ struct Bench<'a> {
 }
 
 impl Bench<'_> {
-    /// The peak of memory is read before anything is measured that only a bench would do.
+    /// All but telemetry. The peak of memory is read before anything is measured that only a bench would do.
     async fn figures(&self) -> Result<Figures, CliError> {
         let rig = &self.rig;
         let prefill = self.prefill().await?;
@@ -180,11 +189,9 @@ impl Bench<'_> {
         }
         let peak = memory::peak_rss();
         let bandwidth = memory::bandwidth(&rig.cpu)?;
-        let mut decode = Vec::new();
-        for (load, (speed, cost)) in self.loads.decode.iter().zip(speeds) {
-            let telemetry = self.telemetry(load).await?;
-            decode.push(Decode::new(load, speed, cost, bandwidth, telemetry));
-        }
+        let decode = self.loads.decode.iter().zip(speeds);
+        let decode =
+            decode.map(|(load, (speed, cost))| Decode::new(load, speed, cost, bandwidth));
         let loads = self.loads.prefill.iter().chain(&self.loads.decode);
         let kv_bytes = loads.map(|load| rig.kv_bytes(load)).max().unwrap_or(0);
         let need = rig.weight_bytes + kv_bytes;
@@ -198,7 +205,7 @@ impl Bench<'_> {
             weight_bytes: rig.weight_bytes,
             kv_bytes,
             peak_rss_ratio: peak.map(|peak| peak as f64 / need as f64),
-            decode,
+            decode: decode.collect(),
             prefill,
         })
     }

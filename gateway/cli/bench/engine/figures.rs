@@ -40,18 +40,13 @@ pub(super) struct Decode {
     pub(super) limit_tokens_per_second: f64,
     pub(super) limit_share: f64,
     pub(super) step_time_ms: Times,
-    pub(super) telemetry: Telemetry,
+    /// Absent until it is measured, which takes longest.
+    pub(super) telemetry: Option<Telemetry>,
 }
 
 impl Decode {
     /// `bandwidth` in bytes per second.
-    pub(super) fn new(
-        load: &Load,
-        tokens_per_second: f64,
-        cost: Cost,
-        bandwidth: f64,
-        telemetry: Telemetry,
-    ) -> Self {
+    pub(super) fn new(load: &Load, tokens_per_second: f64, cost: Cost, bandwidth: f64) -> Self {
         let limit = bandwidth / cost.bytes * f64::from(load.sequences);
         Self {
             batch: load.sequences,
@@ -61,7 +56,7 @@ impl Decode {
             limit_tokens_per_second: limit,
             limit_share: tokens_per_second / limit,
             step_time_ms: cost.times,
-            telemetry,
+            telemetry: None,
         }
     }
 
@@ -74,7 +69,6 @@ impl Decode {
             attention,
             rest,
         } = self.step_time_ms;
-        let (low, high) = self.telemetry.overhead_interval;
         [
             format!(
                 "decode, batch {}: {:.1} tokens/s; a step reads {:.1} MB, so that is {:.2} of the limit {:.1}",
@@ -85,15 +79,14 @@ impl Decode {
                 self.limit_tokens_per_second,
             ),
             format!(
-                "  step {step:.2} ms: gate {gate:.2}, exchange {exchange:.2}, experts {experts:.2}, attention {attention:.2}, rest {rest:.2}; expert telemetry costs {:.2} % (between {low:.2} and {high:.2})",
-                self.telemetry.overhead_percent,
+                "  step {step:.2} ms: gate {gate:.2}, exchange {exchange:.2}, experts {experts:.2}, attention {attention:.2}, rest {rest:.2}"
             ),
         ]
     }
 }
 
 impl Figures {
-    /// For people.
+    /// For people; without telemetry.
     pub(super) fn text(&self) -> String {
         let mut lines = vec![format!(
             "{}: {} threads, {} path, {:.1} GB/s; loaded in {:.2} s",

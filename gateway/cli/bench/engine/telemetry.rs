@@ -19,14 +19,25 @@ use crate::progress::Task;
 #[derive(Debug, Clone, Copy, Serialize)]
 pub(super) struct Telemetry {
     /// Pairs of a step with telemetry and one without.
-    pub(super) pairs: usize,
+    pairs: usize,
     /// Medians of their two sides.
-    pub(super) step_ms: f64,
-    pub(super) step_ms_without: f64,
+    step_ms: f64,
+    step_ms_without: f64,
     /// Of each turn the median over its pairs; of those the median.
-    pub(super) overhead_percent: f64,
+    overhead_percent: f64,
     /// Where the median of more turns would lie with 95 of 100 chances.
-    pub(super) overhead_interval: (f64, f64),
+    overhead_interval: (f64, f64),
+}
+
+impl Telemetry {
+    /// For people.
+    pub(super) fn line(&self, batch: u32) -> String {
+        let (low, high) = self.overhead_interval;
+        format!(
+            "expert telemetry, batch {batch}: costs {:.2} % (between {low:.2} and {high:.2}), {} pairs of steps",
+            self.overhead_percent, self.pairs
+        )
+    }
 }
 
 /// Milliseconds of two steps with the same work.
@@ -123,6 +134,21 @@ fn median(mut figures: Vec<f64>) -> (f64, (f64, f64)) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn people_read_the_cost_with_its_interval() {
+        let telemetry = Telemetry {
+            pairs: 12,
+            step_ms: 6.1,
+            step_ms_without: 6.0,
+            overhead_percent: 1.5,
+            overhead_interval: (-0.5, 2.0),
+        };
+        assert_eq!(
+            telemetry.line(8),
+            "expert telemetry, batch 8: costs 1.50 % (between -0.50 and 2.00), 12 pairs of steps"
+        );
+    }
 
     #[test]
     fn the_median_lies_in_its_interval() {

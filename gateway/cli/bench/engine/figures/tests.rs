@@ -17,14 +17,7 @@ fn decode() -> Decode {
             rest: 1.0,
         },
     };
-    let telemetry = Telemetry {
-        pairs: 12,
-        step_ms: 6.1,
-        step_ms_without: 6.0,
-        overhead_percent: 1.5,
-        overhead_interval: (-0.5, 2.0),
-    };
-    Decode::new(&Load::decode(8, 64, 16, 512), 1200.0, cost, 20e9, telemetry)
+    Decode::new(&Load::decode(8, 64, 16, 512), 1200.0, cost, 20e9)
 }
 
 fn figures() -> Figures {
@@ -102,7 +95,6 @@ fn people_read_the_same_figures() {
         "prefill, 32 × 512 tokens: 4000.0 tokens/s",
         "decode, batch 8: 1200.0 tokens/s; a step reads 100.0 MB, so that is 0.75 of the limit 1600.0",
         "step 6.00 ms: gate 0.50, exchange 0.25, experts 3.00, attention 1.25, rest 1.00",
-        "expert telemetry costs 1.50 % (between -0.50 and 2.00)",
     ] {
         assert!(text.contains(part), "{part:?} in\n{text}");
     }
