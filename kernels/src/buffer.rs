@@ -181,17 +181,19 @@ mod tests {
         assert!(error.to_string().contains("/no/such/file"), "{error}");
         assert!(MappedFile::open(std::env::temp_dir()).is_err());
     }
-    /// KiB of files that this process has in memory.
+
+    /// KiB of files that this process has in memory; those of a file system in memory count apart.
     #[cfg(target_os = "linux")]
     fn resident_of_files() -> u64 {
         let status = std::fs::read_to_string("/proc/self/status").unwrap();
-        let line = status.lines().find(|line| line.starts_with("RssFile:"));
-        line.unwrap()
-            .split_whitespace()
-            .nth(1)
-            .unwrap()
-            .parse()
-            .unwrap()
+        ["RssFile:", "RssShmem:"]
+            .iter()
+            .map(|name| {
+                let line = status.lines().find_map(|line| line.strip_prefix(name));
+                let number = line.unwrap().split_whitespace().next();
+                number.unwrap().parse::<u64>().unwrap()
+            })
+            .sum()
     }
 
     #[test]

@@ -6,6 +6,7 @@
 
 mod audit;
 mod figures;
+mod hold;
 mod lockstep;
 mod memory;
 mod rig;

@@ -19,6 +19,7 @@ use foregate_worker::sequence::Request;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
+use super::hold::{Held, Hold};
 use super::steps::{Ledger, Step};
 use crate::bench::workload::Draw;
 use crate::error::CliError;
@@ -170,7 +171,12 @@ impl Rig {
         telemetry: bool,
         model: &Model,
         experts: Box<dyn StepExperts>,
-    ) -> Result<EngineHandle, CliError> {
+    ) -> Result<Running, CliError> {
+        let hold = Hold::default();
+        let held = Held {
+            inner: experts,
+            hold: hold.clone(),
+        };
         let kv = KvCache::new(self.kv_shape(load))
             .map_err(|error| CliError::runtime("KV cache", &error))?;
         let spec = self.spec();
@@ -179,21 +185,35 @@ impl Rig {
             true => LoadCounters::new(spec.moe_layers(), spec.experts),
             false => LoadCounters::new(0, 0),
         };
-        engine::start(EngineParts {
+        let engine = engine::start(EngineParts {
             model: model.clone(),
             kv,
-            experts,
+            experts: Box::new(held),
             config: load.config(),
             load: Arc::new(counters),
         })
-        .map_err(|error| CliError::runtime("engine", &error))
+        .map_err(|error| CliError::runtime("engine", &error))?;
+        Ok(Running { engine, hold })
+    }
+}
+
+/// An engine that can be held back.
+pub(super) struct Running {
+    engine: EngineHandle,
+    hold: Hold,
+}
+
+impl Running {
+    /// Ends it.
+    pub(super) async fn stop(self) {
+        self.engine.stop().await;
     }
 }
 
 /// Runs a load to its end; each turn of an engine has prompts of its own, so that none is in the prefix
 /// cache. Gives the time until every sequence had its first token.
 pub(super) async fn drive(
-    engine: &EngineHandle,
+    running: &Running,
     load: &Load,
     vocab: usize,
     turn: u32,
@@ -202,11 +222,14 @@ pub(super) async fn drive(
         .map(|number| load.request(turn, number, vocab))
         .collect();
     let since = Instant::now();
+    running.hold.set(true);
+    let streams: Result<Vec<_>, _> = requests
+        .into_iter()
+        .map(|request| running.engine.submit(request, None, tracing::Span::none()))
+        .collect();
+    running.hold.set(false);
     let mut work = JoinSet::new();
-    for request in requests {
-        let mut stream = engine
-            .submit(request, None, tracing::Span::none())
-            .map_err(|error| CliError::runtime("engine", &error))?;
+    for mut stream in streams.map_err(|error| CliError::runtime("engine", &error))? {
         work.spawn(async move {
             let mut first = None;
             while let Some(event) = stream.next().await {

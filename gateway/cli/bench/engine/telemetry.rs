@@ -6,11 +6,11 @@
 
 use std::sync::Arc;
 
-use foregate_worker::engine::{Alone, EngineHandle};
+use foregate_worker::engine::Alone;
 use serde::Serialize;
 
 use super::lockstep::{Lockstep, Turnstile};
-use super::rig::{Load, Rig, drive};
+use super::rig::{Load, Rig, Running, drive};
 use super::steps::{Kept, Ledger};
 use crate::error::CliError;
 use crate::progress::Task;
@@ -94,7 +94,7 @@ async fn in_turn(rig: &Rig, load: &Load, with: usize) -> Result<Vec<Pair>, CliEr
         rig.start(load, side == with, &rig.model, experts)
     };
     let engines = [engine(0)?, engine(1)?];
-    let run = async |engine: &EngineHandle| {
+    let run = async |engine: &Running| {
         let done = drive(engine, load, rig.spec().vocab, 0).await;
         turnstile.open();
         done
