@@ -2,7 +2,6 @@
 //! result, because every element is one chain of its own.
 
 mod expert;
-mod inputs;
 mod tile;
 
 pub(super) use expert::expert_ffn;
@@ -12,7 +11,6 @@ use super::lanes::WIDTH;
 use super::threads::{Parts, Threads};
 use crate::matrix::{Matrix, PANEL};
 use crate::ops::MatMul;
-use inputs::Rows;
 use tile::{MAX_PANELS, MAX_ROWS, Panels, product};
 
 /// Rows of a block: their inputs should stay in the second-level cache beside the block's panels.
@@ -20,13 +18,24 @@ const BLOCK_ROWS: usize = 16 * MAX_ROWS;
 /// Multiply-adds below which a product is not worth a second thread.
 const SMALL: usize = 1 << 16;
 
-/// Memory kept from call to call.
-#[derive(Debug, Default)]
-pub(super) struct Scratch {
-    /// Prepared inputs.
-    inputs: Vec<u32>,
-    /// Prepared inner activations of experts.
-    inner: Vec<u32>,
+/// Rows of activations, or some of them by index.
+#[derive(Clone, Copy)]
+struct Rows<'a> {
+    x: &'a [f32],
+    width: usize,
+    chosen: Option<&'a [u32]>,
+}
+
+impl Rows<'_> {
+    /// The first values of `count` rows from `row` on.
+    fn pointers(&self, row: usize, count: usize) -> [*const f32; MAX_ROWS] {
+        let mut rows = [std::ptr::null(); MAX_ROWS];
+        for (i, pointer) in rows.iter_mut().enumerate().take(count) {
+            let row = self.chosen.map_or(row + i, |c| c[row + i] as usize);
+            *pointer = self.x[row * self.width..(row + 1) * self.width].as_ptr();
+        }
+        rows
+    }
 }
 
 /// Panels from `first` on.
@@ -49,7 +58,7 @@ struct Block<'a> {
     panels: (usize, usize),
     bias: Option<&'a [f32]>,
     /// `rows × w.n()`, counted from row 0 of `x`.
-    out: Parts<f32>,
+    out: Parts,
 }
 
 /// Computes one block.
@@ -91,7 +100,7 @@ fn panels_per_block(panels: usize, row_blocks: usize, threads: usize) -> usize {
 }
 
 /// Runs a checked product.
-pub(super) fn matmul(isa: Isa, threads: &Threads, op: MatMul<'_>, scratch: &mut Scratch) {
+pub(super) fn matmul(isa: Isa, threads: &Threads, op: MatMul<'_>) {
     let MatMul {
         x,
         rows,
@@ -99,7 +108,11 @@ pub(super) fn matmul(isa: Isa, threads: &Threads, op: MatMul<'_>, scratch: &mut 
         bias,
         out,
     } = op;
-    let x = inputs::rows(isa, threads, w.dtype(), (x, w.k()), &mut scratch.inputs);
+    let x = Rows {
+        x,
+        width: w.k(),
+        chosen: None,
+    };
     let out = Parts::of(out);
     let whole = Block {
         x,
