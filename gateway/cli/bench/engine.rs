@@ -5,6 +5,7 @@
 //! the limit that the speed is a share of.
 
 mod audit;
+mod before;
 mod figures;
 mod hold;
 mod lockstep;

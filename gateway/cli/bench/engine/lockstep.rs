@@ -1,12 +1,7 @@
 //! Two engines that step in turn, so that each step of one has a step of the other with the same work beside it.
 
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-
-use foregate_api::ids::Epoch;
-use foregate_models::experts::{ExpertBatch, Experts, ExpertsError, LateRows};
-use foregate_wire::frame::TraceContext;
-use foregate_worker::engine::StepExperts;
 
 /// Longest wait for the other engine's step.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -27,7 +22,7 @@ struct State {
 
 impl Turnstile {
     /// The other side's turn; returns when it is this side's again.
-    fn pass(&self, side: usize) {
+    pub(super) fn pass(&self, side: usize) {
         let mut state = self.lock();
         state.turn = 1 - side;
         self.moved.notify_all();
@@ -44,34 +39,6 @@ impl Turnstile {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// Experts of one side.
-pub(super) struct Lockstep<E> {
-    pub(super) inner: E,
-    pub(super) side: usize,
-    pub(super) turnstile: Arc<Turnstile>,
-}
-
-impl<E: Experts> Experts for Lockstep<E> {
-    fn run(
-        &mut self,
-        batch: &ExpertBatch<'_>,
-        out: &mut [f32],
-    ) -> Result<LateRows, ExpertsError> {
-        self.inner.run(batch, out)
-    }
-}
-
-impl<E: StepExperts> StepExperts for Lockstep<E> {
-    fn begin_step(&mut self, trace: Option<TraceContext>) -> Epoch {
-        self.turnstile.pass(self.side);
-        self.inner.begin_step(trace)
-    }
-
-    fn end_step(&mut self) {
-        self.inner.end_step();
     }
 }
 

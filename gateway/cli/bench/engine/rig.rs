@@ -19,7 +19,8 @@ use foregate_worker::sequence::Request;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use super::hold::{Held, Hold};
+use super::before::Before;
+use super::hold::Hold;
 use super::steps::{Ledger, Step};
 use crate::bench::workload::Draw;
 use crate::error::CliError;
@@ -170,12 +171,13 @@ impl Rig {
         load: &Load,
         telemetry: bool,
         model: &Model,
-        experts: Box<dyn StepExperts>,
+        experts: impl StepExperts + 'static,
     ) -> Result<Running, CliError> {
         let hold = Hold::default();
-        let held = Held {
+        let held = hold.clone();
+        let experts = Before {
             inner: experts,
-            hold: hold.clone(),
+            wait: move || held.wait(),
         };
         let kv = KvCache::new(self.kv_shape(load))
             .map_err(|error| CliError::runtime("KV cache", &error))?;
@@ -188,7 +190,7 @@ impl Rig {
         let engine = engine::start(EngineParts {
             model: model.clone(),
             kv,
-            experts: Box::new(held),
+            experts: Box::new(experts),
             config: load.config(),
             load: Arc::new(counters),
         })

@@ -61,7 +61,7 @@ pub(super) async fn prefill(
     turns: u32,
     task: &Task,
 ) -> Result<Prefill, CliError> {
-    let experts = Box::new(Alone(rig.experts.clone()));
+    let experts = Alone(rig.experts.clone());
     let engine = rig.start(load, true, &rig.model, experts)?;
     let mut best = Duration::MAX;
     for turn in until_enough(turns) {
@@ -85,7 +85,7 @@ pub(super) async fn decode(
     task: &Task,
 ) -> Result<f64, CliError> {
     let ledger = Ledger::default();
-    let experts = Box::new(Kept::new(Alone(rig.experts.clone()), &ledger));
+    let experts = Kept::new(Alone(rig.experts.clone()), &ledger);
     let engine = rig.start(load, true, &rig.model, experts)?;
     let mut best = 0.0_f64;
     for turn in until_enough(turns) {
@@ -110,7 +110,7 @@ pub(super) async fn cost(rig: &Rig, load: &Load) -> Result<Cost, CliError> {
     let ops: Arc<dyn Ops> = Arc::new(Audited::new(rig.cpu.clone(), &ledger));
     let model = rig.model.with_ops(Arc::clone(&ops));
     let experts = Kept::new(Alone(rig.experts.with_ops(ops)), &ledger);
-    let engine = rig.start(load, true, &model, Box::new(experts))?;
+    let engine = rig.start(load, true, &model, experts)?;
     drive(&engine, load, rig.spec().vocab, 0).await?;
     engine.stop().await;
     Ok(Cost::of(&steps(&ledger, load)?))

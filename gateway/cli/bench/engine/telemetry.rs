@@ -9,7 +9,8 @@ use std::sync::Arc;
 use foregate_worker::engine::Alone;
 use serde::Serialize;
 
-use super::lockstep::{Lockstep, Turnstile};
+use super::before::Before;
+use super::lockstep::Turnstile;
 use super::rig::{Load, Rig, Running, drive};
 use super::steps::{Kept, Ledger};
 use crate::error::CliError;
@@ -85,12 +86,12 @@ async fn in_turn(rig: &Rig, load: &Load, with: usize) -> Result<Vec<Pair>, CliEr
     let turnstile = Arc::<Turnstile>::default();
     let ledgers: [Ledger; 2] = Default::default();
     let engine = |side: usize| {
-        let experts = Lockstep {
+        let turnstile = Arc::clone(&turnstile);
+        let experts = Before {
             inner: Alone(rig.experts.clone()),
-            side,
-            turnstile: Arc::clone(&turnstile),
+            wait: move || turnstile.pass(side),
         };
-        let experts = Box::new(Kept::new(experts, &ledgers[side]));
+        let experts = Kept::new(experts, &ledgers[side]);
         rig.start(load, side == with, &rig.model, experts)
     };
     let engines = [engine(0)?, engine(1)?];
