@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-/// How a weight is stored. Arithmetic is always float32; a narrower weight is widened exactly.
+/// How a weight is stored. Sums are always float32; inputs that meet bfloat16 weights are rounded to bfloat16.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Dtype {
     /// IEEE 754 binary32, 4 bytes.

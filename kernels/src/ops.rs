@@ -7,8 +7,10 @@ use crate::error::ShapeError;
 use crate::kv::{KvCache, PageMap};
 use crate::matrix::Matrix;
 
-/// `out[r][n] = chain + bias[n]`, where chain is `acc = fma(x[r][k], w[n][k], acc)` over ascending `k`
-/// from `acc = 0`.
+/// `out[r][n] = chain + bias[n]`, where chain is `acc = fma(x[r][k], w[n][k], acc)` from `acc = 0`.
+///
+/// For float32 weights `k` ascends. For bfloat16 weights `x` is rounded to bfloat16 first (nearest, ties to even), and
+/// `k` runs 1, 0, 3, 2, …, with a zero beside a last odd one: the order of `vdpbf16ps` (Intel SDM, volume 2).
 #[derive(Debug)]
 pub struct MatMul<'a> {
     /// `rows × w.k()`.

@@ -3,7 +3,8 @@
 use std::fmt;
 use std::str::FromStr;
 
-/// A set of vector instructions. All paths give the same bits; they differ in speed only.
+/// A set of vector instructions. All paths give the same bits; they differ in speed only. One exception: in products
+/// with bfloat16 weights [`Path::Avx512Bf16`] takes numbers below 2⁻¹²⁶ for zero.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Path {
     /// Plain Rust, everywhere.
@@ -12,6 +13,8 @@ pub enum Path {
     Avx2,
     /// AVX-512 F (x86-64).
     Avx512,
+    /// AVX-512 F with its bfloat16 products (x86-64).
+    Avx512Bf16,
     /// NEON (aarch64).
     Neon,
 }
@@ -42,7 +45,13 @@ fn names(paths: &[Path]) -> String {
 
 impl Path {
     /// All paths, slowest first.
-    pub const ALL: [Self; 4] = [Self::Portable, Self::Neon, Self::Avx2, Self::Avx512];
+    pub const ALL: [Self; 5] = [
+        Self::Portable,
+        Self::Neon,
+        Self::Avx2,
+        Self::Avx512,
+        Self::Avx512Bf16,
+    ];
 
     /// The paths of this processor, slowest first.
     #[must_use]
@@ -69,10 +78,14 @@ impl Path {
             Self::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => is_x86_feature_detected!("avx512f"),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16 => {
+                is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bf16")
+            }
             #[cfg(target_arch = "aarch64")]
             Self::Neon => true,
             #[cfg(not(target_arch = "x86_64"))]
-            Self::Avx2 | Self::Avx512 => false,
+            Self::Avx2 | Self::Avx512 | Self::Avx512Bf16 => false,
             #[cfg(not(target_arch = "aarch64"))]
             Self::Neon => false,
         }
@@ -85,6 +98,7 @@ impl Path {
             Self::Portable => "portable",
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
+            Self::Avx512Bf16 => "avx512bf16",
             Self::Neon => "neon",
         }
     }

@@ -15,7 +15,7 @@ mod row;
 mod softmax;
 mod threads;
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, TryLockError};
 
 use crate::dtype::Dtype;
 use crate::error::ShapeError;
@@ -41,8 +41,19 @@ pub struct Cpu {
 struct Shared {
     isa: Isa,
     threads: Threads,
-    /// Inner activations of experts, kept from call to call.
-    scratch: Mutex<Vec<f32>>,
+    scratch: Mutex<gemm::Scratch>,
+}
+
+impl Shared {
+    /// Lends the memory that is kept; a second caller at the same time takes memory of its own.
+    fn with_scratch(&self, job: impl FnOnce(&mut gemm::Scratch)) {
+        match self.scratch.try_lock() {
+            Ok(mut kept) => job(&mut kept),
+            // What a panicking job left in it is overwritten before it is read.
+            Err(TryLockError::Poisoned(kept)) => job(&mut kept.into_inner()),
+            Err(TryLockError::WouldBlock) => job(&mut gemm::Scratch::default()),
+        }
+    }
 }
 
 impl Cpu {
@@ -112,7 +123,9 @@ impl Cpu {
 impl Ops for Cpu {
     fn matmul(&self, op: MatMul<'_>) -> Result<(), ShapeError> {
         op.check()?;
-        gemm::matmul(self.shared.isa, &self.shared.threads, op);
+        self.shared.with_scratch(|scratch| {
+            gemm::matmul(self.shared.isa, &self.shared.threads, op, scratch)
+        });
         Ok(())
     }
 
@@ -153,11 +166,9 @@ impl Ops for Cpu {
 
     fn expert_ffn(&self, op: ExpertFfn<'_>) -> Result<(), ShapeError> {
         op.check()?;
-        // A second caller at the same time takes memory of its own.
-        let mut own = Vec::new();
-        let mut kept = self.shared.scratch.try_lock();
-        let scratch = kept.as_deref_mut().unwrap_or(&mut own);
-        gemm::expert_ffn(self.shared.isa, &self.shared.threads, op, scratch);
+        self.shared.with_scratch(|scratch| {
+            gemm::expert_ffn(self.shared.isa, &self.shared.threads, op, scratch)
+        });
         Ok(())
     }
 

@@ -250,18 +250,18 @@ impl fmt::Debug for Threads {
 
 /// A slice that several threads write, each its own part.
 #[derive(Clone, Copy)]
-pub(super) struct Parts {
-    start: *mut f32,
+pub(super) struct Parts<T> {
+    start: *mut T,
     len: usize,
 }
 
 // SAFETY: a pointer and a length; `slice` states what its callers promise.
-unsafe impl Send for Parts {}
+unsafe impl<T: Send + Sync> Send for Parts<T> {}
 // SAFETY: as above.
-unsafe impl Sync for Parts {}
+unsafe impl<T: Send + Sync> Sync for Parts<T> {}
 
-impl Parts {
-    pub(super) fn of(slice: &mut [f32]) -> Self {
+impl<T> Parts<T> {
+    pub(super) fn of(slice: &mut [T]) -> Self {
         Self {
             start: slice.as_mut_ptr(),
             len: slice.len(),
@@ -272,7 +272,7 @@ impl Parts {
     ///
     /// # Safety
     /// The whole slice is still borrowed, and no two live parts overlap.
-    pub(super) unsafe fn slice<'a>(self, from: usize, len: usize) -> &'a mut [f32] {
+    pub(super) unsafe fn slice<'a>(self, from: usize, len: usize) -> &'a mut [T] {
         let from = from.min(self.len);
         // SAFETY: in range by the two minima; exclusive by the caller's promise.
         unsafe {
@@ -295,7 +295,7 @@ impl Parts {
     ///
     /// # Safety
     /// The whole slice is still borrowed, and nobody writes it meanwhile.
-    pub(super) unsafe fn read<'a>(self) -> &'a [f32] {
+    pub(super) unsafe fn read<'a>(self) -> &'a [T] {
         // SAFETY: the caller's promise.
         unsafe { std::slice::from_raw_parts(self.start, self.len) }
     }

@@ -1,7 +1,7 @@
 use foregate_kernels::{Cpu, Dtype, Embed, MatMul, Matrix, Ops};
 use proptest::prelude::*;
 
-use super::{assert_same_bits, judge, numbers, weight, weight_bytes};
+use super::{assert_same_bits, cpus, judge, numbers, weight, weight_bytes};
 
 fn product(ops: &dyn Ops, x: &[f32], w: &Matrix, bias: Option<&[f32]>) -> Vec<f32> {
     let rows = if w.k() == 0 { 0 } else { x.len() / w.k() };
@@ -53,26 +53,111 @@ proptest! {
     }
 }
 
-/// The documented order, spelled out: one chain of fused multiply-adds, then the bias.
+/// The documented order, spelled out: one chain of fused multiply-adds, then the bias. For bfloat16 the inputs are
+/// rounded first, and of a pair the odd one comes first.
 #[test]
 fn an_element_is_one_chain() {
     for dtype in [Dtype::F32, Dtype::Bf16] {
         let (rows, n, k) = (7, 37, 131);
         let (x, w, bias) = (numbers(1, rows * k), weight(dtype, 2, n, k), numbers(3, n));
         let got = judge(1e-5, "matmul", |ops| product(ops, &x, &w, Some(&bias)));
+        let order: Vec<usize> = match dtype {
+            Dtype::F32 => (0..k).collect(),
+            Dtype::Bf16 => (0..k + 1).map(|i| i ^ 1).filter(|i| *i < k).collect(),
+        };
         let mut weights = vec![0.0; k];
         for output in 0..n {
             w.row(output, &mut weights).unwrap();
             for row in 0..rows {
+                let x = &x[row * k..(row + 1) * k];
                 let mut acc = 0.0_f32;
-                for (x, w) in x[row * k..(row + 1) * k].iter().zip(&weights) {
-                    acc = x.mul_add(*w, acc);
+                for k in &order {
+                    acc = input(dtype, x[*k]).mul_add(weights[*k], acc);
                 }
                 let want = acc + bias[output];
                 assert_eq!(
                     want.to_bits(),
                     got[row * n + output].to_bits(),
                     "{row} {output}"
+                );
+            }
+        }
+    }
+}
+
+/// An input as weights of a format meet it.
+fn input(dtype: Dtype, x: f32) -> f32 {
+    match dtype {
+        Dtype::F32 => x,
+        Dtype::Bf16 => half::bf16::from_f32(x).to_f32(),
+    }
+}
+
+/// The stated bound: rounding the inputs to bfloat16 costs each product at most 2⁻⁹ of itself.
+#[test]
+fn bfloat16_is_near_float32() {
+    let (rows, n, k) = (9, 40, 515);
+    let (x, w) = (numbers(10, rows * k), weight(Dtype::Bf16, 11, n, k));
+    let got = judge(1e-5, "matmul", |ops| product(ops, &x, &w, None));
+    let mut weights = vec![0.0; k];
+    for output in 0..n {
+        w.row(output, &mut weights).unwrap();
+        for row in 0..rows {
+            let terms = x[row * k..].iter().zip(&weights);
+            let terms: Vec<f64> = terms.map(|(x, w)| f64::from(*x) * f64::from(*w)).collect();
+            let (sum, sizes) = (
+                terms.iter().sum::<f64>(),
+                terms.iter().map(|t| t.abs()).sum::<f64>(),
+            );
+            // 2⁻⁹ for the inputs, and what the float32 sums of 515 terms may cost at most.
+            let bound = sizes * (2.0_f64.powi(-9) + 515.0 * 2.0_f64.powi(-24));
+            let off = (f64::from(got[row * n + output]) - sum).abs();
+            assert!(off <= bound, "{row} {output}: {off} > {bound}");
+        }
+    }
+}
+
+/// What is not finite, overflows or nearly vanishes: on every path as IEEE 754 has it.
+#[test]
+fn extreme_values_pass_through() {
+    for dtype in [Dtype::F32, Dtype::Bf16] {
+        for (value, k) in [
+            (f32::NAN, 0),
+            (f32::INFINITY, 4),
+            (f32::NEG_INFINITY, 5),
+            (f32::MAX, 8),
+        ] {
+            let weights = vec![1.0_f32; 20 * 9];
+            let w = Matrix::pack(dtype, 20, 9, &weight_bytes(dtype, &weights)).unwrap();
+            let mut x = vec![1.0; 9];
+            x[k] = value;
+            for cpu in cpus() {
+                for got in product(cpu, &x, &w, None) {
+                    let right = if value.is_nan() {
+                        got.is_nan()
+                    } else {
+                        // To the nearest bfloat16 the greatest float32 is infinite.
+                        got == input(dtype, value)
+                    };
+                    assert!(right, "{dtype} {value} on {}: {got}", cpu.path());
+                }
+            }
+        }
+        // Weights and inputs down to the smallest: at most what lies below 2⁻¹²⁶ is lost.
+        let tiny: Vec<f32> = (0..33).map(|i| 2.0_f32.powi(-i - 100)).collect();
+        let w = Matrix::pack(dtype, 1, 33, &weight_bytes(dtype, &tiny)).unwrap();
+        for x in [
+            1.0,
+            2.0_f32.powi(-20),
+            2.0_f32.powi(-126),
+            2.0_f32.powi(-140),
+        ] {
+            let want: f64 = tiny.iter().map(|t| f64::from(*t) * f64::from(x)).sum();
+            for cpu in cpus() {
+                let got = f64::from(product(cpu, &[x; 33], &w, None)[0]);
+                assert!(
+                    (got - want).abs() <= 66.0 * 2.0_f64.powi(-126),
+                    "{x:e}: {got:e}"
                 );
             }
         }

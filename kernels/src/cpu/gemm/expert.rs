@@ -1,15 +1,17 @@
 //! Gated feed-forward of many experts at once: two phases, each cut into blocks of one expert's rows and
 //! some panels, so that a busy expert is shared by all threads.
 
+use super::inputs::{self, Rows, prepare, width};
 use super::tile::{Results, product};
 use super::{
-    BLOCK_ROWS, Block, MAX_PANELS, MAX_ROWS, Rows, SMALL, block, panels, panels_per_block,
+    BLOCK_ROWS, Block, MAX_PANELS, MAX_ROWS, SMALL, Scratch, block, panels, panels_per_block,
 };
 use crate::cpu::detect::Isa;
 use crate::cpu::exp::silu;
 use crate::cpu::lanes::{Lanes, WIDTH, on_path};
 use crate::cpu::threads::{Parts, Threads};
-use crate::matrix::PANEL;
+use crate::dtype::Dtype;
+use crate::matrix::{Matrix, PANEL};
 use crate::ops::{ExpertFfn, ExpertGroup};
 
 /// One piece of a phase.
@@ -18,16 +20,38 @@ struct Piece {
     group: usize,
     rows: (usize, usize),
     panels: (usize, usize),
-    /// Start of the group's inner activations in the scratch memory.
+    /// First word of the group's inner activations in the scratch memory.
     inner: usize,
 }
 
-/// Some rows × panels of `silu(gate · x) * (up · x)`.
+/// The inputs of all experts, for weights of either format.
+#[derive(Clone, Copy)]
+struct Inputs<'a> {
+    floats: Rows<'a>,
+    /// Empty when no expert has such weights.
+    rounded: Rows<'a>,
+}
+
+impl<'a> Inputs<'a> {
+    /// Some rows, for the format of `w`.
+    fn of(&self, w: &Matrix, chosen: &'a [u32]) -> Rows<'a> {
+        let rows = match w.dtype() {
+            Dtype::F32 => self.floats,
+            Dtype::Bf16 => self.rounded,
+        };
+        Rows {
+            chosen: Some(chosen),
+            ..rows
+        }
+    }
+}
+
+/// Some rows × panels of `silu(gate · x) * (up · x)`, prepared for the weights that come next.
 struct Inner<'a> {
-    x: Rows<'a>,
+    x: Inputs<'a>,
     group: &'a ExpertGroup<'a>,
     piece: Piece,
-    out: Parts,
+    out: Parts<u32>,
 }
 
 /// `gates = silu(gates) * ups` over whole tiles.
@@ -58,26 +82,33 @@ on_path! {
 /// # Safety
 /// Nobody else uses this piece's part of `out`.
 unsafe fn inner(isa: Isa, op: &Inner<'_>) {
-    let n = op.group.gate.n();
+    let (group, piece) = (op.group, op.piece);
+    let (n, next) = (group.gate.n(), group.down.dtype());
+    let (x_gate, x_up) = (
+        op.x.of(group.gate, group.rows),
+        op.x.of(group.up, group.rows),
+    );
     let mut gates = [[0.0; MAX_PANELS * WIDTH]; MAX_ROWS];
     let mut ups = gates;
-    for panel in (op.piece.panels.0..op.piece.panels.1).step_by(MAX_PANELS) {
-        let count = MAX_PANELS.min(op.piece.panels.1 - panel);
-        let (gate, up) = (panels(op.group.gate, panel), panels(op.group.up, panel));
+    for panel in (piece.panels.0..piece.panels.1).step_by(MAX_PANELS) {
+        let count = MAX_PANELS.min(piece.panels.1 - panel);
+        let (gate, up) = (panels(group.gate, panel), panels(group.up, panel));
         let columns = (count * PANEL).min(n - panel * PANEL);
-        for row in (op.piece.rows.0..op.piece.rows.1).step_by(MAX_ROWS) {
-            let rows = MAX_ROWS.min(op.piece.rows.1 - row);
-            let x = op.x.pointers(row, rows);
+        for row in (piece.rows.0..piece.rows.1).step_by(MAX_ROWS) {
+            let rows = MAX_ROWS.min(piece.rows.1 - row);
+            let (x_gate, x_up) = (x_gate.pointers(row, rows), x_up.pointers(row, rows));
             // SAFETY: the rows were checked by `pointers`; the panels are in range.
             unsafe {
-                product(isa, &x[..rows], gate, count, &mut gates);
-                product(isa, &x[..rows], up, count, &mut ups);
+                product(isa, &x_gate[..rows], gate, count, &mut gates);
+                product(isa, &x_up[..rows], up, count, &mut ups);
                 gated(isa, &mut gates[..rows], &ups[..rows]);
             }
             for (r, values) in gates.iter().take(rows).enumerate() {
-                let at = op.piece.inner + (row + r) * n + panel * PANEL;
+                let line = piece.inner + (row + r) * width(isa, next, n);
+                let at = line + width(isa, next, panel * PANEL);
                 // SAFETY: this piece's rows and columns only.
-                unsafe { op.out.slice(at, columns) }.copy_from_slice(&values[..columns]);
+                let to = unsafe { op.out.slice(at, width(isa, next, columns)) };
+                prepare(isa, next, &values[..columns], to);
             }
         }
     }
@@ -85,6 +116,7 @@ unsafe fn inner(isa: Isa, op: &Inner<'_>) {
 
 /// Cuts all groups' `panels(group)` × rows into pieces.
 fn cut(
+    isa: Isa,
     groups: &[ExpertGroup<'_>],
     panels: impl Fn(&ExpertGroup<'_>) -> usize,
     threads: usize,
@@ -105,17 +137,22 @@ fn cut(
                 });
             }
         }
-        inner += rows * expert.gate.n();
+        inner += inner_words(isa, expert);
     }
     pieces
 }
 
-/// Runs checked groups; `scratch` grows to the inner activations of all.
+/// Words of a group's inner activations.
+fn inner_words(isa: Isa, group: &ExpertGroup<'_>) -> usize {
+    group.rows.len() * width(isa, group.down.dtype(), group.gate.n())
+}
+
+/// Runs checked groups; `scratch` grows to the inputs and the inner activations of all.
 pub(in crate::cpu) fn expert_ffn(
     isa: Isa,
     threads: &Threads,
     op: ExpertFfn<'_>,
-    scratch: &mut Vec<f32>,
+    scratch: &mut Scratch,
 ) {
     let ExpertFfn {
         x,
@@ -123,10 +160,22 @@ pub(in crate::cpu) fn expert_ffn(
         groups,
         out,
     } = op;
-    let inners: usize = groups.iter().map(|g| g.rows.len() * g.gate.n()).sum();
-    if scratch.len() < inners {
-        scratch.resize(inners, 0.0);
+    let Scratch {
+        inputs: kept,
+        inner: between,
+    } = scratch;
+    let bf16 = |g: &ExpertGroup<'_>| [g.gate, g.up].iter().any(|w| w.dtype() == Dtype::Bf16);
+    let to_round = if groups.iter().any(bf16) { x } else { &[] };
+    let mut none = Vec::new();
+    let x = Inputs {
+        floats: inputs::rows(isa, threads, Dtype::F32, (x, hidden), &mut none),
+        rounded: inputs::rows(isa, threads, Dtype::Bf16, (to_round, hidden), kept),
+    };
+    let words: usize = groups.iter().map(|g| inner_words(isa, g)).sum();
+    if between.len() < words {
+        between.resize(words, 0);
     }
+    let inners: usize = groups.iter().map(|g| g.rows.len() * g.gate.n()).sum();
     let alone = threads.count() == 1 || inners * hidden < SMALL;
     let each = |pieces: &[Piece], job: &(dyn Fn(&Piece) + Sync)| {
         if alone {
@@ -136,48 +185,37 @@ pub(in crate::cpu) fn expert_ffn(
         }
     };
     let out = Parts::of(out);
-    let between = Parts::of(scratch);
+    let between = Parts::of(between);
     each(
-        &cut(groups, |g| g.gate.panels(), threads.count()),
+        &cut(isa, groups, |g| g.gate.panels(), threads.count()),
         &|piece| {
-            let group = &groups[piece.group];
-            let x = Rows {
+            let op = Inner {
                 x,
-                width: hidden,
-                chosen: Some(group.rows),
+                group: &groups[piece.group],
+                piece: *piece,
+                out: between,
             };
             // SAFETY: pieces do not overlap.
-            unsafe {
-                inner(
-                    isa,
-                    &Inner {
-                        x,
-                        group,
-                        piece: *piece,
-                        out: between,
-                    },
-                )
-            }
+            unsafe { inner(isa, &op) }
         },
     );
     each(
-        &cut(groups, |g| g.down.panels(), threads.count()),
+        &cut(isa, groups, |g| g.down.panels(), threads.count()),
         &|piece| {
             let group = &groups[piece.group];
-            let (n, rows) = (group.down.k(), group.rows.len());
             // SAFETY: the first phase is over: nobody writes the inner activations.
-            let x = unsafe { between.part(piece.inner, rows * n).read() };
+            let words = unsafe { between.part(piece.inner, inner_words(isa, group)).read() };
             let part = Block {
                 x: Rows {
-                    x,
-                    width: n,
+                    words,
+                    width: width(isa, group.down.dtype(), group.down.k()),
                     chosen: None,
                 },
                 rows: piece.rows,
                 w: group.down,
                 panels: piece.panels,
                 bias: None,
-                out: out.part(group.out_offset * hidden, rows * hidden),
+                out: out.part(group.out_offset * hidden, group.rows.len() * hidden),
             };
             // SAFETY: pieces do not overlap.
             unsafe { block(isa, &part) }

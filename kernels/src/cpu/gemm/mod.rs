@@ -2,6 +2,7 @@
 //! result, because every element is one chain of its own.
 
 mod expert;
+mod inputs;
 mod tile;
 
 pub(super) use expert::expert_ffn;
@@ -11,6 +12,7 @@ use super::lanes::WIDTH;
 use super::threads::{Parts, Threads};
 use crate::matrix::{Matrix, PANEL};
 use crate::ops::MatMul;
+use inputs::Rows;
 use tile::{MAX_PANELS, MAX_ROWS, Panels, product};
 
 /// Rows of a block: their inputs should stay in the second-level cache beside the block's panels.
@@ -18,24 +20,13 @@ const BLOCK_ROWS: usize = 16 * MAX_ROWS;
 /// Multiply-adds below which a product is not worth a second thread.
 const SMALL: usize = 1 << 16;
 
-/// Rows of activations, or some of them by index.
-#[derive(Clone, Copy)]
-struct Rows<'a> {
-    x: &'a [f32],
-    width: usize,
-    chosen: Option<&'a [u32]>,
-}
-
-impl Rows<'_> {
-    /// The first values of `count` rows from `row` on.
-    fn pointers(&self, row: usize, count: usize) -> [*const f32; MAX_ROWS] {
-        let mut rows = [std::ptr::null(); MAX_ROWS];
-        for (i, pointer) in rows.iter_mut().enumerate().take(count) {
-            let row = self.chosen.map_or(row + i, |c| c[row + i] as usize);
-            *pointer = self.x[row * self.width..(row + 1) * self.width].as_ptr();
-        }
-        rows
-    }
+/// Memory kept from call to call.
+#[derive(Debug, Default)]
+pub(super) struct Scratch {
+    /// Prepared inputs.
+    inputs: Vec<u32>,
+    /// Prepared inner activations of experts.
+    inner: Vec<u32>,
 }
 
 /// Panels from `first` on.
@@ -58,7 +49,7 @@ struct Block<'a> {
     panels: (usize, usize),
     bias: Option<&'a [f32]>,
     /// `rows × w.n()`, counted from row 0 of `x`.
-    out: Parts,
+    out: Parts<f32>,
 }
 
 /// Computes one block.
@@ -100,7 +91,7 @@ fn panels_per_block(panels: usize, row_blocks: usize, threads: usize) -> usize {
 }
 
 /// Runs a checked product.
-pub(super) fn matmul(isa: Isa, threads: &Threads, op: MatMul<'_>) {
+pub(super) fn matmul(isa: Isa, threads: &Threads, op: MatMul<'_>, scratch: &mut Scratch) {
     let MatMul {
         x,
         rows,
@@ -108,11 +99,7 @@ pub(super) fn matmul(isa: Isa, threads: &Threads, op: MatMul<'_>) {
         bias,
         out,
     } = op;
-    let x = Rows {
-        x,
-        width: w.k(),
-        chosen: None,
-    };
+    let x = inputs::rows(isa, threads, w.dtype(), (x, w.k()), &mut scratch.inputs);
     let out = Parts::of(out);
     let whole = Block {
         x,

@@ -44,7 +44,7 @@ impl Panels {
 /// As for [`product_kernel`].
 #[inline(always)]
 unsafe fn rows_by_panels<L: Lanes, const R: usize>(
-    rows: &[*const f32],
+    rows: &[*const u32],
     w: Panels,
     count: usize,
     out: &mut Results,
@@ -68,7 +68,7 @@ unsafe fn rows_by_panels<L: Lanes, const R: usize>(
 /// As for [`product_kernel`].
 #[inline(always)]
 unsafe fn rows_by_each_panel<L: Lanes, const R: usize>(
-    rows: &[*const f32],
+    rows: &[*const u32],
     w: Panels,
     count: usize,
     out: &mut Results,
@@ -84,11 +84,11 @@ unsafe fn rows_by_each_panel<L: Lanes, const R: usize>(
 /// The tile of a path: all rows × all panels, or what its registers hold.
 ///
 /// # Safety
-/// The processor has the instructions of `L`; there are at most [`MAX_ROWS`] rows of `w.k` values each, and
-/// `count` (at most [`MAX_PANELS`]) panels.
+/// The processor has the instructions of `L`; there are at most [`MAX_ROWS`] rows, prepared for `w`'s format
+/// (see `super::inputs`), and `count` (at most [`MAX_PANELS`]) panels.
 #[inline(always)]
 unsafe fn product_kernel<L: Lanes>(
-    rows: &[*const f32],
+    rows: &[*const u32],
     w: Panels,
     count: usize,
     out: &mut Results,
@@ -118,17 +118,18 @@ unsafe fn product_kernel<L: Lanes>(
 
 on_path! {
     /// Some rows times some panels.
-    pub(super) fn product(rows: &[*const f32], w: Panels, count: usize, out: &mut Results)
+    pub(super) fn product(rows: &[*const u32], w: Panels, count: usize, out: &mut Results)
         = product_kernel
 }
 
-/// Multiplies `R` rows by `P` panels; `out[r][16 (at + p) + lane]` is the chain `acc = fma(x[k], w[k], acc)`.
+/// Multiplies `R` rows by `P` panels; `out[r][16 (at + p) + lane]` is the chain `acc = fma(x[k], w[k], acc)`, over
+/// ascending `k` for float32, and for bfloat16 over pairs of inputs, the odd one of a pair first.
 ///
 /// # Safety
-/// The processor has the instructions of `L`; each row has `w.k` values; there are `P` panels.
+/// The processor has the instructions of `L`; each row has `w.k` prepared values; there are `P` panels.
 #[inline(always)]
 unsafe fn multiply<L: Lanes, const R: usize, const P: usize>(
-    x: &[*const f32; R],
+    x: &[*const u32; R],
     w: Panels,
     at: usize,
     out: &mut Results,
@@ -150,7 +151,7 @@ unsafe fn multiply<L: Lanes, const R: usize, const P: usize>(
 
 #[inline(always)]
 unsafe fn singles<L: Lanes, const R: usize, const P: usize>(
-    x: &[*const f32; R],
+    x: &[*const u32; R],
     w: Panels,
     acc: &mut [[L; P]; R],
 ) {
@@ -163,7 +164,7 @@ unsafe fn singles<L: Lanes, const R: usize, const P: usize>(
                 L::prefetch(at.wrapping_add(AHEAD));
                 let weight = L::load(at.cast());
                 for r in 0..R {
-                    acc[r][p] = L::splat(*x[r].add(k)).fma(weight, acc[r][p]);
+                    acc[r][p] = L::splat(f32::from_bits(*x[r].add(k))).fma(weight, acc[r][p]);
                 }
             }
         }
@@ -172,39 +173,24 @@ unsafe fn singles<L: Lanes, const R: usize, const P: usize>(
 
 #[inline(always)]
 unsafe fn pairs<L: Lanes, const R: usize, const P: usize>(
-    x: &[*const f32; R],
+    x: &[*const u32; R],
     w: Panels,
     acc: &mut [[L; P]; R],
 ) {
     // SAFETY: the promise of `multiply`.
     unsafe {
-        for pair in 0..w.k / 2 {
+        for pair in 0..w.k.div_ceil(2) {
             let line = w.first.add(pair * WIDTH * 4);
-            let mut odd = [L::splat(0.0); P];
-            let mut even = [L::splat(0.0); P];
+            let mut weights = [L::load_pairs(line); P];
             for p in 0..P {
                 let at = line.add(p * w.bytes);
                 L::prefetch(at.wrapping_add(AHEAD));
-                (even[p], odd[p]) = L::load_pairs(at);
+                weights[p] = L::load_pairs(at);
             }
             for r in 0..R {
-                let x = L::splat(*x[r].add(2 * pair));
+                let x = L::splat_pair(x[r].add(pair * L::PAIR_WORDS));
                 for p in 0..P {
-                    acc[r][p] = x.fma(even[p], acc[r][p]);
-                }
-            }
-            for r in 0..R {
-                let x = L::splat(*x[r].add(2 * pair + 1));
-                for p in 0..P {
-                    acc[r][p] = x.fma(odd[p], acc[r][p]);
-                }
-            }
-        }
-        if w.k % 2 == 1 {
-            for p in 0..P {
-                let (weight, _) = L::load_pairs(w.first.add(w.k / 2 * WIDTH * 4 + p * w.bytes));
-                for r in 0..R {
-                    acc[r][p] = L::splat(*x[r].add(w.k - 1)).fma(weight, acc[r][p]);
+                    acc[r][p] = acc[r][p].dot(x, weights[p]);
                 }
             }
         }

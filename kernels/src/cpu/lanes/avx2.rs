@@ -58,6 +58,9 @@ unsafe fn powers(t: __m256) -> (__m256, __m256) {
 
 impl Lanes for Avx2 {
     const TILES: Tiles = Tiles::Narrow;
+    const PAIR_WORDS: usize = 2;
+    /// The even ones and the odd ones, widened.
+    type Pairs = (Self, Self);
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self {
@@ -87,6 +90,19 @@ impl Lanes for Avx2 {
             let ((even, odd), (even_high, odd_high)) = (pair(from), pair(from.add(32)));
             (Self(even, even_high), Self(odd, odd_high))
         }
+    }
+
+    #[inline(always)]
+    unsafe fn splat_pair(from: *const u32) -> (Self, Self) {
+        let from = from.cast::<f32>();
+        // SAFETY: two words and the instructions are the caller's promise.
+        unsafe { (Self::splat(*from), Self::splat(*from.add(1))) }
+    }
+
+    #[inline(always)]
+    unsafe fn dot(self, x: (Self, Self), w: (Self, Self)) -> Self {
+        // SAFETY: the instructions are the caller's promise.
+        unsafe { x.0.fma(w.0, x.1.fma(w.1, self)) }
     }
 
     #[inline(always)]

@@ -53,6 +53,10 @@ pub(super) enum Tiles {
 pub(super) trait Lanes: Copy {
     /// How large tiles of sums may be.
     const TILES: Tiles;
+    /// Words of 32 bits that a pair of prepared bfloat16 inputs takes: 1 packed, 2 widened.
+    const PAIR_WORDS: usize;
+    /// A pair of bfloat16 per lane: of an even and the following odd input.
+    type Pairs: Copy;
 
     /// `x` in all lanes.
     unsafe fn splat(x: f32) -> Self;
@@ -60,8 +64,12 @@ pub(super) trait Lanes: Copy {
     unsafe fn load(from: *const f32) -> Self;
     /// Sixteen values.
     unsafe fn store(self, to: *mut f32);
-    /// 64 bytes of bfloat16 pairs: the even inputs and the odd inputs, widened.
-    unsafe fn load_pairs(from: *const u8) -> (Self, Self);
+    /// 64 bytes of bfloat16 pairs.
+    unsafe fn load_pairs(from: *const u8) -> Self::Pairs;
+    /// One prepared pair, of `PAIR_WORDS` words, in all lanes.
+    unsafe fn splat_pair(from: *const u32) -> Self::Pairs;
+    /// `even * even + (odd * odd + self)`, rounded after each of the two.
+    unsafe fn dot(self, x: Self::Pairs, w: Self::Pairs) -> Self;
     /// Asks for the cache line at an address that need not be valid.
     unsafe fn prefetch(from: *const u8);
     /// `self * b + c`, rounded once.
@@ -147,25 +155,31 @@ pub(super) trait Lanes: Copy {
 
 /// Defines `fn $name(isa, …)` that runs the generic kernel `$kernel::<L>(…)` compiled for the path of `isa`.
 macro_rules! on_path {
-    ($(#[$doc:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) = $kernel:ident) => {
+    ($(#[$doc:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $out:ty)? = $kernel:ident) => {
         $(#[$doc])*
         ///
         /// # Safety
         /// What the kernel asks of its pointers.
-        $vis unsafe fn $name(isa: $crate::cpu::detect::Isa, $($arg: $ty),*) {
+        $vis unsafe fn $name(isa: $crate::cpu::detect::Isa, $($arg: $ty),*) $(-> $out)? {
             use $crate::cpu::lanes;
 
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx2,fma")]
-            unsafe fn avx2($($arg: $ty),*) {
+            unsafe fn avx2($($arg: $ty),*) $(-> $out)? {
                 // SAFETY: the instructions are enabled here, the pointers are the caller's promise.
                 unsafe { $kernel::<lanes::Avx2>($($arg),*) }
             }
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx512f,avx2,fma")]
-            unsafe fn avx512($($arg: $ty),*) {
+            unsafe fn avx512($($arg: $ty),*) $(-> $out)? {
                 // SAFETY: as above.
-                unsafe { $kernel::<lanes::Avx512>($($arg),*) }
+                unsafe { $kernel::<lanes::Avx512<false>>($($arg),*) }
+            }
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512bf16,avx512f,avx2,fma")]
+            unsafe fn avx512bf16($($arg: $ty),*) $(-> $out)? {
+                // SAFETY: as above.
+                unsafe { $kernel::<lanes::Avx512<true>>($($arg),*) }
             }
 
             match isa.path() {
@@ -175,6 +189,9 @@ macro_rules! on_path {
                 // SAFETY: as above.
                 #[cfg(target_arch = "x86_64")]
                 $crate::Path::Avx512 => unsafe { avx512($($arg),*) },
+                // SAFETY: as above.
+                #[cfg(target_arch = "x86_64")]
+                $crate::Path::Avx512Bf16 => unsafe { avx512bf16($($arg),*) },
                 // SAFETY: NEON is part of every aarch64.
                 #[cfg(target_arch = "aarch64")]
                 $crate::Path::Neon => unsafe { $kernel::<lanes::Neon>($($arg),*) },

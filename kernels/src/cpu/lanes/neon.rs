@@ -31,6 +31,9 @@ macro_rules! lane_by_lane {
 
 impl Lanes for Neon {
     const TILES: Tiles = Tiles::Narrow;
+    const PAIR_WORDS: usize = 2;
+    /// The even ones and the odd ones, widened.
+    type Pairs = (Self, Self);
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self {
@@ -71,6 +74,19 @@ impl Lanes for Neon {
             }
             (even, odd)
         }
+    }
+
+    #[inline(always)]
+    unsafe fn splat_pair(from: *const u32) -> (Self, Self) {
+        let from = from.cast::<f32>();
+        // SAFETY: two words and the instructions are the caller's promise.
+        unsafe { (Self::splat(*from), Self::splat(*from.add(1))) }
+    }
+
+    #[inline(always)]
+    unsafe fn dot(self, x: (Self, Self), w: (Self, Self)) -> Self {
+        // SAFETY: the instructions are the caller's promise.
+        unsafe { x.0.fma(w.0, x.1.fma(w.1, self)) }
     }
 
     #[inline(always)]

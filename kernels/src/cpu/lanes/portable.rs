@@ -22,6 +22,9 @@ fn zip(a: Portable, b: Portable, f: impl Fn(f32, f32) -> f32) -> Portable {
 
 impl Lanes for Portable {
     const TILES: Tiles = Tiles::One;
+    const PAIR_WORDS: usize = 2;
+    /// The even ones and the odd ones, widened.
+    type Pairs = (Self, Self);
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self {
@@ -51,6 +54,19 @@ impl Lanes for Portable {
             odd[lane] = f32::from_bits(pair & 0xffff_0000);
         }
         (Self(even), Self(odd))
+    }
+
+    #[inline(always)]
+    unsafe fn splat_pair(from: *const u32) -> (Self, Self) {
+        let from = from.cast::<f32>();
+        // SAFETY: two words and the instructions are the caller's promise.
+        unsafe { (Self::splat(*from), Self::splat(*from.add(1))) }
+    }
+
+    #[inline(always)]
+    unsafe fn dot(self, x: (Self, Self), w: (Self, Self)) -> Self {
+        // SAFETY: the instructions are the caller's promise.
+        unsafe { x.0.fma(w.0, x.1.fma(w.1, self)) }
     }
 
     #[inline(always)]
