@@ -8,8 +8,8 @@ use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use foregate_kernels::{
-    Attention, Cpu, Dtype, ExpertFfn, ExpertGroup, KvCache, KvShape, MatMul, Matrix, Ops,
-    PageMap, Path,
+    Attention, Cpu, Dtype, ExpertFfn, ExpertGroup, KvCache, KvDtype, KvShape, MatMul, Matrix,
+    Ops, PageMap, Path,
 };
 
 const K: usize = 1024;
@@ -154,45 +154,59 @@ fn expert_ffn(c: &mut Criterion) {
     }
 }
 
-/// 16 query heads over 4 key/value heads of 64: one row with a long past, and a chunk of a prompt.
+/// 16 query heads over 4 key/value heads of 64: one row with a long past, 32 sequences of 128 tokens that decode,
+/// and a chunk of a prompt.
 fn attention(c: &mut Criterion) {
-    let shape = KvShape {
-        layers: 1,
-        pages: 256,
-        page_tokens: 16,
-        kv_heads: 4,
-        head_dim: 64,
-    };
-    let kv = KvCache::new(shape).unwrap();
-    let table: Vec<u32> = (0..256).collect();
-    let heads = 16;
-    let cpu = Cpu::new(threads());
-    let mut group = c.benchmark_group("attention");
-    for (rows, last) in [(1_usize, 1023_u32), (1, 4095), (256, 1023)] {
-        let q = floats(rows * heads * 64);
-        let mut out = vec![0.0; q.len()];
-        let positions: Vec<u32> = (last + 1 - rows as u32..=last).collect();
-        let sequence_of_row = vec![0; rows];
-        let keys: u64 = positions.iter().map(|p| u64::from(*p) + 1).sum();
-        group.throughput(Throughput::Elements(keys * heads as u64 * 64 * 4));
-        group.bench_function(format!("{rows} rows to {last}"), |b| {
-            b.iter(|| {
-                cpu.attention(Attention {
-                    q: &q,
-                    heads,
-                    scale: 0.125,
-                    positions: &positions,
-                    pages: PageMap {
-                        sequence_of_row: &sequence_of_row,
-                        tables: &[&table],
-                    },
-                    kv: &kv,
-                    layer: 0,
-                    out: &mut out,
-                })
-                .unwrap();
+    for (dtype, name) in [(KvDtype::F32, "float32"), (KvDtype::Bf16, "bfloat16")] {
+        let shape = KvShape {
+            layers: 1,
+            pages: 256,
+            page_tokens: 16,
+            kv_heads: 4,
+            head_dim: 64,
+            dtype,
+        };
+        let kv = KvCache::new(shape).unwrap();
+        let table: Vec<u32> = (0..256).collect();
+        let heads = 16;
+        let cpu = Cpu::new(threads());
+        let mut group = c.benchmark_group(format!("attention/{name}"));
+        for (sequences, rows, last) in [
+            (1_usize, 1_usize, 1023_u32),
+            (1, 1, 4095),
+            (32, 32, 127),
+            (1, 256, 1023),
+        ] {
+            let q = floats(rows * heads * 64);
+            let mut out = vec![0.0; q.len()];
+            let each = rows / sequences;
+            let positions: Vec<u32> = (0..rows)
+                .map(|row| last - (each - 1 - row % each) as u32)
+                .collect();
+            let sequence_of_row: Vec<u32> = (0..rows).map(|row| (row / each) as u32).collect();
+            let tables: Vec<&[u32]> = (0..sequences).map(|s| &table[s * 8 % 256..]).collect();
+            let keys: u64 = positions.iter().map(|p| u64::from(*p) + 1).sum();
+            group.throughput(Throughput::Elements(keys * heads as u64 * 64 * 4));
+            let name = format!("{sequences} sequences, {rows} rows to {last}");
+            group.bench_function(name, |b| {
+                b.iter(|| {
+                    cpu.attention(Attention {
+                        q: &q,
+                        heads,
+                        scale: 0.125,
+                        positions: &positions,
+                        pages: PageMap {
+                            sequence_of_row: &sequence_of_row,
+                            tables: &tables,
+                        },
+                        kv: &kv,
+                        layer: 0,
+                        out: &mut out,
+                    })
+                    .unwrap();
+                });
             });
-        });
+        }
     }
 }
 

@@ -1,9 +1,12 @@
 //! Keys and values of all sequences, in pages.
 //!
-//! Layout in float32: `[page][layer]`, then all heads' keys, then all heads' values.
-//! - keys of a head: `[ceil(page_tokens / 16)][head_dim][16 tokens]`, so that one vector is one dimension
-//!   of 16 keys and a score needs no sum across lanes;
-//! - values of a head: `[page_tokens][head_dim]`.
+//! A cache is made of words of 32 bits; a word holds one float32, or two bfloat16 that a product takes
+//! together ([`KvDtype`]). Layout: `[page][layer]`, then all heads' keys, then all heads' values.
+//! - keys of a head: `[ceil(page_tokens / 16)][lines][16 tokens]`, where a line is one dimension (float32) or
+//!   two that follow each other (bfloat16), so that one vector is the same part of 16 keys and a score needs
+//!   no sum across lanes;
+//! - values of a head: `[lines][head_dim]`, where a line is one token (float32) or two that follow each other
+//!   (bfloat16).
 //!
 //! A page is one contiguous range, and the memory of a page that was never written costs nothing.
 
@@ -13,6 +16,26 @@ use crate::error::ShapeError;
 
 /// Keys beside each other in one vector.
 pub(crate) const KEYS: usize = 16;
+
+/// How keys and values are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum KvDtype {
+    /// IEEE single precision: exactly what was computed.
+    F32,
+    /// bfloat16: rounded once when written, to nearest, ties to even. Queries and probabilities that meet
+    /// them are rounded too.
+    Bf16,
+}
+
+impl KvDtype {
+    /// Values that share a word.
+    pub(crate) const fn per_word(self) -> usize {
+        match self {
+            Self::F32 => 1,
+            Self::Bf16 => 2,
+        }
+    }
+}
 
 /// Sizes of a [`KvCache`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,30 +50,34 @@ pub struct KvShape {
     pub kv_heads: usize,
     /// Width of a head.
     pub head_dim: usize,
+    /// Format of keys and values.
+    pub dtype: KvDtype,
 }
 
 impl KvShape {
-    const fn key_floats(&self) -> Option<usize> {
-        match (self.page_tokens.div_ceil(KEYS) * KEYS).checked_mul(self.head_dim) {
-            Some(floats) => floats.checked_mul(self.kv_heads),
-            None => None,
-        }
+    /// Words of one head's keys in one page of one layer.
+    fn key_words(&self) -> Option<usize> {
+        let tokens = self.page_tokens.checked_next_multiple_of(KEYS)?;
+        tokens.checked_mul(self.head_dim.div_ceil(self.dtype.per_word()))
     }
 
-    fn page_floats(&self) -> Option<usize> {
-        let values = self
-            .page_tokens
-            .checked_mul(self.head_dim)?
-            .checked_mul(self.kv_heads)?;
-        self.key_floats()?
-            .checked_add(values)?
+    /// Words of one head's values in one page of one layer.
+    fn value_words(&self) -> Option<usize> {
+        let lines = self.page_tokens.div_ceil(self.dtype.per_word());
+        lines.checked_mul(self.head_dim)
+    }
+
+    fn page_words(&self) -> Option<usize> {
+        self.key_words()?
+            .checked_add(self.value_words()?)?
+            .checked_mul(self.kv_heads)?
             .checked_mul(self.layers)
     }
 
     /// Bytes of one page over all layers; `None` when it does not fit a machine word.
     #[must_use]
     pub fn page_bytes(&self) -> Option<usize> {
-        self.page_floats()?.checked_mul(4)
+        self.page_words()?.checked_mul(4)
     }
 }
 
@@ -64,9 +91,35 @@ pub struct PageMap<'a> {
     pub tables: &'a [&'a [u32]],
 }
 
-/// Paged keys and values, float32.
+/// Where the words of a head start.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Starts {
+    layers: usize,
+    heads: usize,
+    /// Words of one head's keys in one page of one layer.
+    keys: usize,
+    /// The same for its values.
+    values: usize,
+}
+
+impl Starts {
+    pub(crate) const fn key(self, layer: usize, page: usize, head: usize) -> usize {
+        self.block(layer, page) + head * self.keys
+    }
+
+    pub(crate) const fn value(self, layer: usize, page: usize, head: usize) -> usize {
+        self.block(layer, page) + self.heads * self.keys + head * self.values
+    }
+
+    const fn block(self, layer: usize, page: usize) -> usize {
+        (page * self.layers + layer) * (self.keys + self.values) * self.heads
+    }
+}
+
+/// Paged keys and values.
 pub struct KvCache {
     shape: KvShape,
+    starts: Starts,
     /// All pages, then one vector that may be read beyond the last value. `None` when there is no page.
     data: Option<memmap2::MmapMut>,
 }
@@ -95,7 +148,17 @@ impl KvCache {
                     .map_err(|_| refused())?,
             )
         };
-        Ok(Self { shape, data })
+        let starts = Starts {
+            layers: shape.layers,
+            heads: shape.kv_heads,
+            keys: shape.key_words().ok_or_else(refused)?,
+            values: shape.value_words().ok_or_else(refused)?,
+        };
+        Ok(Self {
+            shape,
+            starts,
+            data,
+        })
     }
 
     /// Its sizes.
@@ -104,34 +167,31 @@ impl KvCache {
         self.shape
     }
 
-    pub(crate) fn floats(&self) -> &[f32] {
+    /// All words.
+    pub(crate) fn words(&self) -> &[u32] {
         self.data.as_deref().map_or(&[], bytemuck::cast_slice)
     }
 
-    pub(crate) fn floats_mut(&mut self) -> &mut [f32] {
+    /// All words; a float32 is its bits, of two bfloat16 the first is the lower half.
+    pub(crate) fn words_mut(&mut self) -> &mut [u32] {
         self.data
             .as_deref_mut()
             .map_or(&mut [], bytemuck::cast_slice_mut)
     }
 
-    /// Start of the keys of a head in a page.
-    pub(crate) fn key_start(&self, layer: usize, page: usize, head: usize) -> usize {
-        let s = &self.shape;
-        let per_head = s.page_tokens.div_ceil(KEYS) * KEYS * s.head_dim;
-        self.block_start(layer, page) + head * per_head
+    /// Where heads start.
+    pub(crate) const fn starts(&self) -> Starts {
+        self.starts
     }
 
-    /// Start of the values of a head in a page.
-    pub(crate) fn value_start(&self, layer: usize, page: usize, head: usize) -> usize {
-        let s = &self.shape;
-        let keys = s.page_tokens.div_ceil(KEYS) * KEYS * s.head_dim * s.kv_heads;
-        self.block_start(layer, page) + keys + head * s.page_tokens * s.head_dim
+    /// First word of the keys of a head in a page.
+    pub(crate) const fn key_start(&self, layer: usize, page: usize, head: usize) -> usize {
+        self.starts.key(layer, page, head)
     }
 
-    fn block_start(&self, layer: usize, page: usize) -> usize {
-        let s = &self.shape;
-        let tokens = s.page_tokens.div_ceil(KEYS) * KEYS + s.page_tokens;
-        (page * s.layers + layer) * tokens * s.head_dim * s.kv_heads
+    /// First word of the values of a head in a page.
+    pub(crate) const fn value_start(&self, layer: usize, page: usize, head: usize) -> usize {
+        self.starts.value(layer, page, head)
     }
 
     /// Copies all layers of page `from` over page `to`.
@@ -150,10 +210,10 @@ impl KvCache {
                 ));
             }
         }
-        let floats = self.block_start(0, 1);
-        let start = from as usize * floats;
-        self.floats_mut()
-            .copy_within(start..start + floats, to as usize * floats);
+        let words = self.starts.block(0, 1);
+        let start = from as usize * words;
+        self.words_mut()
+            .copy_within(start..start + words, to as usize * words);
         Ok(())
     }
 }
@@ -176,28 +236,39 @@ mod tests {
         page_tokens: 4,
         kv_heads: 2,
         head_dim: 8,
+        dtype: KvDtype::F32,
+    };
+    const HALF: KvShape = KvShape {
+        dtype: KvDtype::Bf16,
+        ..SHAPE
     };
 
     #[test]
     fn pages_do_not_overlap() {
-        let kv = KvCache::new(SHAPE).unwrap();
-        assert_eq!(kv.floats().len() * 4, SHAPE.page_bytes().unwrap() * 3 + 64);
-        assert_eq!(kv.value_start(1, 2, 1) + 4 * 8, kv.floats().len() - KEYS);
-        assert_eq!(kv.key_start(0, 1, 0), kv.value_start(1, 0, 1) + 4 * 8);
+        for (shape, value) in [(SHAPE, 4 * 8), (HALF, 2 * 8)] {
+            let kv = KvCache::new(shape).unwrap();
+            assert_eq!(kv.words().len() * 4, shape.page_bytes().unwrap() * 3 + 64);
+            assert_eq!(kv.value_start(1, 2, 1) + value, kv.words().len() - KEYS);
+            assert_eq!(kv.key_start(0, 1, 0), kv.value_start(1, 0, 1) + value);
+        }
+        let (whole, half) = (SHAPE.page_bytes().unwrap(), HALF.page_bytes().unwrap());
+        assert_eq!(whole, 2 * half);
     }
 
     #[test]
     fn a_copied_page_is_equal_in_all_layers() {
-        let mut kv = KvCache::new(SHAPE).unwrap();
-        let floats = kv.block_start(0, 1);
-        for (i, value) in kv.floats_mut()[..floats].iter_mut().enumerate() {
-            *value = i as f32;
+        for shape in [SHAPE, HALF] {
+            let mut kv = KvCache::new(shape).unwrap();
+            let words = kv.starts.block(0, 1);
+            for (value, i) in kv.words_mut()[..words].iter_mut().zip(1..) {
+                *value = i;
+            }
+            kv.copy_page(0, 2).unwrap();
+            let pages: Vec<&[u32]> = kv.words().chunks_exact(words).collect();
+            assert_eq!(pages[0], pages[2]);
+            assert!(pages[1].iter().all(|v| *v == 0));
+            assert!(kv.copy_page(0, 3).is_err());
         }
-        kv.copy_page(0, 2).unwrap();
-        let pages: Vec<&[f32]> = kv.floats().chunks_exact(floats).collect();
-        assert_eq!(pages[0], pages[2]);
-        assert!(pages[1].iter().all(|v| *v == 0.0));
-        assert!(kv.copy_page(0, 3).is_err());
     }
 
     #[test]

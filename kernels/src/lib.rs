@@ -29,7 +29,7 @@ pub use buffer::MappedFile;
 pub use cpu::{Cpu, Path, PathError, ReadThrough, UnknownPath};
 pub use dtype::Dtype;
 pub use error::ShapeError;
-pub use kv::{KvCache, KvShape, PageMap};
+pub use kv::{KvCache, KvDtype, KvShape, PageMap};
 pub use matrix::{Matrix, PANEL};
 pub use ops::{
     Add, Attention, Combine, Embed, ExpertFfn, ExpertGroup, Gate, KvWrite, LogSoftmax, MatMul,

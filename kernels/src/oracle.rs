@@ -6,7 +6,7 @@
 
 use crate::dtype::Dtype;
 use crate::error::ShapeError;
-use crate::kv::{KEYS, KvCache, PageMap};
+use crate::kv::{KEYS, KvCache, KvDtype, PageMap};
 use crate::matrix::Matrix;
 use crate::ops::{
     Add, Attention, Combine, Embed, ExpertFfn, Gate, KvWrite, LogSoftmax, MatMul, Ops, RmsNorm,
@@ -40,23 +40,77 @@ fn exponentials(x: &[f64]) -> (Vec<f64>, f64) {
     (e, sum)
 }
 
-/// Index of dimension 0 of the key and of the value at a position.
-fn place(
-    kv: &KvCache,
-    pages: PageMap<'_>,
-    row: usize,
-    position: usize,
-    layer: usize,
-    head: usize,
-) -> (usize, usize) {
-    let s = kv.shape();
-    let table = pages.tables[pages.sequence_of_row[row] as usize];
-    let (page, slot) = (
-        table[position / s.page_tokens] as usize,
-        position % s.page_tokens,
-    );
-    let key = kv.key_start(layer, page, head) + slot / KEYS * KEYS * s.head_dim + slot % KEYS;
-    (key, kv.value_start(layer, page, head) + slot * s.head_dim)
+/// Where the key and the value of a position are.
+struct Place {
+    dtype: KvDtype,
+    slot: usize,
+    /// First word of the head's keys in the page.
+    key: usize,
+    /// First word of the head's values in the page.
+    value: usize,
+    dim: usize,
+}
+
+impl Place {
+    fn of(
+        kv: &KvCache,
+        pages: PageMap<'_>,
+        row: usize,
+        position: usize,
+        layer: usize,
+        head: usize,
+    ) -> Self {
+        let s = kv.shape();
+        let table = pages.tables[pages.sequence_of_row[row] as usize];
+        let page = table[position / s.page_tokens] as usize;
+        Self {
+            dtype: s.dtype,
+            slot: position % s.page_tokens,
+            key: kv.key_start(layer, page, head),
+            value: kv.value_start(layer, page, head),
+            dim: s.head_dim,
+        }
+    }
+
+    /// Word of dimension `d` of the key, and its half.
+    fn key(&self, d: usize) -> (usize, usize) {
+        let per_word = self.dtype.per_word();
+        let group = self.slot / KEYS * KEYS * self.dim.div_ceil(per_word);
+        (
+            self.key + group + d / per_word * KEYS + self.slot % KEYS,
+            d % per_word,
+        )
+    }
+
+    /// Word of dimension `d` of the value, and its half.
+    fn value(&self, d: usize) -> (usize, usize) {
+        let per_word = self.dtype.per_word();
+        (
+            self.value + self.slot / per_word * self.dim + d,
+            self.slot % per_word,
+        )
+    }
+
+    fn read(&self, words: &[u32], (word, half): (usize, usize)) -> f64 {
+        match self.dtype {
+            KvDtype::F32 => f64::from(f32::from_bits(words[word])),
+            KvDtype::Bf16 => {
+                let bits = (words[word] >> (16 * half)) as u16;
+                f64::from(half::bf16::from_bits(bits))
+            }
+        }
+    }
+
+    fn write(&self, words: &mut [u32], (word, half): (usize, usize), value: f32) {
+        match self.dtype {
+            KvDtype::F32 => words[word] = value.to_bits(),
+            KvDtype::Bf16 => {
+                let bits = u32::from(half::bf16::from_f32(value).to_bits());
+                words[word] &= !(0xffff << (16 * half));
+                words[word] |= bits << (16 * half);
+            }
+        }
+    }
 }
 
 impl Ops for Oracle {
@@ -115,11 +169,12 @@ impl Ops for Oracle {
         for (row, position) in op.positions.iter().enumerate() {
             for head in 0..s.kv_heads {
                 let from = (row * s.kv_heads + head) * s.head_dim;
-                let (key, value) =
-                    place(op.kv, op.pages, row, *position as usize, op.layer, head);
+                let position = *position as usize;
+                let place = Place::of(op.kv, op.pages, row, position, op.layer, head);
+                let words = op.kv.words_mut();
                 for d in 0..s.head_dim {
-                    op.kv.floats_mut()[key + d * KEYS] = op.k[from + d];
-                    op.kv.floats_mut()[value + d] = op.v[from + d];
+                    place.write(words, place.key(d), op.k[from + d]);
+                    place.write(words, place.value(d), op.v[from + d]);
                 }
             }
         }
@@ -129,32 +184,37 @@ impl Ops for Oracle {
     fn attention(&self, op: Attention<'_>) -> Result<(), ShapeError> {
         op.check()?;
         let s = op.kv.shape();
-        let (dim, kv) = (s.head_dim, op.kv.floats());
+        let (dim, words) = (s.head_dim, op.kv.words());
         for (row, position) in op.positions.iter().enumerate() {
             for head in 0..op.heads {
                 let from = (row * op.heads + head) * dim;
                 let q = &op.q[from..from + dim];
-                let places: Vec<(usize, usize)> = (0..=*position as usize)
+                let places: Vec<Place> = (0..=*position as usize)
                     .map(|p| {
                         let kv_head = head / (op.heads / s.kv_heads);
-                        place(op.kv, op.pages, row, p, op.layer, kv_head)
+                        Place::of(op.kv, op.pages, row, p, op.layer, kv_head)
                     })
                     .collect();
-                let score = |key: usize| -> f64 {
+                // Queries that meet bfloat16 keys are rounded; probabilities are not here.
+                let query = |d: usize| match s.dtype {
+                    KvDtype::F32 => f64::from(q[d]),
+                    KvDtype::Bf16 => f64::from(half::bf16::from_f32(q[d])),
+                };
+                let score = |place: &Place| -> f64 {
                     (0..dim)
-                        .map(|d| f64::from(q[d]) * f64::from(kv[key + d * KEYS]))
+                        .map(|d| query(d) * place.read(words, place.key(d)))
                         .sum()
                 };
                 let scores: Vec<f64> = places
                     .iter()
-                    .map(|(key, _)| score(*key) * f64::from(op.scale))
+                    .map(|place| score(place) * f64::from(op.scale))
                     .collect();
                 let (e, sum) = exponentials(&scores);
                 for d in 0..dim {
                     let total: f64 = places
                         .iter()
                         .zip(&e)
-                        .map(|(p, e)| e * f64::from(kv[p.1 + d]))
+                        .map(|(place, e)| e * place.read(words, place.value(d)))
                         .sum();
                     op.out[from + d] = (total / sum) as f32;
                 }

@@ -167,6 +167,7 @@ mod tests {
             layers: 64,
             kv_heads: 8,
             head_dim: 128,
+            dtype: foregate_kernels::KvDtype::F32,
         };
         let error = reserve(shape, 16 << 40).unwrap_err().to_string();
         assert!(

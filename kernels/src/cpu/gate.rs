@@ -4,11 +4,13 @@
     reason = "expert ids are 32 bits wide"
 )]
 
+use std::cell::RefCell;
+
 use super::detect::Isa;
 use super::exp::exp;
 use super::lanes::{Lanes, WIDTH, on_path};
 use super::row::{greatest, load};
-use super::threads::Threads;
+use super::threads::{Parts, Threads};
 use crate::ops::Gate;
 
 /// Rows of one item of work.
@@ -54,17 +56,16 @@ on_path! {
 /// The `experts.len()` most probable, of equals the lower id, ascending by id. A row of NaN still names
 /// experts that exist, each once.
 fn choose(probabilities: &[f32], experts: &mut [u32], weights: &mut [f32], normalise: bool) {
-    let mut taken = vec![false; probabilities.len()];
-    for slot in experts.iter_mut() {
+    for slot in 0..experts.len() {
+        let (taken, rest) = experts.split_at_mut(slot);
         let mut best: Option<usize> = None;
         for (expert, p) in probabilities.iter().enumerate() {
-            if !taken[expert] && best.is_none_or(|b| *p > probabilities[b]) {
+            let better = best.is_none_or(|b| *p > probabilities[b]);
+            if better && !taken.contains(&(expert as u32)) {
                 best = Some(expert);
             }
         }
-        let best = best.unwrap_or(0);
-        taken[best] = true;
-        *slot = best as u32;
+        rest[0] = best.unwrap_or(0) as u32;
     }
     experts.sort_unstable();
     for (weight, expert) in weights.iter_mut().zip(&*experts) {
@@ -76,43 +77,45 @@ fn choose(probabilities: &[f32], experts: &mut [u32], weights: &mut [f32], norma
     }
 }
 
+thread_local! {
+    /// Each thread's probabilities of one row.
+    static PROBABILITIES: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
 /// Runs a checked gate.
 pub(super) fn gate(isa: Isa, threads: &Threads, op: Gate<'_>) {
     let Gate {
         logits,
+        rows,
         experts,
         top_k,
         normalise,
         out_experts,
         out_weights,
-        ..
     } = op;
-    let block = |logits: &[f32], ids: &mut [u32], weights: &mut [f32]| {
-        let mut probabilities = vec![0.0; experts];
-        let out = ids
-            .chunks_exact_mut(top_k)
-            .zip(weights.chunks_exact_mut(top_k));
-        for (row, (ids, weights)) in logits.chunks_exact(experts).zip(out) {
-            // SAFETY: both have one value per expert.
-            unsafe { softmax(isa, row, &mut probabilities) }
-            choose(&probabilities, ids, weights, normalise);
-        }
-    };
-    // Each item takes its own three slices: a lock that nobody else ever wants.
-    let items: Vec<_> = logits
-        .chunks(ROWS * experts)
-        .zip(
-            out_experts
-                .chunks_mut(ROWS * top_k)
-                .zip(out_weights.chunks_mut(ROWS * top_k)),
-        )
-        .map(|(logits, (ids, weights))| std::sync::Mutex::new((logits, ids, weights)))
-        .collect();
-    threads.run(items.len(), &|item| {
-        if let Ok(mut slices) = items[item].lock() {
-            let (logits, ids, weights) = &mut *slices;
-            block(logits, ids, weights);
-        }
+    let (ids, weights) = (Parts::of(out_experts), Parts::of(out_weights));
+    threads.run(rows.div_ceil(ROWS), &|item| {
+        PROBABILITIES.with_borrow_mut(|probabilities| {
+            probabilities.resize(experts, 0.0);
+            for row in item * ROWS..rows.min((item + 1) * ROWS) {
+                // SAFETY: both have one value per expert.
+                unsafe {
+                    softmax(
+                        isa,
+                        &logits[row * experts..(row + 1) * experts],
+                        probabilities,
+                    );
+                }
+                // SAFETY: each row has choices of its own.
+                let (ids, weights) = unsafe {
+                    (
+                        ids.slice(row * top_k, top_k),
+                        weights.slice(row * top_k, top_k),
+                    )
+                };
+                choose(probabilities, ids, weights, normalise);
+            }
+        });
     });
 }
 

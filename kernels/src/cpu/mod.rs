@@ -41,17 +41,22 @@ pub struct Cpu {
 struct Shared {
     isa: Isa,
     threads: Threads,
-    scratch: Mutex<gemm::Scratch>,
+    products: Kept<gemm::Scratch>,
+    attention: Kept<attention::Scratch>,
 }
 
-impl Shared {
+/// Memory kept from call to call.
+#[derive(Debug, Default)]
+struct Kept<T>(Mutex<T>);
+
+impl<T: Default> Kept<T> {
     /// Lends the memory that is kept; a second caller at the same time takes memory of its own.
-    fn with_scratch(&self, job: impl FnOnce(&mut gemm::Scratch)) {
-        match self.scratch.try_lock() {
+    fn lend(&self, job: impl FnOnce(&mut T)) {
+        match self.0.try_lock() {
             Ok(mut kept) => job(&mut kept),
             // What a panicking job left in it is overwritten before it is read.
             Err(TryLockError::Poisoned(kept)) => job(&mut kept.into_inner()),
-            Err(TryLockError::WouldBlock) => job(&mut gemm::Scratch::default()),
+            Err(TryLockError::WouldBlock) => job(&mut T::default()),
         }
     }
 }
@@ -79,7 +84,8 @@ impl Cpu {
             shared: Arc::new(Shared {
                 isa,
                 threads,
-                scratch: Mutex::default(),
+                products: Kept::default(),
+                attention: Kept::default(),
             }),
         }
     }
@@ -123,9 +129,9 @@ impl Cpu {
 impl Ops for Cpu {
     fn matmul(&self, op: MatMul<'_>) -> Result<(), ShapeError> {
         op.check()?;
-        self.shared.with_scratch(|scratch| {
-            gemm::matmul(self.shared.isa, &self.shared.threads, op, scratch)
-        });
+        self.shared
+            .products
+            .lend(|scratch| gemm::matmul(self.shared.isa, &self.shared.threads, op, scratch));
         Ok(())
     }
 
@@ -142,19 +148,21 @@ impl Ops for Cpu {
 
     fn rope(&self, op: Rope<'_>) -> Result<(), ShapeError> {
         op.check()?;
-        rope::rope(self.shared.isa, op);
+        rope::rope(self.shared.isa, &self.shared.threads, op);
         Ok(())
     }
 
     fn kv_write(&self, op: KvWrite<'_>) -> Result<(), ShapeError> {
         op.check()?;
-        attention::kv_write(op);
+        attention::kv_write(&self.shared.threads, op);
         Ok(())
     }
 
     fn attention(&self, op: Attention<'_>) -> Result<(), ShapeError> {
         op.check()?;
-        attention::attention(self.shared.isa, &self.shared.threads, op);
+        self.shared.attention.lend(|scratch| {
+            attention::attention(self.shared.isa, &self.shared.threads, op, scratch)
+        });
         Ok(())
     }
 
@@ -166,7 +174,7 @@ impl Ops for Cpu {
 
     fn expert_ffn(&self, op: ExpertFfn<'_>) -> Result<(), ShapeError> {
         op.check()?;
-        self.shared.with_scratch(|scratch| {
+        self.shared.products.lend(|scratch| {
             gemm::expert_ffn(self.shared.isa, &self.shared.threads, op, scratch)
         });
         Ok(())

@@ -6,28 +6,35 @@
 
 use super::detect::Isa;
 use super::lanes::{Lanes, WIDTH, on_path};
+use super::threads::{Parts, Threads};
 use crate::ops::{Rope, RopeTable};
+
+/// Elements below which a second thread is not worth it.
+const SMALL: usize = 1 << 15;
 
 impl RopeTable {
     /// One row of `inv_freq.len()` angles per position, so for heads of `2 * inv_freq.len()`.
+    #[must_use]
+    pub fn new(inv_freq: &[f32], positions: &[u32]) -> Self {
+        let mut table = Self::default();
+        table.fill(inv_freq, positions);
+        table
+    }
+
+    /// As [`RopeTable::new`], in the memory of this table.
     ///
     /// The angle is `position * inv_freq` in float32; its cosine and sine are computed in float64 and
     /// rounded once.
-    #[must_use]
-    pub fn new(inv_freq: &[f32], positions: &[u32]) -> Self {
-        let angles = inv_freq.len() * positions.len();
-        let (mut cos, mut sin) = (Vec::with_capacity(angles), Vec::with_capacity(angles));
+    pub fn fill(&mut self, inv_freq: &[f32], positions: &[u32]) {
+        self.half = inv_freq.len();
+        self.cos.clear();
+        self.sin.clear();
         for position in positions {
             for frequency in inv_freq {
-                let (s, c) = sin_cos(f64::from(*position as f32 * frequency));
-                sin.push(s as f32);
-                cos.push(c as f32);
+                let (sin, cos) = sin_cos(f64::from(*position as f32 * frequency));
+                self.sin.push(sin as f32);
+                self.cos.push(cos as f32);
             }
-        }
-        Self {
-            half: inv_freq.len(),
-            cos,
-            sin,
         }
     }
 }
@@ -107,26 +114,31 @@ on_path! {
 }
 
 /// Runs a checked rotation.
-pub(super) fn rope(isa: Isa, op: Rope<'_>) {
+pub(super) fn rope(isa: Isa, threads: &Threads, op: Rope<'_>) {
     let Rope {
         x,
+        rows,
         heads,
         head_dim,
         table,
-        ..
     } = op;
-    let half = table.half;
-    if half == 0 || heads == 0 {
+    let (half, width) = (table.half, heads * head_dim);
+    if width == 0 {
         return;
     }
-    let angles = table
-        .cos
-        .chunks_exact(half)
-        .zip(table.sin.chunks_exact(half));
-    for (row, (cos, sin)) in x.chunks_exact_mut(heads * head_dim).zip(angles) {
-        // SAFETY: a row has heads of twice `half` values.
-        unsafe { rotate(isa, row, cos, sin) }
-    }
+    let x = Parts::of(x);
+    // So many rows that they are worth a thread.
+    let step = (SMALL / width).max(1);
+    threads.run(rows.div_ceil(step), &|item| {
+        for row in item * step..rows.min((item + 1) * step) {
+            let angles = row * half..(row + 1) * half;
+            // SAFETY: rows do not overlap; a row has heads of twice `half` values.
+            unsafe {
+                let x = x.slice(row * width, width);
+                rotate(isa, x, &table.cos[angles.clone()], &table.sin[angles]);
+            }
+        }
+    });
 }
 
 #[cfg(test)]

@@ -291,6 +291,15 @@ impl<T> Parts<T> {
         }
     }
 
+    /// The whole, to write.
+    ///
+    /// # Safety
+    /// As for [`Parts::slice`].
+    pub(super) unsafe fn whole<'a>(self) -> &'a mut [T] {
+        // SAFETY: the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.start, self.len) }
+    }
+
     /// The whole, to read.
     ///
     /// # Safety

@@ -206,6 +206,7 @@ fn cache_ops() {
         page_tokens: 4,
         kv_heads: 2,
         head_dim: 2,
+        dtype: foregate_kernels::KvDtype::F32,
     };
     let mut kv = KvCache::new(shape).unwrap();
     let row = [0.0; 4];

@@ -37,6 +37,27 @@ impl WeightFormat {
     }
 }
 
+/// How keys and values are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum KvFormat {
+    /// IEEE single precision, 4 bytes.
+    Float32,
+    /// bfloat16, 2 bytes; queries and probabilities that meet them are rounded to it.
+    Bfloat16,
+}
+
+impl KvFormat {
+    /// Bytes per value.
+    #[must_use]
+    pub const fn bytes(self) -> usize {
+        match self {
+            Self::Float32 => 4,
+            Self::Bfloat16 => 2,
+        }
+    }
+}
+
 /// A model's shape, resolved from its `config.json`: every field explicit, no defaults inferred later.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -103,10 +124,21 @@ impl ModelSpec {
         weights.saturating_mul(3 * self.format.bytes())
     }
 
-    /// Bytes of keys and values of one token over all layers, kept as float32.
+    /// Keys and values are kept as the model computes: rounded where its weights are.
+    #[must_use]
+    pub const fn kv_format(&self) -> KvFormat {
+        match self.format {
+            WeightFormat::Float32 => KvFormat::Float32,
+            WeightFormat::Bfloat16 => KvFormat::Bfloat16,
+        }
+    }
+
+    /// Bytes of keys and values of one token over all layers.
     #[must_use]
     pub fn kv_bytes_per_token(&self) -> usize {
-        let floats = self.layers.saturating_mul(self.kv_heads);
-        floats.saturating_mul(self.head_dim).saturating_mul(2 * 4)
+        let values = self.layers.saturating_mul(self.kv_heads);
+        values
+            .saturating_mul(self.head_dim)
+            .saturating_mul(2 * self.kv_format().bytes())
     }
 }

@@ -4,10 +4,10 @@ use std::fmt;
 use std::sync::Arc;
 
 use foregate_api::ids::LayerId;
-use foregate_api::model::ModelSpec;
+use foregate_api::model::{KvFormat, ModelSpec};
 use foregate_checkpoint::{Checkpoint, names};
 use foregate_kernels::{
-    Cpu, Embed, KvCache, KvShape, MatMul, Matrix, Ops, RmsNorm, RopeTable, ShapeError,
+    Cpu, Embed, KvCache, KvDtype, KvShape, MatMul, Matrix, Ops, RmsNorm, RopeTable, ShapeError,
 };
 
 use crate::attention::Step;
@@ -107,6 +107,7 @@ impl Model {
             page_tokens,
             kv_heads: spec.kv_heads,
             head_dim: spec.head_dim,
+            dtype: kv_dtype(spec.kv_format()),
         }
     }
 
@@ -228,6 +229,14 @@ impl Weights {
             bias: None,
             out,
         })
+    }
+}
+
+/// The kernels' name of a format of keys and values.
+const fn kv_dtype(format: KvFormat) -> KvDtype {
+    match format {
+        KvFormat::Float32 => KvDtype::F32,
+        KvFormat::Bfloat16 => KvDtype::Bf16,
     }
 }
 

@@ -1,111 +1,161 @@
-//! Causal attention of a few queries of one key/value head: online softmax over blocks of keys, after
-//! Milakov and Gimelshein (Online normalizer calculation for softmax, 2018).
+//! Causal attention of a few queries of one key/value head over one split of the keys: online softmax over
+//! blocks, after Milakov and Gimelshein (Online normalizer calculation for softmax, 2018).
 #![expect(
     clippy::needless_range_loop,
     reason = "indices of tiles with constant bounds unroll"
 )]
 
+use super::stored::Stored;
 use crate::cpu::exp::exp;
-use crate::cpu::lanes::{Lanes, Tiles, WIDTH, on_path};
+use crate::cpu::lanes::{Lanes, WIDTH};
 use crate::kv::{KEYS, KvCache};
 
 /// Keys of a block.
 pub(super) const BLOCK: usize = 2 * KEYS;
+/// Keys of a split: what one partial result covers, counted from position 0 of the sequence.
+pub(super) const SPLIT: usize = 16 * BLOCK;
 /// Queries of the largest tile.
 pub(super) const QUERIES: usize = 8;
 
-/// One query: its vector, how many keys it sees, and where its result goes.
+/// Where the keys and values of a head of one sequence lie.
 #[derive(Clone, Copy)]
-pub(super) struct Query {
-    pub(super) q: *const f32,
-    pub(super) keys: usize,
-    pub(super) out: *mut f32,
-}
-
-/// Queries of one sequence that read the same key/value head.
 pub(super) struct Head<'a> {
     pub(super) kv: &'a KvCache,
     pub(super) layer: usize,
     pub(super) head: usize,
     pub(super) pages: &'a [u32],
     pub(super) scale: f32,
-    pub(super) queries: &'a [Query],
 }
 
-/// Memory of one thread's tile, reused over tiles.
-struct Scratch {
-    /// Weighted sums: `QUERIES ×` the head's width rounded up to whole vectors.
-    acc: Vec<f32>,
-    /// Keys of a block gathered from pages whose size is not a multiple of [`KEYS`].
-    gathered: Vec<f32>,
-    /// Scores, then probabilities.
-    scores: [[f32; BLOCK]; QUERIES],
+/// What a query has over some of its keys: the greatest score, and relative to it the sum of the weights in
+/// sixteen lanes, and the weighted sum of the values.
+pub(super) struct Partial<'a, L> {
+    pub(super) max: f32,
+    pub(super) sum: L,
+    /// The head's width rounded up to whole vectors.
+    pub(super) values: &'a mut [f32],
+}
+
+/// Memory of one thread, reused over tiles.
+#[derive(Default)]
+pub(super) struct Scratch {
+    /// Weighted sums of a split and of all splits so far, `QUERIES ×` a head's whole vectors each.
+    pub(super) split: Vec<f32>,
+    pub(super) total: Vec<f32>,
+    /// Prepared queries.
+    pub(super) queries: Vec<u32>,
+    /// Prepared probabilities of a block.
+    weights: Vec<u32>,
+    /// Keys and values of a block gathered from pages whose size is not a multiple of [`KEYS`].
+    keys: Vec<u32>,
+    values: Vec<u32>,
+    /// The last line of values of a query whose keys end within it.
+    last: Vec<u32>,
+}
+
+impl Scratch {
+    /// Grows to a head's width.
+    pub(super) fn reserve(&mut self, dim: usize) {
+        let whole = dim.next_multiple_of(WIDTH);
+        for sums in [&mut self.split, &mut self.total] {
+            sums.resize(QUERIES * whole, 0.0);
+        }
+        self.queries.resize(QUERIES * (dim + 2), 0);
+        self.weights.resize(QUERIES * BLOCK, 0);
+        self.keys.resize(BLOCK * dim.next_multiple_of(2), 0);
+        // A vector may be read from any value on.
+        self.values.resize(BLOCK * dim + WIDTH, 0);
+        self.last.resize(whole + WIDTH, 0);
+    }
 }
 
 /// The keys and values of one block.
 struct Keys {
-    /// Two groups of 16 keys, each `[head_dim][16]`.
-    groups: [*const f32; 2],
-    /// One value vector per key.
-    values: [*const f32; BLOCK],
+    /// Two groups of 16 keys: lines of 16 words.
+    groups: [*const u32; 2],
+    /// Lines of values; how many keys share one is the format's.
+    values: [*const u32; BLOCK],
 }
 
-impl Head<'_> {
-    /// Where block `first..first + count` lies. A key that is not in the sequence repeats the last one.
-    fn keys(&self, first: usize, count: usize, gathered: &mut [f32]) -> Keys {
-        let shape = self.kv.shape();
-        let (dim, tokens, floats) = (shape.head_dim, shape.page_tokens, self.kv.floats());
-        let mut values = [std::ptr::null(); BLOCK];
-        for (t, value) in values.iter_mut().enumerate() {
-            let position = first + t.min(count - 1);
-            let page = self.pages[position / tokens] as usize;
-            let start = self.kv.value_start(self.layer, page, self.head);
-            *value = floats[start + position % tokens * dim..].as_ptr();
-        }
-        let key = |t: usize| {
-            let position = first + t.min(count - 1);
-            let page = self.pages[position / tokens] as usize;
-            let slot = position % tokens;
-            let start = self.kv.key_start(self.layer, page, self.head);
-            start + slot / KEYS * KEYS * dim + slot % KEYS
+/// Where block `first..first + count` lies. A key that is not in the sequence repeats the last group, a value
+/// the last line.
+fn keys<F: Stored>(head: &Head<'_>, first: usize, count: usize, scratch: &mut Scratch) -> Keys {
+    let shape = head.kv.shape();
+    let (dim, tokens, words) = (shape.head_dim, shape.page_tokens, head.kv.words());
+    let lines = dim.div_ceil(F::PER_WORD);
+    let start = |t: usize| {
+        let position = first + t;
+        (head.pages[position / tokens] as usize, position % tokens)
+    };
+    let mut values = [std::ptr::null(); BLOCK];
+    if tokens.is_multiple_of(KEYS) {
+        let group = |t: usize| {
+            let (page, slot) = start(t);
+            let at = head.kv.key_start(head.layer, page, head.head);
+            words[at + slot / KEYS * KEYS * lines..].as_ptr()
         };
-        if tokens.is_multiple_of(KEYS) {
-            let second = if count > KEYS { key(KEYS) } else { key(0) };
-            let groups = [floats[key(0)..].as_ptr(), floats[second..].as_ptr()];
-            return Keys { groups, values };
+        for (line, value) in values.iter_mut().enumerate().take(BLOCK / F::PER_WORD) {
+            let (page, slot) = start((line * F::PER_WORD).min(count - 1));
+            let at = head.kv.value_start(head.layer, page, head.head);
+            *value = words[at + slot / F::PER_WORD * dim..].as_ptr();
         }
-        for t in 0..BLOCK {
-            let (from, to) = (key(t), t / KEYS * KEYS * dim + t % KEYS);
-            for d in 0..dim {
-                gathered[to + d * KEYS] = floats[from + d * KEYS];
-            }
-        }
-        Keys {
-            groups: [gathered.as_ptr(), gathered[KEYS * dim..].as_ptr()],
+        let second = if count > KEYS { KEYS } else { 0 };
+        return Keys {
+            groups: [group(0), group(second)],
             values,
+        };
+    }
+    for t in 0..count {
+        let (page, slot) = start(t);
+        let key = head.kv.key_start(head.layer, page, head.head);
+        let (from, to) = (
+            key + slot / KEYS * KEYS * lines + slot % KEYS,
+            t / KEYS * KEYS * lines + t % KEYS,
+        );
+        for line in 0..lines {
+            scratch.keys[to + line * KEYS] = words[from + line * KEYS];
         }
+        let value = head.kv.value_start(head.layer, page, head.head);
+        F::copy_value(
+            &words[value + slot / F::PER_WORD * dim..],
+            slot,
+            &mut scratch.values[t / F::PER_WORD * dim..],
+            t,
+            dim,
+        );
+    }
+    for (line, value) in values.iter_mut().enumerate().take(BLOCK / F::PER_WORD) {
+        let line = line.min((count - 1) / F::PER_WORD);
+        *value = scratch.values[line * dim..].as_ptr();
+    }
+    Keys {
+        groups: [scratch.keys.as_ptr(), scratch.keys[KEYS * lines..].as_ptr()],
+        values,
     }
 }
 
 /// Scores of `T` queries against a block: one chain over the dimensions per key, times the scale.
+///
+/// # Safety
+/// The processor has the instructions of `L`; queries and groups of keys have `lines` lines.
 #[inline(always)]
-unsafe fn scores<L: Lanes, const T: usize>(
-    queries: &[Query; T],
+unsafe fn scores<L: Lanes, F: Stored, const T: usize>(
+    queries: &[*const u32; T],
     keys: &Keys,
-    dim: usize,
+    lines: usize,
     scale: f32,
-    out: &mut [[f32; BLOCK]; QUERIES],
+    out: &mut [[f32; BLOCK]; T],
 ) {
-    // SAFETY: queries and keys have `dim` values and `dim` vectors by the promise of `head_kernel`.
+    // SAFETY: the caller's promise.
     unsafe {
         let mut acc = [[L::splat(0.0); 2]; T];
-        for d in 0..dim {
-            let first = L::load(keys.groups[0].add(d * KEYS));
-            let second = L::load(keys.groups[1].add(d * KEYS));
+        for line in 0..lines {
+            let first = F::load::<L>(keys.groups[0].add(line * KEYS));
+            let second = F::load::<L>(keys.groups[1].add(line * KEYS));
             for t in 0..T {
-                let q = L::splat(*queries[t].q.add(d));
-                acc[t][0] = q.fma(first, acc[t][0]);
-                acc[t][1] = q.fma(second, acc[t][1]);
+                let q = F::splat::<L>(queries[t], line);
+                acc[t][0] = F::add::<L>(acc[t][0], q, first);
+                acc[t][1] = F::add::<L>(acc[t][1], q, second);
             }
         }
         let scale = L::splat(scale);
@@ -125,6 +175,9 @@ struct Running<L> {
 
 /// Scores of a block to probabilities relative to the new maximum; returns the factor of what was summed
 /// before.
+///
+/// # Safety
+/// The processor has the instructions of `L`.
 #[inline(always)]
 unsafe fn softmax<L: Lanes>(
     scores: &mut [f32; BLOCK],
@@ -155,16 +208,19 @@ unsafe fn softmax<L: Lanes>(
     }
 }
 
-/// `acc = acc * factor`, then one fused multiply-add per key, for `C` vectors of `T` queries.
+/// `acc = acc * factor`, then one step of the chain per line of values, for `C` vectors of `T` queries.
+///
+/// # Safety
+/// The processor has the instructions of `L`; all pointers have `C` vectors from `at` on, and a weight per line.
 #[inline(always)]
-unsafe fn weigh<L: Lanes, const T: usize, const C: usize>(
+unsafe fn weigh<L: Lanes, F: Stored, const T: usize, const C: usize>(
     acc: [*mut f32; T],
     factors: &[f32; T],
-    probabilities: [*const f32; T],
-    values: &[*const f32],
+    weights: [*const u32; T],
+    values: &[*const u32],
     at: usize,
 ) {
-    // SAFETY: the pointers have `C` vectors from `at` on by the promise of `head_kernel`.
+    // SAFETY: the caller's promise.
     unsafe {
         let mut sums = [[L::splat(0.0); C]; T];
         for t in 0..T {
@@ -173,15 +229,15 @@ unsafe fn weigh<L: Lanes, const T: usize, const C: usize>(
                 sums[t][c] = sum.mul(L::splat(factors[t]));
             }
         }
-        for (key, value) in values.iter().enumerate() {
-            let mut vectors = [L::splat(0.0); C];
-            for c in 0..C {
-                vectors[c] = L::load(value.add(at + c * WIDTH));
+        for (line, value) in values.iter().enumerate() {
+            let mut vectors = [F::load::<L>(value.add(at)); C];
+            for c in 1..C {
+                vectors[c] = F::load::<L>(value.add(at + c * WIDTH));
             }
             for t in 0..T {
-                let p = L::splat(*probabilities[t].add(key));
+                let p = F::splat::<L>(weights[t], line);
                 for c in 0..C {
-                    sums[t][c] = p.fma(vectors[c], sums[t][c]);
+                    sums[t][c] = F::add::<L>(sums[t][c], p, vectors[c]);
                 }
             }
         }
@@ -194,127 +250,170 @@ unsafe fn weigh<L: Lanes, const T: usize, const C: usize>(
 }
 
 /// [`weigh`] over all `vectors` of a head, `C` at a time.
+///
+/// # Safety
+/// As for [`weigh`], for all vectors.
 #[inline(always)]
-unsafe fn weigh_all<L: Lanes, const T: usize, const C: usize>(
+unsafe fn weigh_all<L: Lanes, F: Stored, const T: usize, const C: usize>(
     acc: [*mut f32; T],
     factors: &[f32; T],
-    probabilities: [*const f32; T],
-    values: &[*const f32],
+    weights: [*const u32; T],
+    values: &[*const u32],
     vectors: usize,
 ) {
     let mut c = 0;
     while c < vectors {
-        // SAFETY: the promise of `head_kernel`.
+        // SAFETY: the caller's promise.
         unsafe {
             if c + C <= vectors {
-                weigh::<L, T, C>(acc, factors, probabilities, values, c * WIDTH);
+                weigh::<L, F, T, C>(acc, factors, weights, values, c * WIDTH);
                 c += C;
             } else {
-                weigh::<L, T, 1>(acc, factors, probabilities, values, c * WIDTH);
+                weigh::<L, F, T, 1>(acc, factors, weights, values, c * WIDTH);
                 c += 1;
             }
         }
     }
 }
 
-/// `T` queries over all their keys.
+/// What a query sees of a block beyond the whole lines that all queries of its tile see.
+///
+/// # Safety
+/// As for [`weigh_all`]; the query has `count` keys in this block.
 #[inline(always)]
-unsafe fn tile<L: Lanes, const T: usize, const C: usize>(
-    head: &Head<'_>,
-    queries: &[Query; T],
-    scratch: &mut Scratch,
+unsafe fn weigh_rest<L: Lanes, F: Stored>(
+    acc: *mut f32,
+    weights: *const u32,
+    keys: &Keys,
+    (common, count): (usize, usize),
+    dim: usize,
+    last: &mut [u32],
 ) {
+    let vectors = dim.div_ceil(WIDTH);
+    let whole = count / F::PER_WORD;
+    // SAFETY: the caller's promise; `last` has whole vectors.
+    unsafe {
+        let own = &keys.values[common..whole];
+        let from = [F::step::<L>(weights, common)];
+        weigh_all::<L, F, 1, 1>([acc], &[1.0], from, own, vectors);
+        if whole * F::PER_WORD < count {
+            // The line's other value belongs to a later token, or to nobody.
+            let line = std::slice::from_raw_parts(keys.values[whole], dim);
+            F::first_only(line, last);
+            let from = [F::step::<L>(weights, whole)];
+            weigh_all::<L, F, 1, 1>([acc], &[1.0], from, &[last.as_ptr()], vectors);
+        }
+    }
+}
+
+/// `T` queries over the keys of one split: their sums go to `scratch.split`.
+///
+/// # Safety
+/// The processor has the instructions of `L`; the queries are prepared, every key they see lies in the pages,
+/// and 16 words can be read from any value on.
+#[inline(always)]
+pub(super) unsafe fn split<L: Lanes, F: Stored, const T: usize, const C: usize>(
+    head: &Head<'_>,
+    queries: &[*const u32; T],
+    seen: &[usize; T],
+    (from, to): (usize, usize),
+    scratch: &mut Scratch,
+) -> [(f32, L); T] {
     let dim = head.kv.shape().head_dim;
     let vectors = dim.div_ceil(WIDTH);
-    let mut longest = 0;
-    for query in queries {
-        longest = longest.max(query.keys);
-    }
-    // SAFETY: `acc` has room for `QUERIES` heads; the rest is the promise of `head_kernel`.
+    let longest = to.min(seen.iter().copied().max().unwrap_or(0));
+    // SAFETY: the sums have room for `QUERIES` heads; the rest is the caller's promise.
     unsafe {
-        scratch.acc.fill(0.0);
+        scratch.split.fill(0.0);
         let mut acc = [std::ptr::null_mut(); T];
+        let mut weights = [std::ptr::null(); T];
         for t in 0..T {
-            acc[t] = scratch.acc.as_mut_ptr().add(t * vectors * WIDTH);
+            acc[t] = scratch.split.as_mut_ptr().add(t * vectors * WIDTH);
         }
         let mut runs = [Running {
             max: f32::NEG_INFINITY,
             sum: L::splat(0.0),
         }; T];
-        let mut first = 0;
+        let mut first = from;
         while first < longest {
-            let keys = head.keys(first, BLOCK.min(longest - first), &mut scratch.gathered);
-            scores::<L, T>(queries, &keys, dim, head.scale, &mut scratch.scores);
+            let keys = keys::<F>(head, first, BLOCK.min(longest - first), scratch);
+            let mut block = [[0.0; BLOCK]; T];
+            scores::<L, F, T>(
+                queries,
+                &keys,
+                dim.div_ceil(F::PER_WORD),
+                head.scale,
+                &mut block,
+            );
             let mut factors = [1.0; T];
             let mut counts = [0; T];
             let mut common = BLOCK;
-            let mut probabilities = [std::ptr::null(); T];
             for t in 0..T {
-                counts[t] = BLOCK.min(queries[t].keys.saturating_sub(first));
+                counts[t] = BLOCK.min(seen[t].saturating_sub(first));
                 common = common.min(counts[t]);
-                factors[t] = softmax(&mut scratch.scores[t], counts[t], &mut runs[t]);
-                probabilities[t] = scratch.scores[t].as_ptr();
+                if counts[t] > 0 {
+                    factors[t] = softmax(&mut block[t], counts[t], &mut runs[t]);
+                }
+                let to = &mut scratch.weights[t * BLOCK..(t + 1) * BLOCK];
+                F::prepare::<L>(&block[t], to);
+                weights[t] = to.as_ptr();
             }
-            let shared = &keys.values[..common];
-            weigh_all::<L, T, C>(acc, &factors, probabilities, shared, vectors);
+            let common = common / F::PER_WORD;
+            weigh_all::<L, F, T, C>(acc, &factors, weights, &keys.values[..common], vectors);
             for t in 0..T {
-                if counts[t] > common {
-                    let own = &keys.values[common..counts[t]];
-                    let from = [probabilities[t].add(common)];
-                    weigh_all::<L, 1, 1>([acc[t]], &[1.0], from, own, vectors);
+                if counts[t] > common * F::PER_WORD {
+                    let rest = (common, counts[t]);
+                    weigh_rest::<L, F>(acc[t], weights[t], &keys, rest, dim, &mut scratch.last);
                 }
             }
             first += BLOCK;
         }
+        let mut results = [(f32::NEG_INFINITY, L::splat(0.0)); T];
         for t in 0..T {
-            let sum = L::splat(runs[t].sum.sum());
-            for c in 0..vectors {
-                let value = L::load(acc[t].add(c * WIDTH)).div(sum);
-                let count = WIDTH.min(dim - c * WIDTH);
-                value.store_first(queries[t].out.add(c * WIDTH), count);
-            }
+            results[t] = (runs[t].max, runs[t].sum);
         }
+        results
     }
 }
 
+/// Adds the result over a later split: both are brought to the greater maximum.
+///
 /// # Safety
-/// The processor has the instructions of `L`; every query has a head's width of values to read and to
-/// write; every key it sees lies in the pages; 16 floats can be read from any value vector on.
+/// The processor has the instructions of `L`; both have as many values.
 #[inline(always)]
-unsafe fn head_kernel<L: Lanes>(head: &Head<'_>) {
-    let dim = head.kv.shape().head_dim;
-    let mut scratch = Scratch {
-        acc: vec![0.0; QUERIES * dim.next_multiple_of(WIDTH)],
-        gathered: vec![0.0; BLOCK * dim],
-        scores: [[0.0; BLOCK]; QUERIES],
-    };
-    let wide = const { matches!(L::TILES, Tiles::Wide) };
-    let mut rest = head.queries;
-    // SAFETY: the caller's promise.
+pub(super) unsafe fn merge<L: Lanes>(
+    total: &mut Partial<'_, L>,
+    max: f32,
+    sum: L,
+    values: &[f32],
+) {
+    // SAFETY: whole vectors of both; the instructions are the caller's promise.
     unsafe {
-        while let Some((eight, after)) = rest.split_first_chunk::<8>()
-            && wide
-        {
-            tile::<L, 8, 2>(head, eight, &mut scratch);
-            rest = after;
-        }
-        while let Some((four, after)) = rest.split_first_chunk::<4>()
-            && wide
-        {
-            tile::<L, 4, 4>(head, four, &mut scratch);
-            rest = after;
-        }
-        while let Some((two, after)) = rest.split_first_chunk::<2>() {
-            tile::<L, 2, 2>(head, two, &mut scratch);
-            rest = after;
-        }
-        if let [one] = rest {
-            tile::<L, 1, 4>(head, &[*one], &mut scratch);
+        let center = if max > total.max { max } else { total.max };
+        let old = exp(L::splat(total.max - center));
+        let new = exp(L::splat(max - center));
+        total.max = center;
+        total.sum = total.sum.fma(old, sum.mul(new));
+        for i in (0..total.values.len()).step_by(WIDTH) {
+            let to = total.values.as_mut_ptr().add(i);
+            let added = L::load(values.as_ptr().add(i)).mul(new);
+            L::load(to).fma(old, added).store(to);
         }
     }
 }
 
-on_path! {
-    /// All queries of one head, a tile at a time.
-    pub(super) fn attend(head: &Head<'_>) = head_kernel
+/// Divides by the sum of the weights.
+///
+/// # Safety
+/// The processor has the instructions of `L`; `values` has the length of `out`, in whole vectors.
+#[inline(always)]
+pub(super) unsafe fn finish<L: Lanes>(sum: L, values: &[f32], out: &mut [f32]) {
+    // SAFETY: `values` has whole vectors; the rest is the caller's promise.
+    unsafe {
+        let sum = L::splat(sum.sum());
+        for i in (0..out.len()).step_by(WIDTH) {
+            let value = L::load(values.as_ptr().add(i)).div(sum);
+            value.store_first(out.as_mut_ptr().add(i), WIDTH.min(out.len() - i));
+        }
+    }
 }

@@ -95,7 +95,7 @@ fn nearest(x: f32) -> u32 {
 /// # Safety
 /// None: it has no pointers.
 #[inline(always)]
-unsafe fn round_kernel<L: Lanes>(from: &[f32], to: &mut [u32]) {
+pub(in crate::cpu) unsafe fn round_kernel<L: Lanes>(from: &[f32], to: &mut [u32]) {
     let (pairs, last) = from.as_chunks::<2>();
     let rest = last.first().map(|x| nearest(*x));
     if L::PAIR_WORDS == 1 {

@@ -6,6 +6,7 @@ mod inputs;
 mod tile;
 
 pub(super) use expert::expert_ffn;
+pub(super) use inputs::round_kernel;
 
 use super::detect::Isa;
 use super::lanes::WIDTH;

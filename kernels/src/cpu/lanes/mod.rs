@@ -101,6 +101,10 @@ pub(super) trait Lanes: Copy {
     /// The first `count` (at most 16) values, the other lanes `fill`.
     #[inline(always)]
     unsafe fn load_first(from: *const f32, count: usize, fill: f32) -> Self {
+        if count == WIDTH {
+            // SAFETY: the caller's promise.
+            return unsafe { Self::load(from) };
+        }
         let mut lanes = [fill; WIDTH];
         // SAFETY: `from` has `count` elements by the caller's promise, the array has 16.
         unsafe {
@@ -112,6 +116,10 @@ pub(super) trait Lanes: Copy {
     /// Stores the first `count` (at most 16) lanes.
     #[inline(always)]
     unsafe fn store_first(self, to: *mut f32, count: usize) {
+        if count == WIDTH {
+            // SAFETY: the caller's promise.
+            return unsafe { self.store(to) };
+        }
         // SAFETY: `to` has room for `count` elements by the caller's promise.
         unsafe { std::ptr::copy_nonoverlapping(self.array().as_ptr(), to, count) }
     }
