@@ -19,6 +19,8 @@ pub(super) use avx512::Avx512;
 pub(super) use neon::Neon;
 pub(super) use portable::Portable;
 
+use crate::codes;
+
 /// Lanes of a vector.
 pub(super) const WIDTH: usize = 16;
 
@@ -70,6 +72,61 @@ pub(super) trait Lanes: Copy {
     unsafe fn splat_pair(from: *const u32) -> Self::Pairs;
     /// `even * even + (odd * odd + self)`, rounded after each of the two.
     unsafe fn dot(self, x: Self::Pairs, w: Self::Pairs) -> Self;
+    /// Sixteen float16, widened.
+    #[inline(always)]
+    unsafe fn load_halves(from: *const u8) -> Self {
+        // SAFETY: 32 bytes are the caller's promise.
+        let halves = unsafe { from.cast::<[[u8; 2]; WIDTH]>().read_unaligned() };
+        let wide = halves.map(|b| half::f16::from_le_bytes(b).to_f32());
+        // SAFETY: the array has 16 elements; the instructions are the caller's promise.
+        unsafe { Self::load(wide.as_ptr()) }
+    }
+
+    /// Sixteen powers of two as e8m0 has them.
+    #[inline(always)]
+    unsafe fn load_e8m0(from: *const u8) -> Self {
+        // SAFETY: 16 bytes are the caller's promise.
+        let wide = unsafe { from.cast::<[u8; WIDTH]>().read_unaligned() }.map(codes::e8m0);
+        // SAFETY: the array has 16 elements; the instructions are the caller's promise.
+        unsafe { Self::load(wide.as_ptr()) }
+    }
+
+    /// Sixteen zero points.
+    #[inline(always)]
+    unsafe fn load_zeros(from: *const u8) -> [u8; WIDTH] {
+        // SAFETY: 16 bytes are the caller's promise.
+        unsafe { from.cast::<[u8; WIDTH]>().read_unaligned() }
+    }
+
+    /// Pair `pair` of a unit of packed signed bytes (see `crate::matrix::coded`).
+    #[inline(always)]
+    unsafe fn int8(unit: *const u8, pair: usize) -> Self::Pairs {
+        // SAFETY: the caller's promise.
+        unsafe { decode::<Self>(unit, 8, pair, |code, _| f32::from(code as i8)) }
+    }
+
+    /// Pair `pair` of a unit of packed e4m3.
+    #[inline(always)]
+    unsafe fn e4m3(unit: *const u8, pair: usize) -> Self::Pairs {
+        // SAFETY: the caller's promise.
+        unsafe { decode::<Self>(unit, 8, pair, |code, _| codes::e4m3(code)) }
+    }
+
+    /// Pair `pair` of a unit of packed e2m1.
+    #[inline(always)]
+    unsafe fn e2m1(unit: *const u8, pair: usize) -> Self::Pairs {
+        // SAFETY: the caller's promise.
+        unsafe { decode::<Self>(unit, 4, pair, |code, _| codes::e2m1(code)) }
+    }
+
+    /// Pair `pair` of a unit of packed 4-bit integers, less the zero points of their outputs.
+    #[inline(always)]
+    unsafe fn int4(unit: *const u8, pair: usize, zeros: [u8; WIDTH]) -> Self::Pairs {
+        let value = |code: u8, lane: usize| f32::from(code) - f32::from(zeros[lane]);
+        // SAFETY: the caller's promise.
+        unsafe { decode::<Self>(unit, 4, pair, value) }
+    }
+
     /// Asks for the cache line at an address that need not be valid.
     unsafe fn prefetch(from: *const u8);
     /// `self * b + c`, rounded once.
@@ -151,6 +208,25 @@ pub(super) trait Lanes: Copy {
         }
         lanes[0]
     }
+}
+
+/// A pair of every lane out of a unit of codes of some bits: each code as a bfloat16, which it is without loss.
+#[inline(always)]
+unsafe fn decode<L: Lanes>(
+    unit: *const u8,
+    bits: usize,
+    pair: usize,
+    value: impl Fn(u8, usize) -> f32,
+) -> L::Pairs {
+    // SAFETY: 64 bytes are the caller's promise.
+    let words = unsafe { unit.cast::<[[u8; 2]; 2 * WIDTH]>().read_unaligned() };
+    let mut pairs = [0_u16; 2 * WIDTH];
+    for (i, (to, word)) in pairs.iter_mut().zip(words).enumerate() {
+        let code = u16::from_le_bytes(word) >> (pair * bits) & (0xff >> (8 - bits));
+        *to = ((value(code as u8, i / 2).to_bits() >> 16) as u16).to_le();
+    }
+    // SAFETY: the array has 64 bytes; the instructions are the caller's promise.
+    unsafe { L::load_pairs(pairs.as_ptr().cast()) }
 }
 
 /// Defines `fn $name(isa, …)` that runs the generic kernel `$kernel::<L>(…)` compiled for the path of `isa`.
