@@ -71,16 +71,16 @@ impl<L: Lanes> Code<L> for Fp8 {
 
 impl<L: Lanes> Code<L> for Int4 {
     const PAIRS: usize = 4;
-    type Zeros = [u8; WIDTH];
+    type Zeros = L::Zeros;
 
     #[inline(always)]
-    unsafe fn header(from: *const u8) -> (L, [u8; WIDTH]) {
+    unsafe fn header(from: *const u8) -> (L, L::Zeros) {
         // SAFETY: the caller's promise.
         unsafe { (L::load(from.cast()), L::load_zeros(from.add(WIDTH * 4))) }
     }
 
     #[inline(always)]
-    unsafe fn pair(unit: *const u8, pair: usize, zeros: [u8; WIDTH]) -> L::Pairs {
+    unsafe fn pair(unit: *const u8, pair: usize, zeros: L::Zeros) -> L::Pairs {
         // SAFETY: the caller's promise.
         unsafe { L::int4(unit, pair, zeros) }
     }

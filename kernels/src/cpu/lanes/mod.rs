@@ -19,8 +19,6 @@ pub(super) use avx512::Avx512;
 pub(super) use neon::Neon;
 pub(super) use portable::Portable;
 
-use crate::codes;
-
 /// Lanes of a vector.
 pub(super) const WIDTH: usize = 16;
 
@@ -59,6 +57,8 @@ pub(super) trait Lanes: Copy {
     const PAIR_WORDS: usize;
     /// A pair of bfloat16 per lane: of an even and the following odd input.
     type Pairs: Copy;
+    /// A small integer per lane.
+    type Zeros: Copy;
 
     /// `x` in all lanes.
     unsafe fn splat(x: f32) -> Self;
@@ -73,60 +73,19 @@ pub(super) trait Lanes: Copy {
     /// `even * even + (odd * odd + self)`, rounded after each of the two.
     unsafe fn dot(self, x: Self::Pairs, w: Self::Pairs) -> Self;
     /// Sixteen float16, widened.
-    #[inline(always)]
-    unsafe fn load_halves(from: *const u8) -> Self {
-        // SAFETY: 32 bytes are the caller's promise.
-        let halves = unsafe { from.cast::<[[u8; 2]; WIDTH]>().read_unaligned() };
-        let wide = halves.map(|b| half::f16::from_le_bytes(b).to_f32());
-        // SAFETY: the array has 16 elements; the instructions are the caller's promise.
-        unsafe { Self::load(wide.as_ptr()) }
-    }
-
+    unsafe fn load_halves(from: *const u8) -> Self;
     /// Sixteen powers of two as e8m0 has them.
-    #[inline(always)]
-    unsafe fn load_e8m0(from: *const u8) -> Self {
-        // SAFETY: 16 bytes are the caller's promise.
-        let wide = unsafe { from.cast::<[u8; WIDTH]>().read_unaligned() }.map(codes::e8m0);
-        // SAFETY: the array has 16 elements; the instructions are the caller's promise.
-        unsafe { Self::load(wide.as_ptr()) }
-    }
-
+    unsafe fn load_e8m0(from: *const u8) -> Self;
     /// Sixteen zero points.
-    #[inline(always)]
-    unsafe fn load_zeros(from: *const u8) -> [u8; WIDTH] {
-        // SAFETY: 16 bytes are the caller's promise.
-        unsafe { from.cast::<[u8; WIDTH]>().read_unaligned() }
-    }
-
-    /// Pair `pair` of a unit of packed signed bytes (see `crate::matrix::coded`).
-    #[inline(always)]
-    unsafe fn int8(unit: *const u8, pair: usize) -> Self::Pairs {
-        // SAFETY: the caller's promise.
-        unsafe { decode::<Self>(unit, 8, pair, |code, _| f32::from(code as i8)) }
-    }
-
-    /// Pair `pair` of a unit of packed e4m3.
-    #[inline(always)]
-    unsafe fn e4m3(unit: *const u8, pair: usize) -> Self::Pairs {
-        // SAFETY: the caller's promise.
-        unsafe { decode::<Self>(unit, 8, pair, |code, _| codes::e4m3(code)) }
-    }
-
-    /// Pair `pair` of a unit of packed e2m1.
-    #[inline(always)]
-    unsafe fn e2m1(unit: *const u8, pair: usize) -> Self::Pairs {
-        // SAFETY: the caller's promise.
-        unsafe { decode::<Self>(unit, 4, pair, |code, _| codes::e2m1(code)) }
-    }
-
-    /// Pair `pair` of a unit of packed 4-bit integers, less the zero points of their outputs.
-    #[inline(always)]
-    unsafe fn int4(unit: *const u8, pair: usize, zeros: [u8; WIDTH]) -> Self::Pairs {
-        let value = |code: u8, lane: usize| f32::from(code) - f32::from(zeros[lane]);
-        // SAFETY: the caller's promise.
-        unsafe { decode::<Self>(unit, 4, pair, value) }
-    }
-
+    unsafe fn load_zeros(from: *const u8) -> Self::Zeros;
+    /// Pair `pair` (below 2) of a unit of signed bytes: see `crate::matrix::coded`.
+    unsafe fn int8(unit: *const u8, pair: usize) -> Self::Pairs;
+    /// Pair `pair` (below 2) of a unit of e4m3.
+    unsafe fn e4m3(unit: *const u8, pair: usize) -> Self::Pairs;
+    /// Pair `pair` (below 4) of a unit of e2m1.
+    unsafe fn e2m1(unit: *const u8, pair: usize) -> Self::Pairs;
+    /// Pair `pair` (below 4) of a unit of 4-bit integers, less the zero points of their outputs.
+    unsafe fn int4(unit: *const u8, pair: usize, zeros: Self::Zeros) -> Self::Pairs;
     /// Asks for the cache line at an address that need not be valid.
     unsafe fn prefetch(from: *const u8);
     /// `self * b + c`, rounded once.
@@ -210,25 +169,6 @@ pub(super) trait Lanes: Copy {
     }
 }
 
-/// A pair of every lane out of a unit of codes of some bits: each code as a bfloat16, which it is without loss.
-#[inline(always)]
-unsafe fn decode<L: Lanes>(
-    unit: *const u8,
-    bits: usize,
-    pair: usize,
-    value: impl Fn(u8, usize) -> f32,
-) -> L::Pairs {
-    // SAFETY: 64 bytes are the caller's promise.
-    let words = unsafe { unit.cast::<[[u8; 2]; 2 * WIDTH]>().read_unaligned() };
-    let mut pairs = [0_u16; 2 * WIDTH];
-    for (i, (to, word)) in pairs.iter_mut().zip(words).enumerate() {
-        let code = u16::from_le_bytes(word) >> (pair * bits) & (0xff >> (8 - bits));
-        *to = ((value(code as u8, i / 2).to_bits() >> 16) as u16).to_le();
-    }
-    // SAFETY: the array has 64 bytes; the instructions are the caller's promise.
-    unsafe { L::load_pairs(pairs.as_ptr().cast()) }
-}
-
 /// Defines `fn $name(isa, …)` that runs the generic kernel `$kernel::<L>(…)` compiled for the path of `isa`.
 macro_rules! on_path {
     ($(#[$doc:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $out:ty)? = $kernel:ident) => {
@@ -240,19 +180,19 @@ macro_rules! on_path {
             use $crate::cpu::lanes;
 
             #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx2,fma")]
+            #[target_feature(enable = "avx2,fma,f16c")]
             unsafe fn avx2($($arg: $ty),*) $(-> $out)? {
                 // SAFETY: the instructions are enabled here, the pointers are the caller's promise.
                 unsafe { $kernel::<lanes::Avx2>($($arg),*) }
             }
             #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx512f,avx2,fma")]
+            #[target_feature(enable = "avx512f,avx512bw,avx2,fma")]
             unsafe fn avx512($($arg: $ty),*) $(-> $out)? {
                 // SAFETY: as above.
                 unsafe { $kernel::<lanes::Avx512<false>>($($arg),*) }
             }
             #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx512bf16,avx512f,avx2,fma")]
+            #[target_feature(enable = "avx512bf16,avx512f,avx512bw,avx2,fma")]
             unsafe fn avx512bf16($($arg: $ty),*) $(-> $out)? {
                 // SAFETY: as above.
                 unsafe { $kernel::<lanes::Avx512<true>>($($arg),*) }
