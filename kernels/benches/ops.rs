@@ -9,7 +9,7 @@ use std::hint::black_box;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use foregate_kernels::{
     Attention, Cpu, Dtype, ExpertFfn, ExpertGroup, KvCache, KvDtype, KvShape, MatMul, Matrix,
-    Ops, PageMap, Path,
+    Ops, PageMap, Path, quantize,
 };
 
 const K: usize = 1024;
@@ -26,21 +26,16 @@ fn floats(count: usize) -> Vec<f32> {
 }
 
 fn weight(dtype: Dtype, n: usize, k: usize) -> Matrix {
-    let bytes: Vec<u8> = match dtype {
-        Dtype::F32 => floats(n * k).iter().flat_map(|v| v.to_le_bytes()).collect(),
-        Dtype::Bf16 => floats(n * k)
-            .iter()
-            .flat_map(|v| [v.to_le_bytes()[2], v.to_le_bytes()[3]])
-            .collect(),
-    };
+    let bytes = quantize(dtype, n, k, &floats(n * k)).unwrap();
     Matrix::pack(dtype, n, k, &bytes).unwrap()
 }
 
 /// As many copies as it takes not to find the weights in a cache: they are used in turn.
 fn copies(dtype: Dtype, n: usize, k: usize) -> Vec<Matrix> {
-    let bytes = n * k * dtype.size();
+    let bytes = dtype.bytes(n, k).unwrap();
+    let canonical = quantize(dtype, n, k, &floats(n * k)).unwrap();
     (0..(256_usize << 20).div_ceil(bytes))
-        .map(|_| weight(dtype, n, k))
+        .map(|_| Matrix::pack(dtype, n, k, &canonical).unwrap())
         .collect()
 }
 
@@ -64,7 +59,19 @@ fn read(c: &mut Criterion) {
 }
 
 fn matmul(c: &mut Criterion) {
-    for dtype in [Dtype::Bf16, Dtype::F32] {
+    for dtype in [
+        Dtype::Bf16,
+        Dtype::F32,
+        Dtype::F16,
+        Dtype::Int8,
+        Dtype::Int4 { group: 128 },
+        Dtype::Int4 { group: 32 },
+        Dtype::Fp8 {
+            block_n: 128,
+            block_k: 128,
+        },
+        Dtype::Mxfp4,
+    ] {
         let weights = copies(dtype, N, K);
         for path in Path::present().into_iter().filter(|p| *p != Path::Portable) {
             let cpu = Cpu::with_path(path, threads()).unwrap();
@@ -73,7 +80,7 @@ fn matmul(c: &mut Criterion) {
                 let (x, mut out) = (floats(rows * K), vec![0.0; rows * N]);
                 let mut next = 0;
                 group.throughput(if rows <= 4 {
-                    Throughput::Bytes((N * K * dtype.size()) as u64)
+                    Throughput::Bytes(weights[0].bytes() as u64)
                 } else {
                     Throughput::Elements((2 * N * K * rows) as u64)
                 });

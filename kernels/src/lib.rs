@@ -16,6 +16,7 @@
 
 mod buffer;
 mod check;
+mod codes;
 mod cpu;
 mod dtype;
 mod error;
@@ -26,7 +27,7 @@ mod oracle;
 mod sample;
 
 pub use buffer::MappedFile;
-pub use cpu::{Cpu, Path, PathError, ReadThrough, UnknownPath};
+pub use cpu::{Cpu, Path, PathError, ReadThrough, UnknownPath, quantize};
 pub use dtype::Dtype;
 pub use error::ShapeError;
 pub use kv::{KvCache, KvDtype, KvShape, PageMap};

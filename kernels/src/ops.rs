@@ -9,8 +9,12 @@ use crate::matrix::Matrix;
 
 /// `out[r][n] = chain + bias[n]`, where chain is `acc = fma(x[r][k], w[n][k], acc)` from `acc = 0`.
 ///
-/// For float32 weights `k` ascends. For bfloat16 weights `x` is rounded to bfloat16 first (nearest, ties to even), and
+/// For float32 and float16 weights `k` ascends. For bfloat16 weights `x` is rounded to bfloat16 first (nearest, ties to even), and
 /// `k` runs 1, 0, 3, 2, …, with a zero beside a last odd one: the order of `vdpbf16ps` (Intel SDM, volume 2).
+///
+/// For weights that are codes with scales the inputs that share a scale are one such chain over the codes, which are
+/// bfloat16 without loss; then `total = fma(chain, scale, total)` from `total = 0`, groups ascending, and
+/// `out[r][n] = total + bias[n]`.
 #[derive(Debug)]
 pub struct MatMul<'a> {
     /// `rows × w.k()`.

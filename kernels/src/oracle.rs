@@ -4,7 +4,6 @@
     reason = "results are rounded to float32 once"
 )]
 
-use crate::dtype::Dtype;
 use crate::error::ShapeError;
 use crate::kv::{KEYS, KvCache, KvDtype, PageMap};
 use crate::matrix::Matrix;
@@ -22,13 +21,19 @@ fn sigmoid(x: f64) -> f64 {
 }
 
 fn product(x: &[f32], w: &Matrix, n: usize) -> f64 {
-    let input = |x: f32| match w.dtype() {
-        Dtype::F32 => x,
-        Dtype::Bf16 => half::bf16::from_f32(x).to_f32(),
+    let input = |x: f32| {
+        if w.dtype().rounds_inputs() {
+            half::bf16::from_f32(x).to_f32()
+        } else {
+            x
+        }
     };
     x.iter()
         .enumerate()
-        .map(|(k, x)| f64::from(input(*x)) * f64::from(w.at(n, k)))
+        .map(|(k, x)| {
+            let weight = w.parts(n, k);
+            f64::from(input(*x)) * f64::from(weight.value) * f64::from(weight.scale)
+        })
         .sum()
 }
 

@@ -8,6 +8,8 @@ mod attention;
 mod elementwise;
 #[path = "parity/experts.rs"]
 mod experts;
+#[path = "parity/formats.rs"]
+mod formats;
 #[path = "parity/matmul.rs"]
 mod matmul;
 #[path = "parity/refused.rs"]
@@ -15,7 +17,7 @@ mod refused;
 
 use std::sync::OnceLock;
 
-use foregate_kernels::{Cpu, Dtype, Matrix, Path};
+use foregate_kernels::{Cpu, Dtype, Matrix, Path, quantize};
 
 /// Every path of this processor with 1 to 4 threads; the first is the reference for bits.
 fn cpus() -> &'static [Cpu] {
@@ -45,21 +47,47 @@ fn numbers(seed: u64, count: usize) -> Vec<f32> {
         .collect()
 }
 
-fn weight_bytes(dtype: Dtype, values: &[f32]) -> Vec<u8> {
-    match dtype {
-        Dtype::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
-        Dtype::Bf16 => values
-            .iter()
-            .flat_map(|v| v.to_bits().to_le_bytes()[2..].to_vec())
-            .collect(),
-    }
+/// Every format, those with blocks in the sizes that files have and in others.
+const FORMATS: [Dtype; 13] = [
+    Dtype::F32,
+    Dtype::Bf16,
+    Dtype::F16,
+    Dtype::Int8,
+    int4(32),
+    int4(64),
+    int4(128),
+    int4(6),
+    fp8(128, 128),
+    fp8(5, 22),
+    fp8(1, usize::MAX),
+    fp8(usize::MAX, usize::MAX),
+    Dtype::Mxfp4,
+];
+
+const fn int4(group: usize) -> Dtype {
+    Dtype::Int4 { group }
+}
+
+const fn fp8(block_n: usize, block_k: usize) -> Dtype {
+    Dtype::Fp8 { block_n, block_k }
+}
+
+/// Whether inputs stay float32 beside such weights.
+const fn wide(dtype: Dtype) -> bool {
+    matches!(dtype, Dtype::F32 | Dtype::F16)
+}
+
+/// Values rounded to a format.
+fn pack(dtype: Dtype, n: usize, k: usize, values: &[f32]) -> Matrix {
+    let bytes = quantize(dtype, n, k, values).unwrap();
+    Matrix::pack(dtype, n, k, &bytes).unwrap()
 }
 
 /// A weight of deviation `1 / sqrt(k)`.
 fn weight(dtype: Dtype, seed: u64, n: usize, k: usize) -> Matrix {
     let scale = 1.0 / (k.max(1) as f32).sqrt();
     let values: Vec<f32> = numbers(seed, n * k).iter().map(|v| v * scale).collect();
-    Matrix::pack(dtype, n, k, &weight_bytes(dtype, &values)).unwrap()
+    pack(dtype, n, k, &values)
 }
 
 #[track_caller]

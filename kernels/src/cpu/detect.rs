@@ -9,11 +9,11 @@ use std::str::FromStr;
 pub enum Path {
     /// Plain Rust, everywhere.
     Portable,
-    /// AVX2 with FMA (x86-64).
+    /// AVX2 with FMA and F16C (x86-64).
     Avx2,
-    /// AVX-512 F (x86-64).
+    /// AVX-512 F and BW (x86-64).
     Avx512,
-    /// AVX-512 F with its bfloat16 products (x86-64).
+    /// AVX-512 F and BW with the bfloat16 products (x86-64).
     Avx512Bf16,
     /// NEON (aarch64).
     Neon,
@@ -75,12 +75,18 @@ impl Path {
         match self {
             Self::Portable => true,
             #[cfg(target_arch = "x86_64")]
-            Self::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+            Self::Avx2 => {
+                is_x86_feature_detected!("avx2")
+                    && is_x86_feature_detected!("fma")
+                    && is_x86_feature_detected!("f16c")
+            }
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512 => is_x86_feature_detected!("avx512f"),
+            Self::Avx512 => {
+                is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw")
+            }
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Bf16 => {
-                is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bf16")
+                Self::Avx512.is_present() && is_x86_feature_detected!("avx512bf16")
             }
             #[cfg(target_arch = "aarch64")]
             Self::Neon => true,

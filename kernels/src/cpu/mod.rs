@@ -9,17 +9,18 @@ mod gate;
 mod gemm;
 mod lanes;
 mod norm;
+mod quantize;
 mod read_through;
 mod rope;
 mod row;
 mod softmax;
 mod threads;
 
-use std::sync::{Arc, Mutex, TryLockError};
+use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 
 use crate::dtype::Dtype;
 use crate::error::ShapeError;
-use crate::matrix::{Matrix, pack_panel, panel_rows};
+use crate::matrix::{Matrix, Source};
 use crate::ops::{
     Add, Attention, Combine, Embed, ExpertFfn, Gate, KvWrite, LogSoftmax, MatMul, Ops, RmsNorm,
     Rope, SigmoidScale, SiluMul,
@@ -29,6 +30,7 @@ use detect::Isa;
 use threads::Threads;
 
 pub use detect::{Path, PathError, UnknownPath};
+pub use quantize::quantize;
 pub use read_through::ReadThrough;
 
 /// A processor with its instruction path and its threads. Clones share the threads.
@@ -105,7 +107,7 @@ impl Cpu {
     /// As [`Matrix::pack`], on all threads.
     ///
     /// # Errors
-    /// When `bytes` does not have exactly `n * k * dtype.size()` bytes.
+    /// As [`Matrix::pack`].
     pub fn pack(
         &self,
         dtype: Dtype,
@@ -114,15 +116,23 @@ impl Cpu {
         bytes: &[u8],
     ) -> Result<Matrix, ShapeError> {
         let mut matrix = Matrix::empty(dtype, n, k, bytes.len())?;
+        let source = Source::of(&matrix, bytes);
         // Each panel is a lock that one thread takes once.
         let panels: Vec<_> = matrix.panels_mut().map(Mutex::new).collect();
+        let refused = Mutex::new(None);
         self.shared.threads.run(panels.len(), &|panel| {
-            if let Ok(mut out) = panels[panel].lock() {
-                pack_panel(dtype, k, panel_rows(dtype, k, bytes, panel), &mut out);
+            if let Ok(mut out) = panels[panel].lock()
+                && let Err(error) = source.pack(panel, &mut out)
+                && let Ok(mut refused) = refused.lock()
+            {
+                *refused = Some(error);
             }
         });
         drop(panels);
-        Ok(matrix)
+        match refused.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            None => Ok(matrix),
+            Some(error) => Err(error),
+        }
     }
 }
 

@@ -3,7 +3,7 @@ use foregate_kernels::{
 };
 use proptest::prelude::*;
 
-use super::{assert_same_bits, cpus, judge, numbers, weight};
+use super::{FORMATS, assert_same_bits, cpus, fp8, int4, judge, numbers, weight, wide};
 
 struct Expert {
     gate: Matrix,
@@ -54,17 +54,14 @@ fn run(
 /// Inner activations are rounded to the format of the weights: where two float32 lie on either side of a tie, they
 /// come apart by one bfloat16.
 const fn tolerance(dtype: Dtype) -> f32 {
-    match dtype {
-        Dtype::F32 => 1e-5,
-        Dtype::Bf16 => 3e-2,
-    }
+    if wide(dtype) { 1e-5 } else { 3e-2 }
 }
 
 /// The same from single ops, to the bit.
 #[test]
 fn an_expert_is_two_products_an_activation_and_a_product() {
-    for dtype in [Dtype::F32, Dtype::Bf16] {
-        let (hidden, inner, rows) = (45, 83, 7);
+    for dtype in FORMATS {
+        let (hidden, inner, rows) = (46, 84, 7);
         let expert = experts(dtype, 1, hidden, inner);
         let x = numbers(12, rows * hidden);
         let all: Vec<u32> = (0..rows as u32).collect();
@@ -97,11 +94,19 @@ fn an_expert_is_two_products_an_activation_and_a_product() {
 /// A checkpoint may have some of its weights in another format.
 #[test]
 fn formats_may_differ_inside_an_expert() {
-    let (hidden, inner) = (21, 37);
-    let formats = [Dtype::F32, Dtype::Bf16];
+    let (hidden, inner) = (22, 38);
+    let formats = [
+        Dtype::F32,
+        Dtype::Bf16,
+        int4(32),
+        Dtype::F16,
+        Dtype::Int8,
+        fp8(16, 16),
+        Dtype::Mxfp4,
+    ];
     let mut experts = Vec::new();
-    for i in 0..8_usize {
-        let of = |bit: usize| formats[i >> bit & 1];
+    for i in 0..formats.len() {
+        let of = |matrix: usize| formats[(i + matrix * (i + 1)) % formats.len()];
         experts.push(Expert {
             gate: weight(of(0), 3 * i as u64, inner, hidden),
             up: weight(of(1), 3 * i as u64 + 1, inner, hidden),
@@ -109,7 +114,7 @@ fn formats_may_differ_inside_an_expert() {
         });
     }
     let x = numbers(13, 9 * hidden);
-    let rows: Vec<Vec<u32>> = (0..8).map(|i| (0..=i).collect()).collect();
+    let rows: Vec<Vec<u32>> = (0..7).map(|i| (0..=i).collect()).collect();
     judge(tolerance(Dtype::Bf16), "mixed", |ops| {
         run(ops, &experts, &x, hidden, &rows)
     });
@@ -120,13 +125,14 @@ proptest! {
 
     #[test]
     fn any_groups(
-        bf16: bool,
+        dtype in prop::sample::select(&FORMATS[..]),
         hidden in 1_usize..50,
         inner in 1_usize..90,
         rows in prop::collection::vec(prop::collection::vec(0_u32..9, 0..20), 1..5),
         seed: u64,
     ) {
-        let dtype = if bf16 { Dtype::Bf16 } else { Dtype::F32 };
+        let whole = if dtype == Dtype::Mxfp4 { 2 } else { 1 };
+        let (hidden, inner) = (hidden.next_multiple_of(whole), inner.next_multiple_of(whole));
         let experts = experts(dtype, rows.len() as u64, hidden, inner);
         let x = numbers(seed, 9 * hidden);
         let all = judge(tolerance(dtype), "experts", |ops| run(ops, &experts, &x, hidden, &rows));

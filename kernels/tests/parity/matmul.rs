@@ -1,9 +1,9 @@
-use foregate_kernels::{Cpu, Dtype, Embed, MatMul, Matrix, Ops};
+use foregate_kernels::{Cpu, Dtype, Embed, MatMul, Matrix, Ops, quantize};
 use proptest::prelude::*;
 
-use super::{assert_same_bits, cpus, judge, numbers, weight, weight_bytes};
+use super::{FORMATS, assert_same_bits, cpus, judge, numbers, pack, weight, wide};
 
-fn product(ops: &dyn Ops, x: &[f32], w: &Matrix, bias: Option<&[f32]>) -> Vec<f32> {
+pub(super) fn product(ops: &dyn Ops, x: &[f32], w: &Matrix, bias: Option<&[f32]>) -> Vec<f32> {
     let rows = if w.k() == 0 { 0 } else { x.len() / w.k() };
     let mut out = vec![f32::NAN; rows * w.n()];
     ops.matmul(MatMul {
@@ -18,7 +18,7 @@ fn product(ops: &dyn Ops, x: &[f32], w: &Matrix, bias: Option<&[f32]>) -> Vec<f3
 }
 
 fn dtypes() -> impl Strategy<Value = Dtype> {
-    prop_oneof![Just(Dtype::F32), Just(Dtype::Bf16)]
+    prop::sample::select(&FORMATS[..])
 }
 
 proptest! {
@@ -29,10 +29,11 @@ proptest! {
         dtype in dtypes(),
         rows in 1_usize..24,
         n in 1_usize..150,
-        k in 1_usize..70,
+        k in 1_usize..150,
         biased: bool,
         seed: u64,
     ) {
+        let k = if dtype == Dtype::Mxfp4 { k.next_multiple_of(2) } else { k };
         let (x, w) = (numbers(seed, rows * k), weight(dtype, seed ^ 1, n, k));
         let bias = numbers(seed ^ 2, n);
         let bias = biased.then_some(&bias[..]);
@@ -45,7 +46,8 @@ proptest! {
 
     #[test]
     fn packing_is_exact(dtype in dtypes(), n in 0_usize..70, k in 0_usize..70, seed: u64) {
-        let bytes = weight_bytes(dtype, &numbers(seed, n * k));
+        let k = if dtype == Dtype::Mxfp4 { k.next_multiple_of(2) } else { k };
+        let bytes = quantize(dtype, n, k, &numbers(seed, n * k)).unwrap();
         let cpu = Cpu::new(3);
         let parallel = cpu.pack(dtype, n, k, &bytes).unwrap();
         prop_assert_eq!(parallel.unpack(), &bytes[..]);
@@ -57,13 +59,13 @@ proptest! {
 /// rounded first, and of a pair the odd one comes first.
 #[test]
 fn an_element_is_one_chain() {
-    for dtype in [Dtype::F32, Dtype::Bf16] {
+    for dtype in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
         let (rows, n, k) = (7, 37, 131);
         let (x, w, bias) = (numbers(1, rows * k), weight(dtype, 2, n, k), numbers(3, n));
         let got = judge(1e-5, "matmul", |ops| product(ops, &x, &w, Some(&bias)));
         let order: Vec<usize> = match dtype {
-            Dtype::F32 => (0..k).collect(),
             Dtype::Bf16 => (0..k + 1).map(|i| i ^ 1).filter(|i| *i < k).collect(),
+            _ => (0..k).collect(),
         };
         let mut weights = vec![0.0; k];
         for output in 0..n {
@@ -87,9 +89,10 @@ fn an_element_is_one_chain() {
 
 /// An input as weights of a format meet it.
 fn input(dtype: Dtype, x: f32) -> f32 {
-    match dtype {
-        Dtype::F32 => x,
-        Dtype::Bf16 => half::bf16::from_f32(x).to_f32(),
+    if wide(dtype) {
+        x
+    } else {
+        half::bf16::from_f32(x).to_f32()
     }
 }
 
@@ -120,17 +123,17 @@ fn bfloat16_is_near_float32() {
 /// What is not finite, overflows or nearly vanishes: on every path as IEEE 754 has it.
 #[test]
 fn extreme_values_pass_through() {
-    for dtype in [Dtype::F32, Dtype::Bf16] {
-        for (value, k) in [
+    for dtype in FORMATS {
+        let k = if dtype == Dtype::Mxfp4 { 10 } else { 9 };
+        for (value, at) in [
             (f32::NAN, 0),
             (f32::INFINITY, 4),
             (f32::NEG_INFINITY, 5),
             (f32::MAX, 8),
         ] {
-            let weights = vec![1.0_f32; 20 * 9];
-            let w = Matrix::pack(dtype, 20, 9, &weight_bytes(dtype, &weights)).unwrap();
-            let mut x = vec![1.0; 9];
-            x[k] = value;
+            let w = pack(dtype, 20, k, &vec![1.0; 20 * k]);
+            let mut x = vec![1.0; k];
+            x[at] = value;
             for cpu in cpus() {
                 for got in product(cpu, &x, &w, None) {
                     let right = if value.is_nan() {
@@ -143,9 +146,11 @@ fn extreme_values_pass_through() {
                 }
             }
         }
+    }
+    for dtype in [Dtype::F32, Dtype::Bf16] {
         // Weights and inputs down to the smallest: at most what lies below 2⁻¹²⁶ is lost.
         let tiny: Vec<f32> = (0..33).map(|i| 2.0_f32.powi(-i - 100)).collect();
-        let w = Matrix::pack(dtype, 1, 33, &weight_bytes(dtype, &tiny)).unwrap();
+        let w = pack(dtype, 1, 33, &tiny);
         for x in [
             1.0,
             2.0_f32.powi(-20),

@@ -68,7 +68,9 @@ impl<'a> Loader<'a> {
     pub(crate) fn vector(&mut self, name: &str) -> Result<Vec<f32>, ModelError> {
         let (tensor, dtype) = self.tensor(name)?;
         self.count(tensor.bytes.len());
-        Ok(dtype.widen(tensor.bytes))
+        dtype.widen(tensor.bytes).ok_or_else(|| ModelError::Format {
+            name: name.to_owned(),
+        })
     }
 
     /// A gated feed-forward block.

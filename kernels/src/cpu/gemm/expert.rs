@@ -24,20 +24,21 @@ struct Piece {
     inner: usize,
 }
 
-/// The inputs of all experts, for weights of either format.
+/// The inputs of all experts, for weights of any format.
 #[derive(Clone, Copy)]
 struct Inputs<'a> {
     floats: Rows<'a>,
-    /// Empty when no expert has such weights.
+    /// To bfloat16; empty when no expert has weights that ask for it.
     rounded: Rows<'a>,
 }
 
 impl<'a> Inputs<'a> {
     /// Some rows, for the format of `w`.
     fn of(&self, w: &Matrix, chosen: &'a [u32]) -> Rows<'a> {
-        let rows = match w.dtype() {
-            Dtype::F32 => self.floats,
-            Dtype::Bf16 => self.rounded,
+        let rows = if w.dtype().rounds_inputs() {
+            self.rounded
+        } else {
+            self.floats
         };
         Rows {
             chosen: Some(chosen),
@@ -164,8 +165,8 @@ pub(in crate::cpu) fn expert_ffn(
         inputs: kept,
         inner: between,
     } = scratch;
-    let bf16 = |g: &ExpertGroup<'_>| [g.gate, g.up].iter().any(|w| w.dtype() == Dtype::Bf16);
-    let to_round = if groups.iter().any(bf16) { x } else { &[] };
+    let rounds = |g: &ExpertGroup<'_>| [g.gate, g.up].iter().any(|w| w.dtype().rounds_inputs());
+    let to_round = if groups.iter().any(rounds) { x } else { &[] };
     let mut none = Vec::new();
     let x = Inputs {
         floats: inputs::rows(isa, threads, Dtype::F32, (x, hidden), &mut none),

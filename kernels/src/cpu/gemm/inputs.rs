@@ -30,20 +30,22 @@ impl Rows<'_> {
 
 /// Words of a row of `k` inputs for weights of a format.
 pub(super) fn width(isa: Isa, dtype: Dtype, k: usize) -> usize {
-    match dtype {
-        Dtype::F32 => k,
+    if dtype.rounds_inputs() {
         // SAFETY: no pointers are passed.
-        Dtype::Bf16 => k.div_ceil(2) * unsafe { pair_words(isa) },
+        k.div_ceil(2) * unsafe { pair_words(isa) }
+    } else {
+        k
     }
 }
 
 /// Prepares inputs for weights of a format. `to` has the [`width`] of `from`; only the end of a row may have an odd
 /// number of inputs.
 pub(super) fn prepare(isa: Isa, dtype: Dtype, from: &[f32], to: &mut [u32]) {
-    match dtype {
-        Dtype::F32 => to.copy_from_slice(bytemuck::cast_slice(from)),
+    if dtype.rounds_inputs() {
         // SAFETY: slices check themselves.
-        Dtype::Bf16 => unsafe { round(isa, from, to) },
+        unsafe { round(isa, from, to) }
+    } else {
+        to.copy_from_slice(bytemuck::cast_slice(from));
     }
 }
 
@@ -56,28 +58,29 @@ pub(super) fn rows<'a>(
     kept: &'a mut Vec<u32>,
 ) -> Rows<'a> {
     let width = width(isa, dtype, k);
-    let words = match dtype {
-        Dtype::F32 => bytemuck::cast_slice(x),
-        Dtype::Bf16 => {
-            let rows = x.len() / k.max(1);
-            if kept.len() < rows * width {
-                kept.resize(rows * width, 0);
-            }
-            let words = Parts::of(&mut kept[..rows * width]);
-            // So many rows that they are worth a thread.
-            let step = (SMALL / k.max(1)).clamp(1, rows.max(1));
-            threads.run(rows.div_ceil(step), &|item| {
-                for row in item * step..rows.min((item + 1) * step) {
-                    // SAFETY: each row is written once.
-                    let to = unsafe { words.slice(row * width, width) };
-                    prepare(isa, dtype, &x[row * k..(row + 1) * k], to);
-                }
-            });
-            &kept[..rows * width]
+    if !dtype.rounds_inputs() {
+        return Rows {
+            words: bytemuck::cast_slice(x),
+            width,
+            chosen: None,
+        };
+    }
+    let rows = x.len() / k.max(1);
+    if kept.len() < rows * width {
+        kept.resize(rows * width, 0);
+    }
+    let words = Parts::of(&mut kept[..rows * width]);
+    // So many rows that they are worth a thread.
+    let step = (SMALL / k.max(1)).clamp(1, rows.max(1));
+    threads.run(rows.div_ceil(step), &|item| {
+        for row in item * step..rows.min((item + 1) * step) {
+            // SAFETY: each row is written once.
+            let to = unsafe { words.slice(row * width, width) };
+            prepare(isa, dtype, &x[row * k..(row + 1) * k], to);
         }
-    };
+    });
     Rows {
-        words,
+        words: &kept[..rows * width],
         width,
         chosen: None,
     }

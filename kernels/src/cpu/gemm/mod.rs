@@ -1,6 +1,7 @@
 //! Products with packed weights. Work is cut into blocks of rows × panels; how it is cut never shows in a
 //! result, because every element is one chain of its own.
 
+mod coded;
 mod expert;
 mod inputs;
 mod tile;
@@ -38,6 +39,7 @@ fn panels(w: &Matrix, first: usize) -> Panels {
         first: bytes.as_ptr(),
         bytes: bytes.len(),
         k: w.k(),
+        packing: w.packing(),
     }
 }
 

@@ -6,12 +6,15 @@
 
 use crate::cpu::lanes::{Lanes, Tiles, WIDTH, on_path};
 use crate::dtype::Dtype;
+use crate::matrix::coded::Packing;
+
+use super::coded;
 
 /// Rows of the largest tile, and its panels.
 pub(super) const MAX_ROWS: usize = 6;
 pub(super) const MAX_PANELS: usize = 4;
 /// Bytes ahead of the running position of each panel that are asked for.
-const AHEAD: usize = 512;
+pub(super) const AHEAD: usize = 512;
 
 /// Where a tile's results go: a row of `MAX_PANELS` panels for each of its rows.
 pub(super) type Results = [[f32; MAX_PANELS * WIDTH]];
@@ -23,6 +26,8 @@ pub(super) struct Panels {
     pub(super) first: *const u8,
     pub(super) bytes: usize,
     pub(super) k: usize,
+    /// Of codes.
+    pub(super) packing: Option<Packing>,
 }
 
 impl Panels {
@@ -95,6 +100,9 @@ unsafe fn product_kernel<L: Lanes>(
 ) {
     // SAFETY: the caller's promise.
     unsafe {
+        if let Some(packing) = &w.packing {
+            return coded::product::<L>(rows, w, packing, count, out);
+        }
         match (const { L::TILES }, rows.len()) {
             (Tiles::One, _) => {
                 for (r, row) in rows.iter().enumerate() {
@@ -123,7 +131,7 @@ on_path! {
 }
 
 /// Multiplies `R` rows by `P` panels; `out[r][16 (at + p) + lane]` is the chain `acc = fma(x[k], w[k], acc)`, over
-/// ascending `k` for float32, and for bfloat16 over pairs of inputs, the odd one of a pair first.
+/// ascending `k` for float32 and float16, and for bfloat16 over pairs of inputs, the odd one of a pair first.
 ///
 /// # Safety
 /// The processor has the instructions of `L`; each row has `w.k` prepared values; there are `P` panels.
@@ -138,8 +146,9 @@ unsafe fn multiply<L: Lanes, const R: usize, const P: usize>(
     unsafe {
         let mut acc = [[L::splat(0.0); P]; R];
         match w.dtype {
-            Dtype::F32 => singles(x, w, &mut acc),
-            Dtype::Bf16 => pairs(x, w, &mut acc),
+            Dtype::F32 => singles::<L, false, R, P>(x, w, &mut acc),
+            Dtype::F16 => singles::<L, true, R, P>(x, w, &mut acc),
+            _ => pairs(x, w, &mut acc),
         }
         for r in 0..R {
             for p in 0..P {
@@ -150,7 +159,7 @@ unsafe fn multiply<L: Lanes, const R: usize, const P: usize>(
 }
 
 #[inline(always)]
-unsafe fn singles<L: Lanes, const R: usize, const P: usize>(
+unsafe fn singles<L: Lanes, const HALVES: bool, const R: usize, const P: usize>(
     x: &[*const u32; R],
     w: Panels,
     acc: &mut [[L; P]; R],
@@ -158,11 +167,15 @@ unsafe fn singles<L: Lanes, const R: usize, const P: usize>(
     // SAFETY: the promise of `multiply`.
     unsafe {
         for k in 0..w.k {
-            let line = w.first.add(k * WIDTH * 4);
+            let line = w.first.add(k * WIDTH * if HALVES { 2 } else { 4 });
             for p in 0..P {
                 let at = line.add(p * w.bytes);
                 L::prefetch(at.wrapping_add(AHEAD));
-                let weight = L::load(at.cast());
+                let weight = if HALVES {
+                    L::load_halves(at)
+                } else {
+                    L::load(at.cast())
+                };
                 for r in 0..R {
                     acc[r][p] = L::splat(f32::from_bits(*x[r].add(k))).fma(weight, acc[r][p]);
                 }

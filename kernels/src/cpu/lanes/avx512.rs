@@ -2,14 +2,19 @@
 #![expect(clippy::cast_possible_wrap, reason = "bit patterns of floats")]
 
 use std::arch::x86_64::{
-    __m512, __m512bh, __m512i, _MM_HINT_T0, _mm_prefetch, _mm512_add_epi32, _mm512_add_ps,
-    _mm512_and_si512, _mm512_castps_si512, _mm512_castsi512_ps, _mm512_div_ps,
-    _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_max_ps,
-    _mm512_min_ps, _mm512_mul_ps, _mm512_set1_epi32, _mm512_set1_ps, _mm512_slli_epi32,
-    _mm512_srai_epi32, _mm512_storeu_ps, _mm512_sub_epi32, _mm512_sub_ps,
+    __m512, __m512bh, __m512i, _MM_HINT_T0, _mm_loadu_si128, _mm_prefetch, _mm256_loadu_si256,
+    _mm512_add_epi16, _mm512_add_epi32, _mm512_add_ps, _mm512_and_si512, _mm512_castps_si512,
+    _mm512_castsi512_ps, _mm512_cvtepu8_epi32, _mm512_cvtph_ps, _mm512_div_ps,
+    _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512,
+    _mm512_mask_blend_epi16, _mm512_mask_or_epi32, _mm512_max_ps, _mm512_min_ps, _mm512_mul_ps,
+    _mm512_or_si512, _mm512_permutex2var_epi16, _mm512_permutexvar_epi16, _mm512_set1_epi16,
+    _mm512_set1_epi32, _mm512_set1_ps, _mm512_slli_epi16, _mm512_slli_epi32, _mm512_srai_epi32,
+    _mm512_srli_epi16, _mm512_srli_epi32, _mm512_storeu_ps, _mm512_sub_epi16, _mm512_sub_epi32,
+    _mm512_sub_ps, _mm512_ternarylogic_epi32, _mm512_test_epi16_mask, _mm512_testn_epi32_mask,
 };
 
 use super::{Lanes, ROUND, Tiles};
+use crate::codes;
 
 /// All lanes; with or without the instructions for bfloat16.
 #[derive(Clone, Copy)]
@@ -23,6 +28,63 @@ unsafe fn widen(pairs: __m512i) -> (__m512, __m512) {
         let odd = _mm512_and_si512(pairs, _mm512_set1_epi32(0xffff_0000_u32 as i32));
         let even = _mm512_slli_epi32::<16>(pairs);
         (_mm512_castsi512_ps(even), _mm512_castsi512_ps(odd))
+    }
+}
+
+/// bfloat16 of the sizes of e4m3; of e2m1, twice; of the integers from -16 on.
+static E4M3: [u16; 128] = {
+    let mut bits = [0; 128];
+    let mut code = 0;
+    while code < 128 {
+        bits[code] = (codes::e4m3(code as u8).to_bits() >> 16) as u16;
+        code += 1;
+    }
+    bits
+};
+static E2M1: [u16; 32] = {
+    let mut bits = [0; 32];
+    let mut code = 0;
+    while code < 32 {
+        bits[code] = (codes::e2m1(code as u8 & 15).to_bits() >> 16) as u16;
+        code += 1;
+    }
+    bits
+};
+static SMALL: [u16; 32] = {
+    let mut bits = [0; 32];
+    let mut i = 0;
+    while i < 32 {
+        bits[i] = ((i as f32 - 16.0).to_bits() >> 16) as u16;
+        i += 1;
+    }
+    bits
+};
+
+/// Words shifted down by `pair` codes of four bits.
+#[inline(always)]
+unsafe fn shift(words: __m512i, pair: usize) -> __m512i {
+    // SAFETY: the instructions are the caller's promise.
+    unsafe {
+        match pair {
+            0 => words,
+            1 => _mm512_srli_epi16::<4>(words),
+            2 => _mm512_srli_epi16::<8>(words),
+            _ => _mm512_srli_epi16::<12>(words),
+        }
+    }
+}
+
+/// The signed byte of each lane that `MASK` selects, as float32. `MAGIC` is a float32 whose mantissa has the unit at
+/// the byte's lowest bit, plus 128: the exclusive or of a byte and 128 is the byte plus 128.
+#[inline(always)]
+unsafe fn signed<const MAGIC: i32, const MASK: i32>(lanes: __m512i) -> __m512i {
+    // SAFETY: the instructions are the caller's promise.
+    unsafe {
+        let magic = _mm512_set1_epi32(MAGIC);
+        // (lanes & mask) ^ magic
+        let sum = _mm512_ternarylogic_epi32::<0x78>(magic, lanes, _mm512_set1_epi32(MASK));
+        let exact = _mm512_sub_ps(_mm512_castsi512_ps(sum), _mm512_castsi512_ps(magic));
+        _mm512_castps_si512(exact)
     }
 }
 
@@ -40,6 +102,8 @@ impl<const BF16: bool> Lanes for Avx512<BF16> {
     const TILES: Tiles = Tiles::Wide;
     const PAIR_WORDS: usize = 1;
     type Pairs = __m512i;
+    /// 16 less the zero point, for both numbers of a pair.
+    type Zeros = __m512i;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self {
@@ -86,6 +150,104 @@ impl<const BF16: bool> Lanes for Avx512<BF16> {
             let ((x_even, x_odd), (w_even, w_odd)) = (widen(x), widen(w));
             let sum = _mm512_fmadd_ps(x_odd, w_odd, self.0);
             Self(_mm512_fmadd_ps(x_even, w_even, sum))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_halves(from: *const u8) -> Self {
+        // SAFETY: 32 bytes and the instructions are the caller's promise.
+        unsafe { Self(_mm512_cvtph_ps(_mm256_loadu_si256(from.cast()))) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_e8m0(from: *const u8) -> Self {
+        // SAFETY: 16 bytes and the instructions are the caller's promise.
+        unsafe {
+            let codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast()));
+            // Code 0 is half of what its bits alone are, code 255 no number: both want one bit more.
+            let next = _mm512_add_epi32(codes, _mm512_set1_epi32(1));
+            let ends = _mm512_testn_epi32_mask(next, _mm512_set1_epi32(0xfe));
+            let exponents = _mm512_slli_epi32::<23>(codes);
+            let more = _mm512_set1_epi32(1 << 22);
+            let bits = _mm512_mask_or_epi32(exponents, ends, exponents, more);
+            Self(_mm512_castsi512_ps(bits))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_zeros(from: *const u8) -> __m512i {
+        // SAFETY: 16 bytes and the instructions are the caller's promise.
+        unsafe {
+            let zeros = _mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast()));
+            let both = _mm512_or_si512(zeros, _mm512_slli_epi32::<16>(zeros));
+            _mm512_sub_epi16(_mm512_set1_epi16(16), both)
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn int8(unit: *const u8, pair: usize) -> __m512i {
+        // SAFETY: 64 bytes and the instructions are the caller's promise.
+        unsafe {
+            let codes = _mm512_loadu_si512(unit.cast::<__m512i>());
+            let (even, odd) = (codes, _mm512_srli_epi32::<16>(codes));
+            let (even, odd) = if pair == 0 {
+                (
+                    signed::<0x4b00_0080, 0xff>(even),
+                    signed::<0x4b00_0080, 0xff>(odd),
+                )
+            } else {
+                (
+                    signed::<0x4700_8000, 0xff00>(even),
+                    signed::<0x4700_8000, 0xff00>(odd),
+                )
+            };
+            _mm512_or_si512(_mm512_srli_epi32::<16>(even), odd)
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn e4m3(unit: *const u8, pair: usize) -> __m512i {
+        // SAFETY: 64 bytes and the instructions are the caller's promise; the table has four vectors.
+        unsafe {
+            let codes = _mm512_loadu_si512(unit.cast::<__m512i>());
+            let (codes, signs) = if pair == 0 {
+                (codes, _mm512_slli_epi16::<8>(codes))
+            } else {
+                (_mm512_srli_epi16::<8>(codes), codes)
+            };
+            let table =
+                |i: usize| _mm512_loadu_si512(E4M3.as_ptr().add(32 * i).cast::<__m512i>());
+            let low = _mm512_permutex2var_epi16(table(0), codes, table(1));
+            let high = _mm512_permutex2var_epi16(table(2), codes, table(3));
+            let upper = _mm512_test_epi16_mask(codes, _mm512_set1_epi16(0x40));
+            let sizes = _mm512_mask_blend_epi16(upper, low, high);
+            // sizes | (signs & sign bit)
+            let sign = _mm512_set1_epi16(i16::MIN);
+            _mm512_ternarylogic_epi32::<0xf8>(sizes, signs, sign)
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn e2m1(unit: *const u8, pair: usize) -> __m512i {
+        // SAFETY: 64 bytes and the instructions are the caller's promise; the table is one vector.
+        unsafe {
+            let codes = shift(_mm512_loadu_si512(unit.cast::<__m512i>()), pair);
+            // Of an index the lower five bits count, of which the last is of no code: the table repeats.
+            _mm512_permutexvar_epi16(codes, _mm512_loadu_si512(E2M1.as_ptr().cast::<__m512i>()))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn int4(unit: *const u8, pair: usize, zeros: __m512i) -> __m512i {
+        // SAFETY: 64 bytes and the instructions are the caller's promise; the table is one vector.
+        unsafe {
+            let codes = shift(_mm512_loadu_si512(unit.cast::<__m512i>()), pair);
+            let codes = _mm512_and_si512(codes, _mm512_set1_epi16(15));
+            let index = _mm512_add_epi16(codes, zeros);
+            _mm512_permutexvar_epi16(
+                index,
+                _mm512_loadu_si512(SMALL.as_ptr().cast::<__m512i>()),
+            )
         }
     }
 

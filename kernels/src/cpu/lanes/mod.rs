@@ -57,6 +57,8 @@ pub(super) trait Lanes: Copy {
     const PAIR_WORDS: usize;
     /// A pair of bfloat16 per lane: of an even and the following odd input.
     type Pairs: Copy;
+    /// A small integer per lane.
+    type Zeros: Copy;
 
     /// `x` in all lanes.
     unsafe fn splat(x: f32) -> Self;
@@ -70,6 +72,20 @@ pub(super) trait Lanes: Copy {
     unsafe fn splat_pair(from: *const u32) -> Self::Pairs;
     /// `even * even + (odd * odd + self)`, rounded after each of the two.
     unsafe fn dot(self, x: Self::Pairs, w: Self::Pairs) -> Self;
+    /// Sixteen float16, widened.
+    unsafe fn load_halves(from: *const u8) -> Self;
+    /// Sixteen powers of two as e8m0 has them.
+    unsafe fn load_e8m0(from: *const u8) -> Self;
+    /// Sixteen zero points.
+    unsafe fn load_zeros(from: *const u8) -> Self::Zeros;
+    /// Pair `pair` (below 2) of a unit of signed bytes: see `crate::matrix::coded`.
+    unsafe fn int8(unit: *const u8, pair: usize) -> Self::Pairs;
+    /// Pair `pair` (below 2) of a unit of e4m3.
+    unsafe fn e4m3(unit: *const u8, pair: usize) -> Self::Pairs;
+    /// Pair `pair` (below 4) of a unit of e2m1.
+    unsafe fn e2m1(unit: *const u8, pair: usize) -> Self::Pairs;
+    /// Pair `pair` (below 4) of a unit of 4-bit integers, less the zero points of their outputs.
+    unsafe fn int4(unit: *const u8, pair: usize, zeros: Self::Zeros) -> Self::Pairs;
     /// Asks for the cache line at an address that need not be valid.
     unsafe fn prefetch(from: *const u8);
     /// `self * b + c`, rounded once.
@@ -172,19 +188,19 @@ macro_rules! on_path {
             use $crate::cpu::lanes;
 
             #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx2,fma")]
+            #[target_feature(enable = "avx2,fma,f16c")]
             unsafe fn avx2($($arg: $ty),*) $(-> $out)? {
                 // SAFETY: the instructions are enabled here, the pointers are the caller's promise.
                 unsafe { $kernel::<lanes::Avx2>($($arg),*) }
             }
             #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx512f,avx2,fma")]
+            #[target_feature(enable = "avx512f,avx512bw,avx2,fma")]
             unsafe fn avx512($($arg: $ty),*) $(-> $out)? {
                 // SAFETY: as above.
                 unsafe { $kernel::<lanes::Avx512<false>>($($arg),*) }
             }
             #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx512bf16,avx512f,avx2,fma")]
+            #[target_feature(enable = "avx512bf16,avx512f,avx512bw,avx2,fma")]
             unsafe fn avx512bf16($($arg: $ty),*) $(-> $out)? {
                 // SAFETY: as above.
                 unsafe { $kernel::<lanes::Avx512<true>>($($arg),*) }

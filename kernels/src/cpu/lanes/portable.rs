@@ -6,6 +6,7 @@
 )]
 
 use super::{Lanes, ROUND, Tiles, WIDTH};
+use crate::codes;
 
 /// An array, lane by lane.
 #[derive(Clone, Copy)]
@@ -20,11 +21,46 @@ fn zip(a: Portable, b: Portable, f: impl Fn(f32, f32) -> f32) -> Portable {
     out
 }
 
+/// All numbers of e4m3.
+static E4M3: [f32; 256] = {
+    let mut numbers = [0.0; 256];
+    let mut code = 0;
+    while code < 256 {
+        numbers[code] = codes::e4m3(code as u8);
+        code += 1;
+    }
+    numbers
+};
+
+/// A pair of every lane out of a unit of codes of some bits.
+///
+/// # Safety
+/// `unit` has 64 bytes.
+#[inline(always)]
+unsafe fn decode(
+    unit: *const u8,
+    bits: usize,
+    pair: usize,
+    value: impl Fn(u8, usize) -> f32,
+) -> (Portable, Portable) {
+    // SAFETY: the caller's promise.
+    let words = unsafe { unit.cast::<[[[u8; 2]; 2]; WIDTH]>().read_unaligned() };
+    let (mut even, mut odd) = ([0.0; WIDTH], [0.0; WIDTH]);
+    for (lane, pairs) in words.into_iter().enumerate() {
+        let code =
+            |word| (u16::from_le_bytes(word) >> (pair * bits)) as u8 & (0xff >> (8 - bits));
+        even[lane] = value(code(pairs[0]), lane);
+        odd[lane] = value(code(pairs[1]), lane);
+    }
+    (Portable(even), Portable(odd))
+}
+
 impl Lanes for Portable {
     const TILES: Tiles = Tiles::One;
     const PAIR_WORDS: usize = 2;
     /// The even ones and the odd ones, widened.
     type Pairs = (Self, Self);
+    type Zeros = [u8; WIDTH];
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self {
@@ -67,6 +103,50 @@ impl Lanes for Portable {
     unsafe fn dot(self, x: (Self, Self), w: (Self, Self)) -> Self {
         // SAFETY: the instructions are the caller's promise.
         unsafe { x.0.fma(w.0, x.1.fma(w.1, self)) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_halves(from: *const u8) -> Self {
+        // SAFETY: 32 bytes are the caller's promise.
+        let halves = unsafe { from.cast::<[[u8; 2]; WIDTH]>().read_unaligned() };
+        Self(halves.map(|b| half::f16::from_le_bytes(b).to_f32()))
+    }
+
+    #[inline(always)]
+    unsafe fn load_e8m0(from: *const u8) -> Self {
+        // SAFETY: 16 bytes are the caller's promise.
+        Self(unsafe { from.cast::<[u8; WIDTH]>().read_unaligned() }.map(codes::e8m0))
+    }
+
+    #[inline(always)]
+    unsafe fn load_zeros(from: *const u8) -> [u8; WIDTH] {
+        // SAFETY: 16 bytes are the caller's promise.
+        unsafe { from.cast::<[u8; WIDTH]>().read_unaligned() }
+    }
+
+    #[inline(always)]
+    unsafe fn int8(unit: *const u8, pair: usize) -> (Self, Self) {
+        // SAFETY: the caller's promise.
+        unsafe { decode(unit, 8, pair, |code, _| f32::from(code.cast_signed())) }
+    }
+
+    #[inline(always)]
+    unsafe fn e4m3(unit: *const u8, pair: usize) -> (Self, Self) {
+        // SAFETY: the caller's promise.
+        unsafe { decode(unit, 8, pair, |code, _| E4M3[usize::from(code)]) }
+    }
+
+    #[inline(always)]
+    unsafe fn e2m1(unit: *const u8, pair: usize) -> (Self, Self) {
+        // SAFETY: the caller's promise.
+        unsafe { decode(unit, 4, pair, |code, _| codes::e2m1(code)) }
+    }
+
+    #[inline(always)]
+    unsafe fn int4(unit: *const u8, pair: usize, zeros: [u8; WIDTH]) -> (Self, Self) {
+        let value = |code: u8, lane: usize| f32::from(code) - f32::from(zeros[lane]);
+        // SAFETY: the caller's promise.
+        unsafe { decode(unit, 4, pair, value) }
     }
 
     #[inline(always)]
