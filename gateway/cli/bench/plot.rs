@@ -157,7 +157,7 @@ fn words(record: &Record, range: &Range) -> String {
     texts.concat()
 }
 
-/// Words in an SVG.
+/// A line of text for an SVG.
 pub(super) fn text(x: f64, y: f64, colour: &str, words: &str) -> String {
     let words = words.replace('&', "&amp;").replace('<', "&lt;");
     format!(
