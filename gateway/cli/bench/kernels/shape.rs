@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use foregate_api::model::ModelSpec;
-use foregate_checkpoint::read_spec;
+use foregate_checkpoint::Checkpoint;
 use foregate_checkpoint::tiny::Tiny;
 use serde::Serialize;
 
@@ -49,8 +49,9 @@ impl Shape {
 
     /// Sizes of a checkpoint.
     pub(super) fn read(dir: &Path) -> Result<Self, CliError> {
-        let spec = read_spec(dir);
-        spec.map(|spec| Self::of(&spec))
+        let checkpoint = Checkpoint::open(dir);
+        checkpoint
+            .map(|checkpoint| Self::of(checkpoint.spec()))
             .map_err(|error| CliError::runtime(&format!("--model {}", dir.display()), &error))
     }
 }
