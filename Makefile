@@ -20,10 +20,10 @@ ifeq ($(CI),true)
 export FOREGATE_E2E_REQUIRE ?= 1
 endif
 
-.PHONY: help up test lint unit soak fuzz bench
+.PHONY: help up test lint unit soak fuzz bench bench-peers
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 up: ## install what is missing, build, serve the demonstration model on port 8000
 	@.ci/need build
@@ -53,3 +53,12 @@ fuzz: ## each fuzz target for FUZZ_SECONDS; a crash is a failure
 bench: ## decode and prefill speed of the engine, and its share of what memory allows
 	cargo build --release --bin foregate
 	target/release/foregate bench engine --model e2e/models/demo
+
+# Threads of each engine, and where the figures go. ROUNDS=1 is a quick look.
+THREADS ?= 2
+OUT ?= docs/bench/cpu
+bench-peers: ROUNDS = 3
+bench-peers: ## vLLM and llama.cpp beside Foregate, in turns: table, JSON and plot under OUT
+	@.ci/need peers
+	cargo build --release --bin foregate
+	@e2e/peers/run target/release/foregate "$(OUT)" "$(ROUNDS)" "$(THREADS)"

@@ -2,7 +2,9 @@
 
 mod client;
 mod engine;
+mod kernels;
 mod migrate;
+mod model;
 mod plot;
 mod rebalance;
 mod record;
@@ -24,7 +26,7 @@ pub(crate) struct BenchArgs {
 
 #[derive(Debug, clap::Subcommand)]
 enum What {
-    /// Load a gateway and report time to first token, inter-token latency and throughput.
+    /// Load an OpenAI server and report time to first token, inter-token latency, throughput and goodput.
     Serve(serve::ServeArgs),
     /// Shift the mix of texts under a running gateway and record how the plan follows.
     Rebalance(rebalance::RebalanceArgs),
@@ -32,6 +34,10 @@ enum What {
     Migrate(migrate::MigrateArgs),
     /// Decode and prefill speed of the engine alone, in this process.
     Engine(engine::EngineArgs),
+    /// Each operation of the engine alone, beside what memory and arithmetic allow.
+    Kernels(kernels::KernelsArgs),
+    /// Write a random model of a known shape to measure with.
+    Model(model::ModelArgs),
 }
 
 /// Runs a benchmark.
@@ -48,5 +54,7 @@ pub(crate) async fn run(
         What::Rebalance(args) => Box::pin(rebalance::run(&args, progress, drain)).await,
         What::Migrate(args) => Box::pin(migrate::run(&args, progress, &drain)).await,
         What::Engine(args) => Box::pin(engine::run(&args, progress)).await,
+        What::Kernels(args) => kernels::run(&args, progress),
+        What::Model(args) => model::run(&args, progress),
     }
 }

@@ -21,6 +21,7 @@ use foregate_api::model::ModelSpec;
 use foregate_checkpoint::Checkpoint;
 
 use self::figures::{Decode, Figures};
+pub(super) use self::memory::bandwidth;
 use self::rig::{Load, Rig};
 use self::speed::{Cost, Prefill};
 use self::telemetry::Telemetry;
@@ -190,7 +191,7 @@ impl Bench<'_> {
             speeds.push(self.speed(load).await?);
         }
         let peak = memory::peak_rss();
-        let bandwidth = memory::bandwidth(&rig.cpu)?;
+        let bandwidth = bandwidth(&rig.cpu)?;
         let decode = self.loads.decode.iter().zip(speeds);
         let decode =
             decode.map(|(load, (speed, cost))| Decode::new(load, speed, cost, bandwidth));

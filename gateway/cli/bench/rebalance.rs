@@ -8,11 +8,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::Value;
-use tokio::task::JoinSet;
+use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, interval};
 use tokio_util::sync::CancellationToken;
 
-use super::client::{Seen, Target};
+use super::client::{Ask, Failure, Prompt, Seen, Target};
 use super::plot;
 use super::record::{Phase, Record, Sample};
 use super::serve::write_json;
@@ -126,7 +126,8 @@ async fn drive(
             }));
         }
         while let Some(done) = clients.join_next().await {
-            results.extend(done.unwrap_or_else(|error| vec![Err(error.to_string())]));
+            let lost = |error: JoinError| vec![Err(Failure::new("client", error.to_string()))];
+            results.extend(done.unwrap_or_else(lost));
         }
     }
     stop.cancel();
@@ -150,15 +151,20 @@ struct Client {
 }
 
 /// One request after the other until the phase ends.
-async fn client(mut it: Client) -> Vec<Result<Seen, String>> {
+async fn client(mut it: Client) -> Vec<Result<Seen, Failure>> {
     let mut results = Vec::new();
     while Instant::now() < it.end && !it.drain.is_cancelled() {
         let kind = match it.draw.below(OTHERS) {
             0 => it.draw.below(it.texts.len()),
             _ => it.kind,
         };
-        let prompt = it.texts[kind].cut(it.length, &mut it.draw);
-        results.push(it.target.complete(&it.model, &prompt, it.max_tokens).await);
+        let ask = Ask {
+            prompt: Prompt::Text(it.texts[kind].cut(it.length, &mut it.draw)),
+            max_tokens: it.max_tokens,
+            ignore_eos: true,
+        };
+        let seen = it.target.complete(&it.model, &ask, Instant::now()).await;
+        results.push(seen);
     }
     results
 }

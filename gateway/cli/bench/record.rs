@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::client::Seen;
+use super::client::{Failure, Seen};
 use crate::error::CliError;
 
 /// The cluster at one moment.
@@ -59,10 +59,11 @@ impl Record {
     pub(super) fn of(
         phases: Vec<Phase>,
         samples: Vec<Sample>,
-        results: &[Result<Seen, String>],
+        results: &[Result<Seen, Failure>],
     ) -> Self {
         let requests = results.len();
-        let mut errors: Vec<String> = results.iter().filter_map(|r| r.clone().err()).collect();
+        let failures = results.iter().filter_map(|result| result.as_ref().err());
+        let mut errors: Vec<String> = failures.map(Failure::to_string).collect();
         let failed = errors.len();
         errors.sort();
         errors.dedup();

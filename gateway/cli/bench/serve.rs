@@ -1,104 +1,217 @@
-//! `foregate bench serve`: load on a gateway, open loop (`--rate`) or closed (`--concurrency`).
+//! `foregate bench serve`: load on any OpenAI server, open loop (`--rate`) or closed (`--concurrency`).
+//!
+//! In an open loop requests are due at the moments of a Poisson process, whether or not earlier ones are done,
+//! and every time counts from the moment a request was due. So a server that stands still is charged for all
+//! that would have come meanwhile. Several rates in one call give a curve.
+
+mod curve;
+mod figures;
+mod load;
 
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::Duration;
 
 use serde::Serialize;
-use tokio::sync::Semaphore;
-use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep_until};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::client::{Seen, Target};
-use super::report::Spread;
-use super::workload::{Draw, Text, heldout};
+use self::figures::{Figures, Objective};
+use self::load::{Load, Pace, Prompts};
+use super::client::Target;
+use super::workload::{Draw, Length, Text, heldout};
+use crate::environment;
 use crate::error::{CliError, print};
 use crate::progress::Progress;
 
 /// Arguments of `foregate bench serve`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct ServeArgs {
-    /// URL of the gateway.
+    /// URL of the server.
     #[arg(long, default_value = "http://127.0.0.1:8000")]
     url: String,
+    /// Model to ask for; default: the first that the server lists.
+    #[arg(long)]
+    model: Option<String>,
+    /// Variable of the environment that holds the server's API key.
+    #[arg(long, value_name = "NAME")]
+    api_key_env: Option<String>,
     /// Requests in work at a time (closed loop).
     #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=4096), conflicts_with = "rate")]
     concurrency: u32,
-    /// Requests per second, arriving at random whether or not earlier ones are done (open loop).
-    #[arg(long)]
-    rate: Option<f64>,
-    /// Number of requests.
+    /// Requests per second, arriving at random whether or not earlier ones are done (open loop); several
+    /// rates run one after the other.
+    #[arg(long, value_delimiter = ',', value_parser = rate)]
+    rate: Vec<f64>,
+    /// Number of requests, for each rate.
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
     requests: u32,
+    /// Requests before them that are not counted, one after the other.
+    #[arg(long, default_value_t = 0)]
+    warmup: u32,
+    /// Prompts of so many random token ids, such as 128, or 64-256 for evenly drawn lengths; without it
+    /// prompts are text.
+    #[arg(long, conflicts_with_all = ["prompts", "prompt_chars"])]
+    prompt_tokens: Option<Length>,
+    /// Token ids are drawn below this number: at most the model's vocabulary.
+    #[arg(long, default_value_t = 4096, value_parser = clap::value_parser!(u32).range(2..), requires = "prompt_tokens")]
+    vocab: u32,
     /// Files to cut prompts from; default: the demonstration model's held-out texts.
     #[arg(long, num_args = 1..)]
     prompts: Vec<PathBuf>,
     /// Characters per prompt.
     #[arg(long, default_value_t = 400, value_parser = clap::value_parser!(u32).range(1..))]
     prompt_chars: u32,
-    /// Tokens per answer.
-    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
-    max_tokens: u32,
+    /// Tokens per answer, such as 64, or 32-128 for evenly drawn lengths.
+    #[arg(long, alias = "max-tokens", default_value = "64")]
+    output_tokens: Length,
+    /// Let the model end its answer, for servers that refuse the field `ignore_eos`.
+    #[arg(long)]
+    allow_eos: bool,
+    /// A request is good if its first token came within so many milliseconds …
+    #[arg(long, value_parser = milliseconds)]
+    slo_ttft_ms: Option<f64>,
+    /// … and the mean time per token after that is at most so many milliseconds.
+    #[arg(long, value_parser = milliseconds)]
+    slo_tpot_ms: Option<f64>,
     /// Seed of prompts and arrivals.
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// Also write the figures as JSON to this file.
     #[arg(long)]
     json: Option<PathBuf>,
+    /// Also draw latency and throughput against the offered rate, as SVG.
+    #[arg(long, requires = "rate")]
+    svg: Option<PathBuf>,
 }
 
-/// What was measured. Times in milliseconds.
+fn rate(text: &str) -> Result<f64, String> {
+    positive(text).ok_or_else(|| "give requests per second above 0, such as 2.5".to_owned())
+}
+
+fn milliseconds(text: &str) -> Result<f64, String> {
+    positive(text).ok_or_else(|| "give milliseconds above 0, such as 200".to_owned())
+}
+
+fn positive(text: &str) -> Option<f64> {
+    let number = text.parse().ok();
+    number.filter(|number: &f64| number.is_finite() && *number > 0.0)
+}
+
+/// What was measured, and how.
 #[derive(Debug, Serialize)]
-struct Figures {
-    requests: usize,
-    failed: usize,
-    seconds: f64,
-    prompt_tokens: u64,
-    tokens: u64,
-    tokens_per_second: f64,
-    requests_per_second: f64,
-    time_to_first_token_ms: Spread,
-    inter_token_latency_ms: Spread,
-    longest_pause_ms: Spread,
-    request_ms: Spread,
-    errors: Vec<String>,
+struct Report {
+    url: String,
+    model: String,
+    prompt: String,
+    output_tokens: String,
+    seed: u64,
+    objective: Objective,
+    runs: Vec<Figures>,
 }
 
-/// Runs the load and prints the figures.
+/// Runs the loads and prints the figures.
 pub(super) async fn run(
     args: &ServeArgs,
     progress: &Progress,
     drain: CancellationToken,
 ) -> Result<(), CliError> {
-    if args
-        .rate
-        .is_some_and(|rate| !(rate.is_finite() && rate > 0.0))
-    {
-        return Err(CliError::Usage("--rate must be above 0".to_owned()));
-    }
-    let files = if args.prompts.is_empty() {
-        heldout()?
-    } else {
-        args.prompts.clone()
+    let prompts = args.prompts()?;
+    let target = Target::new(&args.url)?.with_key(args.key()?);
+    let model = match &args.model {
+        Some(model) => model.clone(),
+        None => target.model().await?,
     };
-    let texts: Vec<Text> = files
-        .iter()
-        .map(|file| Text::read(file))
-        .collect::<Result<_, _>>()?;
-    let target = Target::new(&args.url)?;
-    let model: Arc<str> = target.model().await?.into();
-    let since = Instant::now();
-    let results = load(args, &texts, &target, &model, progress, &drain).await;
-    let figures = Figures::of(results, since.elapsed());
-    print(&figures.text());
-    if let Some(path) = &args.json {
-        write_json(path, &figures)?;
+    let mut load = Load {
+        target,
+        model: model.into(),
+        prompts,
+        output: args.output_tokens,
+        ignore_eos: !args.allow_eos,
+        draw: Draw::new(args.seed),
+    };
+    load.warm_up(args.warmup.max(1)).await?;
+    let objective = Objective {
+        ttft_ms: args.slo_ttft_ms,
+        tpot_ms: args.slo_tpot_ms,
+    };
+    let mut runs = Vec::new();
+    for pace in args.paces() {
+        if drain.is_cancelled() {
+            break;
+        }
+        // Every rate has the prompts and the arrivals of its own seed, whichever rates ran before it.
+        load.draw = Draw::new(args.seed.wrapping_add(1));
+        let task = progress.steps(&pace.to_string(), u64::from(args.requests));
+        let since = Instant::now();
+        let results = load.run(pace, args.requests, &task, &drain).await;
+        task.finish("done");
+        let figures = Figures::of(pace, objective, results, since.elapsed());
+        print(&figures.text());
+        runs.push(figures);
     }
-    if figures.requests == figures.failed {
-        return Err(CliError::Runtime("no request succeeded".to_owned()));
+    let report = Report {
+        url: args.url.clone(),
+        model: load.model.to_string(),
+        prompt: load.prompts.to_string(),
+        output_tokens: args.output_tokens.to_string(),
+        seed: args.seed,
+        objective,
+        runs,
+    };
+    args.write(&report)
+}
+
+impl ServeArgs {
+    fn prompts(&self) -> Result<Prompts, CliError> {
+        if let Some(length) = self.prompt_tokens {
+            return Ok(Prompts::Tokens {
+                length,
+                vocab: self.vocab,
+            });
+        }
+        let files = match self.prompts.is_empty() {
+            true => heldout()?,
+            false => self.prompts.clone(),
+        };
+        let texts: Result<Vec<Text>, CliError> =
+            files.iter().map(|file| Text::read(file)).collect();
+        Ok(Prompts::Texts {
+            texts: texts?,
+            characters: self.prompt_chars as usize,
+        })
     }
-    Ok(())
+
+    fn key(&self) -> Result<Option<String>, CliError> {
+        let Some(name) = &self.api_key_env else {
+            return Ok(None);
+        };
+        match environment::variable(name) {
+            Some(key) => Ok(Some(key)),
+            None => Err(CliError::Usage(format!(
+                "--api-key-env {name}: the environment has no such variable, or it is empty; export it"
+            ))),
+        }
+    }
+
+    fn paces(&self) -> Vec<Pace> {
+        match self.rate.is_empty() {
+            true => vec![Pace::Closed(self.concurrency)],
+            false => self.rate.iter().copied().map(Pace::Open).collect(),
+        }
+    }
+
+    fn write(&self, report: &Report) -> Result<(), CliError> {
+        if let Some(path) = &self.json {
+            write_json(path, report)?;
+        }
+        if let Some(path) = &self.svg {
+            curve::write(path, &report.runs)?;
+        }
+        if report.runs.iter().all(|run| run.requests == run.failed) {
+            return Err(CliError::Runtime("no request succeeded".to_owned()));
+        }
+        Ok(())
+    }
 }
 
 /// Writes figures as JSON.
@@ -108,111 +221,10 @@ pub(super) fn write_json(path: &PathBuf, figures: &impl Serialize) -> Result<(),
     std::fs::write(path, text).map_err(|error| CliError::runtime(&what, &error))
 }
 
-async fn load(
-    args: &ServeArgs,
-    texts: &[Text],
-    target: &Target,
-    model: &Arc<str>,
-    progress: &Progress,
-    drain: &CancellationToken,
-) -> Vec<Result<Seen, String>> {
-    let task = progress.steps("requests", u64::from(args.requests));
-    let permits = Arc::new(Semaphore::new(match args.rate {
-        Some(_) => Semaphore::MAX_PERMITS,
-        None => args.concurrency as usize,
-    }));
-    let mut draw = Draw::new(args.seed);
-    let mut work = JoinSet::new();
-    let mut next = Instant::now();
-    for at in 0..args.requests as usize {
-        if let Some(rate) = args.rate {
-            sleep_until(next).await;
-            next += draw.gap(rate);
-        }
-        let permit = tokio::select! {
-            permit = Arc::clone(&permits).acquire_owned() => permit,
-            () = drain.cancelled() => break,
-        };
-        let prompt = texts[at % texts.len()].cut(args.prompt_chars as usize, &mut draw);
-        let (target, model, max_tokens) = (target.clone(), Arc::clone(model), args.max_tokens);
-        let task = task.clone();
-        work.spawn(async move {
-            let seen = target.complete(&model, &prompt, max_tokens).await;
-            drop(permit);
-            task.add(1);
-            seen
-        });
-    }
-    let mut results = Vec::new();
-    while let Some(result) = work.join_next().await {
-        results.push(result.unwrap_or_else(|error| Err(error.to_string())));
-    }
-    task.finish("done");
-    results
+/// A time in milliseconds.
+fn ms(time: Duration) -> f64 {
+    time.as_secs_f64() * 1000.0
 }
 
-impl Figures {
-    fn of(results: Vec<Result<Seen, String>>, time: Duration) -> Self {
-        let requests = results.len();
-        let (mut seen, mut errors) = (Vec::new(), Vec::new());
-        for result in results {
-            match result {
-                Ok(one) => seen.push(one),
-                Err(error) => errors.push(error),
-            }
-        }
-        let ms = |time: Duration| time.as_secs_f64() * 1000.0;
-        let tokens: u64 = seen.iter().map(|one| one.tokens).sum();
-        let gaps = seen.iter().flat_map(|one| {
-            one.events
-                .windows(2)
-                .map(move |pair| ms(pair[1].saturating_sub(pair[0])))
-        });
-        let failed = errors.len();
-        errors.sort();
-        errors.dedup();
-        errors.truncate(10);
-        Self {
-            requests,
-            failed,
-            seconds: time.as_secs_f64(),
-            prompt_tokens: seen.iter().map(|one| one.prompt_tokens).sum(),
-            tokens,
-            tokens_per_second: tokens as f64 / time.as_secs_f64(),
-            requests_per_second: seen.len() as f64 / time.as_secs_f64(),
-            inter_token_latency_ms: Spread::of(gaps.collect()),
-            time_to_first_token_ms: Spread::of(
-                seen.iter()
-                    .filter_map(|one| one.events.first().copied())
-                    .map(ms)
-                    .collect(),
-            ),
-            longest_pause_ms: Spread::of(
-                seen.iter().map(|one| ms(one.longest_pause())).collect(),
-            ),
-            request_ms: Spread::of(seen.iter().map(|one| ms(one.total)).collect()),
-            errors,
-        }
-    }
-
-    fn text(&self) -> String {
-        let mut lines = vec![
-            format!(
-                "{} requests, {} failed, in {:.1} s: {:.1} tokens/s, {:.2} requests/s ({} prompt and {} answer tokens)",
-                self.requests,
-                self.failed,
-                self.seconds,
-                self.tokens_per_second,
-                self.requests_per_second,
-                self.prompt_tokens,
-                self.tokens
-            ),
-            self.time_to_first_token_ms.line("time to first token"),
-            self.inter_token_latency_ms.line("inter-token latency"),
-            self.longest_pause_ms.line("longest pause"),
-            self.request_ms.line("request"),
-        ];
-        lines.extend(self.errors.iter().map(|error| format!("error: {error}")));
-        lines.join("\n")
-    }
-}
+#[cfg(test)]
+mod tests;

@@ -1,6 +1,7 @@
 //! Prompts and arrival times, drawn from a seed so that runs repeat.
 
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::time::Duration;
 
 use crate::error::CliError;
@@ -37,6 +38,43 @@ impl Draw {
     /// Time to the next arrival of a Poisson process.
     pub(super) fn gap(&mut self, per_second: f64) -> Duration {
         Duration::from_secs_f64(-self.unit().ln() / per_second)
+    }
+}
+
+/// A number of tokens: always the same, or drawn evenly from a range.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Length {
+    low: u32,
+    high: u32,
+}
+
+impl FromStr for Length {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let number = |part: &str| part.parse().ok().filter(|number| *number > 0);
+        let (low, high) = text.split_once('-').unwrap_or((text, text));
+        match (number(low), number(high)) {
+            (Some(low), Some(high)) if low <= high => Ok(Self { low, high }),
+            _ => Err("give a number above 0 such as 128, or a range such as 64-256".to_owned()),
+        }
+    }
+}
+
+impl std::fmt::Display for Length {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.low == self.high {
+            true => write!(f, "{}", self.low),
+            false => write!(f, "{}-{}", self.low, self.high),
+        }
+    }
+}
+
+impl Length {
+    /// One of its numbers.
+    pub(super) fn draw(self, draw: &mut Draw) -> u32 {
+        let range = (self.high - self.low) as usize + 1;
+        self.low + u32::try_from(draw.below(range)).unwrap_or(0)
     }
 }
 
@@ -82,7 +120,7 @@ pub(super) fn heldout() -> Result<Vec<PathBuf>, CliError> {
         .find(|directory| directory.is_dir())
         .ok_or_else(|| {
             CliError::Usage(
-                "no e2e/models/demo/heldout above the working directory; pass --prompts FILE…"
+                "no e2e/models/demo/heldout above the working directory; pass --prompts FILE… or, for random token ids, --prompt-tokens N"
                     .to_owned(),
             )
         })?;
@@ -103,5 +141,44 @@ mod tests {
         let sum: f64 = (0..20_000).map(|_| draw.gap(4.0).as_secs_f64()).sum();
         let mean = sum / 20_000.0;
         assert!((mean - 0.25).abs() < 0.01, "{mean}");
+    }
+
+    #[test]
+    fn gaps_are_those_of_a_poisson_process_and_repeat() {
+        let gaps = |seed| {
+            let mut draw = Draw::new(seed);
+            let gap = move || draw.gap(2.0).as_secs_f64();
+            std::iter::repeat_with(gap)
+                .take(20_000)
+                .collect::<Vec<f64>>()
+        };
+        let all = gaps(3);
+        assert_eq!(all, gaps(3));
+        assert_ne!(all, gaps(4));
+        // An exponential law: as spread as its mean, and 1 of e gaps is longer than that.
+        let mean = all.iter().sum::<f64>() / 20_000.0;
+        let square = all.iter().map(|gap| (gap - mean).powi(2)).sum::<f64>() / 20_000.0;
+        assert!((square.sqrt() - 0.5).abs() < 0.02, "{square}");
+        let long = all.iter().filter(|gap| **gap > 0.5).count() as f64 / 20_000.0;
+        assert!((long - (-1.0_f64).exp()).abs() < 0.02, "{long}");
+    }
+
+    #[test]
+    fn lengths_are_numbers_or_ranges() {
+        let mut draw = Draw::new(1);
+        let length: Length = "3-5".parse().unwrap();
+        let drawn: Vec<u32> = (0..1000).map(|_| length.draw(&mut draw)).collect();
+        for want in 3..=5 {
+            assert!(drawn.contains(&want), "{want}");
+        }
+        assert!(drawn.iter().all(|one| (3..=5).contains(one)));
+        let same: Length = "7".parse().unwrap();
+        assert_eq!(
+            (same.draw(&mut draw), same.to_string()),
+            (7, "7".to_owned())
+        );
+        for wrong in ["", "0", "0-4", "5-4", "a", "3-", "-3", "1.5", "1-2-3"] {
+            assert!(wrong.parse::<Length>().is_err(), "{wrong}");
+        }
     }
 }

@@ -13,7 +13,7 @@ const BYTES: usize = 1 << 30;
 const PASSES: usize = 8;
 
 /// Bytes per second that all threads of `cpu` read together.
-pub(super) fn bandwidth(cpu: &Cpu) -> Result<f64, CliError> {
+pub(in crate::bench) fn bandwidth(cpu: &Cpu) -> Result<f64, CliError> {
     let memory = ReadThrough::new(cpu, BYTES)
         .map_err(|error| CliError::runtime("memory to measure bandwidth with", &error))?;
     let mut best = Duration::MAX;
