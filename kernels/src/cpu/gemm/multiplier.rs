@@ -127,7 +127,8 @@ impl Multiplier {
         out: &mut Results,
     ) {
         if let (Some(tiles), Dtype::Bf16) = (&mut self.tiles, w.dtype) {
-            let (first, stride) = x.evenly_spaced(row, rows);
+            // As many as the tiles have, which are those of the block.
+            let (first, stride) = x.evenly_spaced(row, self.rows);
             let x = Inputs { first, stride };
             let w = Weights {
                 first: w.first,
