@@ -36,9 +36,9 @@ pub enum Path {
     Amx,
 }
 
-/// The processor does not have the path that was asked for.
+/// The processor does not have the path that was asked for, or the system keeps it from this process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("this processor has no {path} instructions; choose one of: {}", names(&Path::present()))]
+#[error("this machine has no {path} instructions for this process; choose one of: {}", names(&Path::present()))]
 pub struct PathError {
     /// The path.
     pub path: Path,
