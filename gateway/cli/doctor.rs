@@ -88,7 +88,11 @@ fn processor() -> Check {
         let finding = "portable path only: serves, but slowly; AVX2 or AVX-512 would be used";
         return Check::new("cpu", Verdict::Warn, finding);
     }
-    Check::new("cpu", Verdict::Ok, format!("kernels use the {name} path"))
+    let mut finding = format!("kernels use the {name} path");
+    if foregate_kernels::Path::Amx.is_present() {
+        finding.push_str("; amx is there if spec.workers.cpuPath asks for it");
+    }
+    Check::new("cpu", Verdict::Ok, finding)
 }
 
 fn cores() -> Check {

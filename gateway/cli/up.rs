@@ -13,6 +13,7 @@ mod wish;
 
 use std::path::PathBuf;
 
+use foregate_api::cpu::CpuPath;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
@@ -42,6 +43,10 @@ pub(crate) struct UpArgs {
     /// Number of workers, in place of the manifest's.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=256))]
     workers: Option<u32>,
+    /// Instructions of the workers' kernels, in place of the manifest's: auto, portable, neon, avx2, avx512, avx512bf16,
+    /// amx.
+    #[arg(long, value_name = "PATH")]
+    cpu_path: Option<CpuPath>,
     /// Run each role as a child process, over TCP and a real etcd.
     #[arg(long)]
     processes: bool,

@@ -27,7 +27,7 @@ mod oracle;
 mod sample;
 
 pub use buffer::MappedFile;
-pub use cpu::{Cpu, Path, PathError, ReadThrough, UnknownPath, quantize};
+pub use cpu::{Arithmetic, Cpu, Path, PathError, ReadThrough, UnknownPath, quantize};
 pub use dtype::Dtype;
 pub use error::ShapeError;
 pub use kv::{KvCache, KvDtype, KvShape, PageMap};

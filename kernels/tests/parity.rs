@@ -1,5 +1,5 @@
-//! Every op: against its definition within a tolerance, and with equal bits on every instruction path, for
-//! every number of threads, and for a row alone or in any batch.
+//! Every op: against its definition within a tolerance, and with equal bits on every instruction path of one arithmetic,
+//! for every number of threads, and for a row alone or in any batch.
 #![expect(clippy::unwrap_used, reason = "a test ends at its first error")]
 
 #[path = "parity/attention.rs"]
@@ -17,9 +17,10 @@ mod refused;
 
 use std::sync::OnceLock;
 
-use foregate_kernels::{Cpu, Dtype, Matrix, Path, quantize};
+use foregate_kernels::{Arithmetic, Cpu, Dtype, Matrix, Path, quantize};
 
-/// Every path of this processor with 1 to 4 threads; the first is the reference for bits.
+/// Every path of this processor with 1 to 4 threads, and tiles in software; the first of an arithmetic is its reference
+/// for bits.
 fn cpus() -> &'static [Cpu] {
     static CPUS: OnceLock<Vec<Cpu>> = OnceLock::new();
     CPUS.get_or_init(|| {
@@ -29,8 +30,19 @@ fn cpus() -> &'static [Cpu] {
             .flat_map(|(i, path)| [(path, 1), (path, 2 + i % 3)])
             .map(|(path, threads)| Cpu::with_path(path, threads).unwrap())
             .chain((3..=4).map(Cpu::new))
+            .chain([1, 3].map(Cpu::with_tiles_in_software))
             .collect()
     })
+}
+
+/// Both, in the order of [`judge_both`].
+const ARITHMETICS: [Arithmetic; 2] = [Arithmetic::Chain, Arithmetic::Tiles];
+
+/// Those of one arithmetic, first one with one thread.
+fn cpus_of(arithmetic: Arithmetic) -> impl Iterator<Item = &'static Cpu> {
+    cpus()
+        .iter()
+        .filter(move |cpu| cpu.path().arithmetic() == arithmetic)
 }
 
 /// Numbers from a seed, roughly normal, of standard deviation 1.
@@ -114,26 +126,38 @@ fn assert_close(want: &[f32], got: &[f32], tolerance: f32, what: &str) {
     }
 }
 
-/// Runs `op` on the oracle and on every processor: close to the first, equal among the others. Returns the
-/// common result.
+/// Runs `op` on the oracle and on every processor: close to the first, equal among the others of one arithmetic. Returns
+/// the common result of [`Arithmetic::Chain`].
 #[track_caller]
 fn judge(
     tolerance: f32,
     what: &str,
     mut op: impl FnMut(&dyn foregate_kernels::Ops) -> Vec<f32>,
 ) -> Vec<f32> {
+    judge_both(tolerance, what, &mut op)[0].clone()
+}
+
+/// As [`judge`], with the results of both arithmetics, that of [`Arithmetic::Chain`] first.
+#[track_caller]
+fn judge_both(
+    tolerance: f32,
+    what: &str,
+    mut op: impl FnMut(&dyn foregate_kernels::Ops) -> Vec<f32>,
+) -> [Vec<f32>; 2] {
     let definition = op(&foregate_kernels::Oracle);
-    let mut reference: Option<Vec<f32>> = None;
-    for cpu in cpus() {
-        let got = op(cpu);
-        let named = format!("{what} on {} with {} threads", cpu.path(), cpu.threads());
-        match &reference {
-            None => {
-                assert_close(&definition, &got, tolerance, &named);
-                reference = Some(got);
+    ARITHMETICS.map(|arithmetic| {
+        let mut reference: Option<Vec<f32>> = None;
+        for cpu in cpus_of(arithmetic) {
+            let got = op(cpu);
+            let named = format!("{what} on {} with {} threads", cpu.path(), cpu.threads());
+            match &reference {
+                None => {
+                    assert_close(&definition, &got, tolerance, &named);
+                    reference = Some(got);
+                }
+                Some(reference) => assert_same_bits(reference, &got, &named),
             }
-            Some(reference) => assert_same_bits(reference, &got, &named),
         }
-    }
-    reference.unwrap()
+        reference.unwrap()
+    })
 }

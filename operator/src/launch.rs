@@ -333,6 +333,7 @@ impl Shared<'_> {
             },
             slots: self.slots,
             threads: self.threads,
+            cpu_path: workers.cpu_path,
             max_num_seqs: workers.max_num_seqs,
             max_num_batched_tokens: workers.max_num_batched_tokens,
             max_waiting: workers.max_waiting,

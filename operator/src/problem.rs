@@ -11,23 +11,23 @@ use foregate_planner::demand::Demand;
 use foregate_planner::{Problem, RankSlots};
 use foregate_store::ClusterState;
 
-/// The model of the cluster: that of the lowest rank. Members with another one take no part.
+/// The model of the cluster. Members with another one take no part.
 pub(crate) fn model(state: &ClusterState) -> Option<&ModelSpec> {
-    state.members.values().next().map(|member| &member.model)
+    state.exemplar().map(|member| &member.model)
 }
 
-/// Members that may hold experts: alive, not leaving, with slots, of the cluster's model.
+/// Members that may hold experts: alive, not leaving, with slots, of the cluster's model and arithmetic.
 pub(crate) fn eligible<'a>(
     state: &'a ClusterState,
     alive: &BTreeSet<Rank>,
 ) -> Vec<&'a Arc<Member>> {
-    let model = model(state);
+    let kin = |member: &&Arc<Member>| state.exemplar().is_some_and(|e| e.is_kin(member));
     state
         .members
         .values()
         .filter(|member| alive.contains(&member.rank))
         .filter(|member| member.phase != Phase::Draining && member.slots > 0)
-        .filter(|member| Some(&member.model) == model)
+        .filter(kin)
         .collect()
 }
 

@@ -4,6 +4,7 @@ mod checks;
 
 use std::fmt;
 
+use foregate_api::cpu::CpuPath;
 use foregate_api::manifest::{
     API_VERSION, BalancingSpec, GatewaySpec, KIND, Manifest, ModelSource, RoutingPolicy,
     WorkersSpec,
@@ -77,6 +78,8 @@ pub struct ValidatedWorkers {
     pub redundancy: Redundancy,
     /// Compute threads.
     pub threads: Threads,
+    /// Instructions of the kernels.
+    pub cpu_path: CpuPath,
     /// Most sequences in a batch.
     pub max_num_seqs: u32,
     /// Most tokens in a step.
@@ -216,6 +219,7 @@ fn workers(checks: &mut Checks, spec: WorkersSpec) -> ValidatedWorkers {
         count,
         redundant_slots,
         threads,
+        cpu_path,
         max_num_seqs,
         max_num_batched_tokens,
         max_waiting,
@@ -240,6 +244,7 @@ fn workers(checks: &mut Checks, spec: WorkersSpec) -> ValidatedWorkers {
         count,
         redundancy,
         threads,
+        cpu_path: cpu_path.unwrap_or_default(),
         max_num_seqs: checks.range("spec.workers.maxNumSeqs", max_num_seqs, 64, 1..=4096),
         max_num_batched_tokens: checks.range(
             "spec.workers.maxNumBatchedTokens",

@@ -200,6 +200,20 @@ async fn a_worker_that_never_prepares_is_done_without() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_worker_that_sums_otherwise_gets_no_experts() {
+    let (mut rig, _operator) = started().await;
+    rig.join_as(3, SLOTS, Habit::SumsOtherwise).await;
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert_eq!(rig.active().ranks, ranks(&[0, 1, 2]));
+    rig.kill(3);
+    rig.join(3, SLOTS).await;
+    rig.until_settled("one that sums alike", |plan| {
+        plan.ranks == ranks(&[0, 1, 2, 3])
+    })
+    .await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_killed_operator_resumes_without_a_new_placement() {
     let (mut rig, operator) = started().await;
     rig.mix.send_replace(HEAVY_LOW);

@@ -4,6 +4,7 @@ use foregate_checkpoint::CheckpointError;
 use foregate_models::ModelError;
 
 use crate::engine::KvTooSmall;
+use crate::residency::follow::Stranger;
 
 /// Why [`run`](crate::run) failed.
 #[derive(Debug, thiserror::Error)]
@@ -46,6 +47,9 @@ pub enum WorkerError {
     /// The thread that runs experts for peers died; the process should be replaced.
     #[error("the experts' thread died")]
     ExpertsDied,
+    /// The cluster computes otherwise than this worker.
+    #[error("cpu_path: {0}")]
+    Stranger(#[from] Stranger),
     /// A background task died; the process should be replaced.
     #[error("a background task died: {0}")]
     Task(#[from] tokio::task::JoinError),
@@ -56,7 +60,7 @@ impl WorkerError {
     #[must_use]
     pub const fn category(&self) -> &'static str {
         match self {
-            Self::Config { .. } | Self::Kv(_) => "config",
+            Self::Config { .. } | Self::Kv(_) | Self::Stranger(_) => "config",
             Self::Checkpoint(_) | Self::Model(_) => "model",
             Self::Metrics(_) => "metrics",
             Self::Io { .. } | Self::Rpc(_) => "io",

@@ -38,7 +38,7 @@ use crate::load::{LoadCounters, WindowHeader};
 use crate::loading::Loading;
 use crate::membership::{CloseWindow, Publisher, PublisherHandle, Wanted};
 use crate::metrics::WorkerMetrics;
-use crate::residency::follow::{Follower, FollowerParts};
+use crate::residency::follow::{Follower, FollowerParts, Stranger};
 use crate::residency::migrate::Loader;
 use crate::residency::serve::ExpertsService;
 use crate::serve::GenerationService;
@@ -64,6 +64,7 @@ mod start;
 pub use error::WorkerError;
 pub use health::Health;
 pub use loading::{Progress, ProgressSink};
+pub use start::cpu;
 
 /// How often the engine's gauges are brought up to date.
 const GAUGES: Duration = Duration::from_millis(250);
@@ -134,7 +135,7 @@ struct Worker {
     wanted: tokio::sync::watch::Sender<Wanted>,
     rpc: JoinHandle<Result<(), foregate_wire::tonic::transport::Error>>,
     stop_rpc: CancellationToken,
-    follower: JoinHandle<()>,
+    follower: JoinHandle<Result<(), Stranger>>,
     gauges: JoinHandle<()>,
     stop_follower: CancellationToken,
     publisher: JoinHandle<()>,
@@ -283,7 +284,10 @@ impl Worker {
             },
             // Peers would wait for it in vain; the engine alone does not notice.
             () = self.endpoint.server().ended() => Err(WorkerError::ExpertsDied),
-            died = &mut self.follower => died.map_err(WorkerError::from),
+            died = &mut self.follower => match died {
+                Ok(left) => left.map_err(WorkerError::from),
+                Err(error) => Err(error.into()),
+            },
             died = &mut self.publisher => died.map_err(WorkerError::from),
         };
         self.wanted

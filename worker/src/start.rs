@@ -4,9 +4,10 @@ use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use foregate_api::cpu::CpuPath;
 use foregate_api::node::{FabricKind, WorkerConfig};
 use foregate_checkpoint::Checkpoint;
-use foregate_kernels::{Cpu, KvCache, KvShape};
+use foregate_kernels::{Cpu, KvCache, KvShape, PathError};
 use foregate_models::Model;
 
 use crate::error::WorkerError;
@@ -122,7 +123,9 @@ pub(crate) async fn load(
 
 fn load_now(config: &WorkerConfig, loading: &Loading) -> Result<Loaded, WorkerError> {
     let checkpoint = Checkpoint::open(&PathBuf::from(&config.model_dir))?;
-    let cpu = Arc::new(Cpu::new(config.threads as usize));
+    let cpu = cpu(config.cpu_path, config.threads as usize)
+        .map_err(|error| refuse("cpu_path", &format!("{error}, or auto")))?;
+    let cpu = Arc::new(cpu);
     let spec = checkpoint.spec();
     let slots = (config.slots as usize).min(spec.experts) * spec.moe_layers();
     let expert_bytes = (slots * spec.expert_bytes()) as u64;
@@ -141,6 +144,24 @@ fn load_now(config: &WorkerConfig, loading: &Loading) -> Result<Loaded, WorkerEr
         shape,
         dense_bytes,
     })
+}
+
+/// The processor with the path that a configuration names.
+///
+/// # Errors
+/// When the processor does not have it.
+pub fn cpu(path: CpuPath, threads: usize) -> Result<Cpu, PathError> {
+    use foregate_kernels::Path;
+    let path = match path {
+        CpuPath::Auto => return Ok(Cpu::new(threads)),
+        CpuPath::Portable => Path::Portable,
+        CpuPath::Neon => Path::Neon,
+        CpuPath::Avx2 => Path::Avx2,
+        CpuPath::Avx512 => Path::Avx512,
+        CpuPath::Avx512Bf16 => Path::Avx512Bf16,
+        CpuPath::Amx => Path::Amx,
+    };
+    Cpu::with_path(path, threads)
 }
 
 /// Address space for the KV cache. Only that can be refused here, so the field to change is the cache's size.
@@ -186,6 +207,7 @@ mod tests {
             fabric: FabricKind::Tcp,
             slots: 8,
             threads: 1,
+            cpu_path: CpuPath::Auto,
             max_num_seqs: 1,
             max_num_batched_tokens: 1,
             max_waiting: 0,
@@ -196,6 +218,32 @@ mod tests {
             domain: String::new(),
             window_ms: 1,
         }
+    }
+
+    /// Members tell from the name of a path how it sums, so names and arithmetics must be the kernels' own.
+    #[test]
+    fn paths_are_those_of_the_kernels() {
+        use foregate_api::cpu::Arithmetic as Told;
+        use foregate_kernels::{Arithmetic, Path};
+
+        let named = CpuPath::ALL.map(CpuPath::name);
+        assert_eq!(named.len(), Path::ALL.len() + 1);
+        for path in Path::ALL {
+            let told: CpuPath = path.name().parse().unwrap();
+            let wanted = match path.arithmetic() {
+                Arithmetic::Chain => Told::Chain,
+                Arithmetic::Tiles => Told::Tiles,
+            };
+            assert_eq!(told.arithmetic(), wanted, "{path}");
+            match cpu(told, 1) {
+                Ok(cpu) => assert_eq!(cpu.path(), path),
+                Err(error) => assert_eq!(error.path, path),
+            }
+        }
+        assert_eq!(
+            cpu(CpuPath::Auto, 1).unwrap().path().arithmetic(),
+            Arithmetic::Chain
+        );
     }
 
     #[test]

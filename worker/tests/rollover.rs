@@ -40,7 +40,7 @@ use foregate_worker::fabric::tcp::TcpSettings;
 use foregate_worker::load::LoadCounters;
 use foregate_worker::membership::{Publisher, PublisherHandle, Wanted};
 use foregate_worker::metrics::WorkerMetrics;
-use foregate_worker::residency::follow::{Follower, FollowerParts};
+use foregate_worker::residency::follow::{Follower, FollowerParts, Stranger};
 use foregate_worker::residency::migrate::Loader;
 use foregate_worker::residency::serve::ExpertsService;
 use tokio::sync::watch;
@@ -95,6 +95,7 @@ struct Node {
     rank: Rank,
     endpoint: Arc<Endpoint>,
     metrics: Arc<WorkerMetrics>,
+    follower: tokio::task::JoinHandle<Result<(), Stranger>>,
     stop: CancellationToken,
 }
 
@@ -145,6 +146,12 @@ impl Cluster {
     }
 
     async fn node(&self, rank: Rank, incarnation: u64) -> Node {
+        let path = self.model.cpu.path().to_string();
+        self.node_that_says(rank, incarnation, path).await
+    }
+
+    /// A node that is told apart by the name of its instruction path.
+    async fn node_that_says(&self, rank: Rank, incarnation: u64, cpu_path: String) -> Node {
         let model = &self.model;
         let metrics = metrics();
         let endpoint = Arc::new(
@@ -177,7 +184,7 @@ impl Cluster {
             slots: 8,
             phase: Phase::Joining,
             model: model.spec.as_ref().clone(),
-            cpu_path: model.cpu.path().to_string(),
+            cpu_path,
             kv_pages: 1,
             page_tokens: 16,
         };
@@ -221,7 +228,7 @@ impl Cluster {
             progress: Box::new(|_, _| {}),
         });
         self.tasks.spawn(publisher.run(stop.clone()));
-        self.tasks.spawn(follower.run(stop.clone()));
+        let follower = self.tasks.spawn(follower.run(stop.clone()));
         let service = ExpertsService::server(endpoint.residency().clone());
         let router = foregate_wire::serve::server().add_service(service);
         self.tasks
@@ -230,6 +237,7 @@ impl Cluster {
             rank,
             endpoint,
             metrics,
+            follower,
             stop,
         }
     }
@@ -577,6 +585,51 @@ async fn a_restarted_worker_prepares_anew() {
     let driver = Driver::start(&cluster.model, &nodes[&0]);
     driver.more(3).await;
     driver.end();
+    cluster.stop().await;
+}
+
+/// A newcomer with another arithmetic leaves, whatever its rank, and nobody calls it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_newcomer_that_sums_otherwise_leaves() {
+    let cluster = Cluster::new(Fabrics::Local(LocalHub::new()));
+    let mut nodes = BTreeMap::new();
+    for rank in 0..WORKERS {
+        let node = cluster.node(Rank(rank), 100 + u64::from(rank)).await;
+        nodes.insert(rank, node);
+    }
+    cluster
+        .until("three members", |state| state.members.len() == 3)
+        .await;
+    let slots: [&[u32]; 3] = [&[0, 1, 2], &[3, 4, 5], &[6, 7, 0]];
+    cluster.roll_to(cluster.model.placement(1, &slots)).await;
+
+    let old = nodes.remove(&0).unwrap();
+    old.stop.cancel();
+    old.endpoint.close();
+    drop(old);
+    cluster
+        .until("rank 0 to leave", |state| state.members.len() == 2)
+        .await;
+    for rank in [0, 3] {
+        let other = cluster
+            .node_that_says(Rank(rank), 200, "amx".to_owned())
+            .await;
+        let left = timeout(PATIENCE, other.follower).await.unwrap().unwrap();
+        let error = left.unwrap_err();
+        assert_eq!((error.own.as_str(), error.rank), ("amx", Rank(1)));
+        assert!(
+            error.to_string().contains("spec.workers.cpuPath"),
+            "{error}"
+        );
+        cluster
+            .until("the others to see it", |state| {
+                state.members.contains_key(&Rank(rank))
+            })
+            .await;
+        wait_up(&nodes[&1], Rank(2)).await;
+        assert!(!nodes[&1].endpoint.fabric().is_up(Rank(rank)));
+    }
+    assert!(nodes.values().all(|node| !node.follower.is_finished()));
     cluster.stop().await;
 }
 

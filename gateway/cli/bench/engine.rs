@@ -17,6 +17,7 @@ mod telemetry;
 
 use std::path::{Path, PathBuf};
 
+use foregate_api::cpu::CpuPath;
 use foregate_api::model::ModelSpec;
 use foregate_checkpoint::Checkpoint;
 
@@ -45,6 +46,9 @@ pub(crate) struct EngineArgs {
     /// Compute threads; default: all cores.
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1024))]
     threads: Option<u32>,
+    /// Instructions of the kernels: auto, portable, neon, avx2, avx512, avx512bf16, amx.
+    #[arg(long, value_name = "PATH", default_value = "auto")]
+    cpu_path: CpuPath,
     /// Sequences that decode together.
     #[arg(long, value_delimiter = ',', default_value = "1,8,32", value_parser = clap::value_parser!(u32).range(1..=MOST))]
     batch: Vec<u32>,
@@ -128,8 +132,10 @@ pub(super) async fn run(args: &EngineArgs, progress: &Progress) -> Result<(), Cl
         Some(threads) => threads as usize,
         None => std::thread::available_parallelism().map_or(1, usize::from),
     };
+    let cpu = foregate_worker::cpu(args.cpu_path, threads)
+        .map_err(|error| CliError::Usage(format!("--cpu-path: {error}")))?;
     let task = progress.steps("load", 1);
-    let rig = Rig::load(&checkpoint, threads)?;
+    let rig = Rig::load(&checkpoint, cpu)?;
     drop(checkpoint);
     task.finish("done");
     let bench = Bench {

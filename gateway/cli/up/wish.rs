@@ -38,6 +38,9 @@ impl Wish {
         if let Some(workers) = args.workers {
             spec.workers.count = Some(workers);
         }
+        if let Some(path) = args.cpu_path {
+            spec.workers.cpu_path = Some(path);
+        }
         if !args.served_model_name.is_empty() {
             spec.model.served_names.clone_from(&args.served_model_name);
         }

@@ -3,8 +3,22 @@
 use std::fmt;
 use std::str::FromStr;
 
-/// A set of vector instructions. All paths give the same bits; they differ in speed only. One exception: in products
-/// with bfloat16 weights [`Path::Avx512Bf16`] takes numbers below 2⁻¹²⁶ for zero.
+#[cfg(target_arch = "x86_64")]
+use super::amx;
+
+/// How the products of bfloat16 weights are summed. Results of one arithmetic have the same bits everywhere; those of two
+/// are equal within rounding only, so whoever computes together must agree on one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Arithmetic {
+    /// One chain of fused multiply-adds per element, in pairs of inputs, of a pair the odd one first.
+    Chain,
+    /// Steps of 32 inputs from the first on. Of a step the even and the odd inputs are a chain each from zero; both are
+    /// added, then their sum is added to the element. Numbers below 2⁻¹²⁶ are zero.
+    Tiles,
+}
+
+/// A set of instructions. All paths of one [`Arithmetic`] give the same bits; they differ in speed only. One exception: in
+/// products with bfloat16 weights [`Path::Avx512Bf16`] takes numbers below 2⁻¹²⁶ for zero.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Path {
     /// Plain Rust, everywhere.
@@ -17,11 +31,14 @@ pub enum Path {
     Avx512Bf16,
     /// NEON (aarch64).
     Neon,
+    /// AMX for products with bfloat16 weights, the best vector instructions for everything else (x86-64, Linux). Never
+    /// chosen unasked: it has another [`Arithmetic`].
+    Amx,
 }
 
-/// The processor does not have the path that was asked for.
+/// The processor does not have the path that was asked for, or the system keeps it from this process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("this processor has no {path} instructions; choose one of: {}", names(&Path::present()))]
+#[error("this machine has no {path} instructions for this process; choose one of: {}", names(&Path::present()))]
 pub struct PathError {
     /// The path.
     pub path: Path,
@@ -44,32 +61,44 @@ fn names(paths: &[Path]) -> String {
 }
 
 impl Path {
-    /// All paths, slowest first.
-    pub const ALL: [Self; 5] = [
+    /// All paths: those of the chain, slowest first, then those of another arithmetic.
+    pub const ALL: [Self; 6] = [
         Self::Portable,
         Self::Neon,
         Self::Avx2,
         Self::Avx512,
         Self::Avx512Bf16,
+        Self::Amx,
     ];
 
-    /// The paths of this processor, slowest first.
+    /// The paths of this processor, in the order of [`Path::ALL`].
     #[must_use]
     pub fn present() -> Vec<Self> {
         Self::ALL.into_iter().filter(|p| p.is_present()).collect()
     }
 
-    /// The fastest path of this processor.
+    /// The fastest path of this processor with the arithmetic that every processor has, [`Arithmetic::Chain`].
     #[must_use]
     pub fn best() -> Self {
         Self::ALL
             .into_iter()
             .rev()
-            .find(|p| p.is_present())
+            .find(|p| p.arithmetic() == Arithmetic::Chain && p.is_present())
             .unwrap_or(Self::Portable)
     }
 
-    /// Whether this processor has it.
+    /// How it sums.
+    #[must_use]
+    pub const fn arithmetic(self) -> Arithmetic {
+        match self {
+            Self::Portable | Self::Avx2 | Self::Avx512 | Self::Avx512Bf16 | Self::Neon => {
+                Arithmetic::Chain
+            }
+            Self::Amx => Arithmetic::Tiles,
+        }
+    }
+
+    /// Whether this processor has it, and the system lets this process use it.
     #[must_use]
     pub fn is_present(self) -> bool {
         match self {
@@ -88,10 +117,12 @@ impl Path {
             Self::Avx512Bf16 => {
                 Self::Avx512.is_present() && is_x86_feature_detected!("avx512bf16")
             }
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx => amx::usable(),
             #[cfg(target_arch = "aarch64")]
             Self::Neon => true,
             #[cfg(not(target_arch = "x86_64"))]
-            Self::Avx2 | Self::Avx512 | Self::Avx512Bf16 => false,
+            Self::Avx2 | Self::Avx512 | Self::Avx512Bf16 | Self::Amx => false,
             #[cfg(not(target_arch = "aarch64"))]
             Self::Neon => false,
         }
@@ -106,6 +137,7 @@ impl Path {
             Self::Avx512 => "avx512",
             Self::Avx512Bf16 => "avx512bf16",
             Self::Neon => "neon",
+            Self::Amx => "amx",
         }
     }
 }
@@ -129,23 +161,84 @@ impl FromStr for Path {
     }
 }
 
-/// A path that this processor was found to have.
+/// What computes tiles.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Unit {
+    /// The processor.
+    #[cfg(target_arch = "x86_64")]
+    Hardware,
+    /// Plain Rust.
+    Software,
+}
+
+/// A path that this processor was found to have, or that somebody vouched for.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Isa(Path);
+pub(crate) struct Isa {
+    path: Path,
+    lanes: Path,
+    tiles: Option<Unit>,
+}
 
 impl Isa {
     /// `None` when the processor does not have the path.
     pub(crate) fn of(path: Path) -> Option<Self> {
-        path.is_present().then_some(Self(path))
+        // SAFETY: the processor has the path.
+        path.is_present().then(|| unsafe { Self::trusted(path) })
+    }
+
+    /// A path that is not looked for.
+    ///
+    /// # Safety
+    /// Its instructions can be executed.
+    pub(crate) unsafe fn trusted(path: Path) -> Self {
+        #[cfg(target_arch = "x86_64")]
+        if path == Path::Amx {
+            return Self::with_tiles(Unit::Hardware);
+        }
+        Self {
+            path,
+            lanes: path,
+            tiles: None,
+        }
+    }
+
+    /// AMX's arithmetic by a unit, everything else by the best vector instructions.
+    fn with_tiles(unit: Unit) -> Self {
+        Self {
+            path: Path::Amx,
+            lanes: Path::best(),
+            tiles: Some(unit),
+        }
+    }
+
+    /// AMX's arithmetic, without the instructions.
+    pub(crate) fn software_tiles() -> Self {
+        Self::with_tiles(Unit::Software)
     }
 
     /// The fastest path of this processor.
     pub(crate) fn best() -> Self {
-        Self(Path::best())
+        let path = Path::best();
+        Self {
+            path,
+            lanes: path,
+            tiles: None,
+        }
     }
 
+    /// The path by name.
     pub(crate) const fn path(self) -> Path {
-        self.0
+        self.path
+    }
+
+    /// The path of vector instructions.
+    pub(crate) const fn lanes(self) -> Path {
+        self.lanes
+    }
+
+    /// What multiplies bfloat16 weights, when it is not the vector instructions.
+    pub(crate) const fn tiles(self) -> Option<Unit> {
+        self.tiles
     }
 }
 
@@ -157,6 +250,7 @@ mod tests {
     fn the_best_path_is_present_and_names_round_trip() {
         assert!(Path::best().is_present());
         assert_eq!(Path::present()[0], Path::Portable);
+        assert_eq!(Path::best().arithmetic(), Arithmetic::Chain);
         for path in Path::ALL {
             assert_eq!(path.name().parse(), Ok(path));
         }

@@ -1,6 +1,7 @@
 //! Ops on the processor: the instruction path is chosen once, at the start.
 
 mod activation;
+mod amx;
 mod attention;
 mod combine;
 mod detect;
@@ -29,7 +30,7 @@ use crate::ops::{
 use detect::Isa;
 use threads::Threads;
 
-pub use detect::{Path, PathError, UnknownPath};
+pub use detect::{Arithmetic, Path, PathError, UnknownPath};
 pub use quantize::quantize;
 pub use read_through::ReadThrough;
 
@@ -77,6 +78,22 @@ impl Cpu {
     pub fn with_path(path: Path, threads: usize) -> Result<Self, PathError> {
         let isa = Isa::of(path).ok_or(PathError { path })?;
         Ok(Self::build(isa, threads))
+    }
+
+    /// A given path, whatever this processor says that it has.
+    ///
+    /// # Safety
+    /// Its instructions can be executed, or somebody handles the fault of those that cannot.
+    #[must_use]
+    pub unsafe fn with_path_unchecked(path: Path, threads: usize) -> Self {
+        // SAFETY: the caller's promise.
+        Self::build(unsafe { Isa::trusted(path) }, threads)
+    }
+
+    /// [`Path::Amx`] with its products in plain Rust, on any processor: slow, to judge the instructions by.
+    #[must_use]
+    pub fn with_tiles_in_software(threads: usize) -> Self {
+        Self::build(Isa::software_tiles(), threads)
     }
 
     fn build(isa: Isa, threads: usize) -> Self {

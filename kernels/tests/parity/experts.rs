@@ -1,9 +1,12 @@
 use foregate_kernels::{
-    Combine, Cpu, Dtype, ExpertFfn, ExpertGroup, Gate, MatMul, Matrix, Ops, SiluMul,
+    Combine, Dtype, ExpertFfn, ExpertGroup, Gate, MatMul, Matrix, Ops, SiluMul,
 };
 use proptest::prelude::*;
 
-use super::{FORMATS, assert_same_bits, cpus, fp8, int4, judge, numbers, weight, wide};
+use super::{
+    ARITHMETICS, FORMATS, assert_same_bits, cpus, cpus_of, fp8, int4, judge, judge_both,
+    numbers, weight, wide,
+};
 
 struct Expert {
     gate: Matrix,
@@ -135,13 +138,16 @@ proptest! {
         let (hidden, inner) = (hidden.next_multiple_of(whole), inner.next_multiple_of(whole));
         let experts = experts(dtype, rows.len() as u64, hidden, inner);
         let x = numbers(seed, 9 * hidden);
-        let all = judge(tolerance(dtype), "experts", |ops| run(ops, &experts, &x, hidden, &rows));
-        let mut out = all.chunks_exact(hidden);
-        let cpu = Cpu::new(1);
-        for (expert, rows) in experts.iter().zip(&rows) {
-            for row in rows {
-                let alone = run(&cpu, std::slice::from_ref(expert), &x, hidden, &[vec![*row]]);
-                assert_same_bits(out.next().unwrap(), &alone, "a row alone");
+        let both =
+            judge_both(tolerance(dtype), "experts", |ops| run(ops, &experts, &x, hidden, &rows));
+        for (arithmetic, all) in ARITHMETICS.into_iter().zip(both) {
+            let mut out = all.chunks_exact(hidden);
+            let cpu = cpus_of(arithmetic).next().unwrap();
+            for (expert, rows) in experts.iter().zip(&rows) {
+                for row in rows {
+                    let alone = run(cpu, std::slice::from_ref(expert), &x, hidden, &[vec![*row]]);
+                    assert_same_bits(out.next().unwrap(), &alone, "a row alone");
+                }
             }
         }
     }
@@ -190,16 +196,60 @@ fn threads_and_batches_do_not_show() {
     let experts = experts(Dtype::Bf16, 4, hidden, inner);
     let x = numbers(7, 128 * hidden);
     let rows = [(0..128).collect(), vec![5], vec![], vec![6, 5, 127]];
-    let want = run(&Cpu::new(1), &experts, &x, hidden, &rows);
-    for cpu in cpus().iter().skip(2) {
-        assert_same_bits(
-            &want,
-            &run(cpu, &experts, &x, hidden, &rows),
-            cpu.path().name(),
-        );
+    for arithmetic in ARITHMETICS {
+        let mut cpus = cpus_of(arithmetic);
+        let want = run(cpus.next().unwrap(), &experts, &x, hidden, &rows);
+        for cpu in cpus {
+            let got = run(cpu, &experts, &x, hidden, &rows);
+            assert_same_bits(&want, &got, cpu.path().name());
+            let alone = run(cpu, &experts[..1], &x, hidden, &[vec![77]]);
+            assert_same_bits(&want[77 * hidden..78 * hidden], &alone, "a row alone");
+        }
     }
-    let alone = run(&Cpu::new(2), &experts[..1], &x, hidden, &[vec![77]]);
-    assert_same_bits(&want[77 * hidden..78 * hidden], &alone, "a row alone");
+}
+
+/// Results need not begin at row 0 nor follow each other, and there may be none at all.
+#[test]
+fn rows_between_groups_stay_as_they_are() {
+    let (hidden, inner) = (33, 40);
+    for dtype in [Dtype::F32, Dtype::Bf16] {
+        let experts = experts(dtype, 3, hidden, inner);
+        let x = numbers(14, 4 * hidden);
+        let group = |i: usize, rows, out_offset| ExpertGroup {
+            gate: &experts[i].gate,
+            up: &experts[i].up,
+            down: &experts[i].down,
+            rows,
+            out_offset,
+        };
+        let groups = [
+            group(0, &[3, 1][..], 2),
+            group(1, &[], 5),
+            group(2, &[0], 7),
+        ];
+        for cpu in cpus() {
+            let mut out = vec![f32::INFINITY; 9 * hidden];
+            let run_in = |x: &[f32], groups: &[ExpertGroup<'_>], out: &mut [f32]| {
+                cpu.expert_ffn(ExpertFfn {
+                    x,
+                    hidden,
+                    groups,
+                    out,
+                })
+                .unwrap();
+            };
+            run_in(&x, &groups, &mut out);
+            for row in [0, 1, 4, 5, 6, 8] {
+                assert_eq!(out[row * hidden..][..hidden], vec![f32::INFINITY; hidden]);
+            }
+            for (expert, row, at) in [(0, 3, 2), (0, 1, 3), (2, 0, 7)] {
+                let one = std::slice::from_ref(&experts[expert]);
+                let alone = run(cpu, one, &x, hidden, &[vec![row]]);
+                assert_same_bits(&out[at * hidden..][..hidden], &alone, cpu.path().name());
+            }
+            run_in(&[], &groups[1..2], &mut out);
+        }
+    }
 }
 
 #[test]

@@ -1,7 +1,10 @@
-use foregate_kernels::{Cpu, Dtype, Embed, MatMul, Matrix, Ops, quantize};
+use foregate_kernels::{Arithmetic, Cpu, Dtype, Embed, MatMul, Matrix, Ops, quantize};
 use proptest::prelude::*;
 
-use super::{FORMATS, assert_same_bits, cpus, judge, numbers, pack, weight, wide};
+use super::{
+    ARITHMETICS, FORMATS, assert_same_bits, cpus, cpus_of, judge, judge_both, numbers, pack,
+    weight, wide,
+};
 
 pub(super) fn product(ops: &dyn Ops, x: &[f32], w: &Matrix, bias: Option<&[f32]>) -> Vec<f32> {
     let rows = if w.k() == 0 { 0 } else { x.len() / w.k() };
@@ -27,7 +30,7 @@ proptest! {
     #[test]
     fn any_shape(
         dtype in dtypes(),
-        rows in 1_usize..24,
+        rows in 1_usize..40,
         n in 1_usize..150,
         k in 1_usize..150,
         biased: bool,
@@ -37,10 +40,12 @@ proptest! {
         let (x, w) = (numbers(seed, rows * k), weight(dtype, seed ^ 1, n, k));
         let bias = numbers(seed ^ 2, n);
         let bias = biased.then_some(&bias[..]);
-        let batch = judge(1e-5, "matmul", |ops| product(ops, &x, &w, bias));
-        let cpu = Cpu::new(1);
-        for (row, want) in x.chunks_exact(k).zip(batch.chunks_exact(n)) {
-            assert_same_bits(want, &product(&cpu, row, &w, bias), "a row alone");
+        let batches = judge_both(1e-5, "matmul", |ops| product(ops, &x, &w, bias));
+        for (arithmetic, batch) in ARITHMETICS.into_iter().zip(batches) {
+            let cpu = cpus_of(arithmetic).next().unwrap();
+            for (row, want) in x.chunks_exact(k).zip(batch.chunks_exact(n)) {
+                assert_same_bits(want, &product(cpu, row, &w, bias), "a row alone");
+            }
         }
     }
 
@@ -87,6 +92,60 @@ fn an_element_is_one_chain() {
     }
 }
 
+/// The documented order of the other arithmetic, spelled out.
+#[test]
+fn an_element_of_tiles_is_a_sum_of_steps() {
+    for k in [1, 2, 31, 32, 33, 64, 131] {
+        let (rows, n) = (35, 75);
+        let (x, w) = (numbers(1, rows * k), weight(Dtype::Bf16, 2, n, k));
+        let bias = numbers(3, n);
+        let [_, got] = judge_both(1e-5, "matmul", |ops| product(ops, &x, &w, Some(&bias)));
+        let mut weights = vec![0.0; k];
+        for output in 0..n {
+            w.row(output, &mut weights).unwrap();
+            for row in 0..rows {
+                let x = &x[row * k..(row + 1) * k];
+                let mut acc = 0.0_f32;
+                for (x, w) in x.chunks(32).zip(weights.chunks(32)) {
+                    let mut halves = [0.0_f32; 2];
+                    for (i, (x, w)) in x.iter().zip(w).enumerate() {
+                        halves[i % 2] = input(Dtype::Bf16, *x).mul_add(*w, halves[i % 2]);
+                    }
+                    acc += halves[0] + halves[1];
+                }
+                let want = (acc + bias[output]).to_bits();
+                assert_eq!(want, got[row * n + output].to_bits(), "{k}: {row} {output}");
+            }
+        }
+    }
+}
+
+/// What follows a row or a panel of weights in memory is not read into its sums: it may be no number.
+#[test]
+fn a_neighbour_that_is_no_number_does_not_show() {
+    for (rows, n, k) in [(3, 40, 5), (20, 40, 37)] {
+        let mut x = numbers(20, rows * k);
+        let mut values = numbers(21, n * k);
+        // The first row of inputs and the outputs of the first panel are numbers, the next ones are not.
+        x[k..].fill(f32::NAN);
+        values[16 * k..].fill(f32::INFINITY);
+        let w = pack(Dtype::Bf16, n, k, &values);
+        for cpu in cpus() {
+            let got = product(cpu, &x, &w, None);
+            assert!(
+                got[..16].iter().all(|x| x.is_finite()),
+                "{}: {got:?}",
+                cpu.path()
+            );
+            assert!(
+                got[n..].iter().all(|x| x.is_nan()),
+                "{}: {got:?}",
+                cpu.path()
+            );
+        }
+    }
+}
+
 /// An input as weights of a format meet it.
 fn input(dtype: Dtype, x: f32) -> f32 {
     if wide(dtype) {
@@ -101,7 +160,7 @@ fn input(dtype: Dtype, x: f32) -> f32 {
 fn bfloat16_is_near_float32() {
     let (rows, n, k) = (9, 40, 515);
     let (x, w) = (numbers(10, rows * k), weight(Dtype::Bf16, 11, n, k));
-    let got = judge(1e-5, "matmul", |ops| product(ops, &x, &w, None));
+    let both = judge_both(1e-5, "matmul", |ops| product(ops, &x, &w, None));
     let mut weights = vec![0.0; k];
     for output in 0..n {
         w.row(output, &mut weights).unwrap();
@@ -114,8 +173,13 @@ fn bfloat16_is_near_float32() {
             );
             // 2⁻⁹ for the inputs, and what the float32 sums of 515 terms may cost at most.
             let bound = sizes * (2.0_f64.powi(-9) + 515.0 * 2.0_f64.powi(-24));
-            let off = (f64::from(got[row * n + output]) - sum).abs();
-            assert!(off <= bound, "{row} {output}: {off} > {bound}");
+            for (arithmetic, got) in ARITHMETICS.into_iter().zip(&both) {
+                let off = (f64::from(got[row * n + output]) - sum).abs();
+                assert!(
+                    off <= bound,
+                    "{arithmetic:?} {row} {output}: {off} > {bound}"
+                );
+            }
         }
     }
 }
@@ -174,14 +238,19 @@ fn extreme_values_pass_through() {
 fn batch_size_and_threads_do_not_show() {
     let (rows, n, k) = (203, 323, 129);
     let (x, w) = (numbers(4, rows * k), weight(Dtype::Bf16, 5, n, k));
-    let fast = Cpu::new(1);
-    let all = product(&fast, &x, &w, None);
-    for threads in 1..=4 {
-        let cpu = Cpu::new(threads);
-        assert_same_bits(&all, &product(&cpu, &x, &w, None), "threads");
-        for batch in [1, 2, 3, 4, 5, 6, 7, 11, 13, 96, 97] {
-            let part = product(&cpu, &x[k..(1 + batch) * k], &w, None);
-            assert_same_bits(&all[n..(1 + batch) * n], &part, "batch");
+    for arithmetic in ARITHMETICS {
+        let build: fn(usize) -> Cpu = match arithmetic {
+            Arithmetic::Chain => Cpu::new,
+            Arithmetic::Tiles => Cpu::with_tiles_in_software,
+        };
+        let all = product(cpus_of(arithmetic).next().unwrap(), &x, &w, None);
+        for threads in 1..=4 {
+            let cpu = build(threads);
+            assert_same_bits(&all, &product(&cpu, &x, &w, None), "threads");
+            for batch in [1, 2, 3, 4, 5, 6, 7, 11, 13, 16, 17, 32, 33, 49, 96, 97] {
+                let part = product(&cpu, &x[k..(1 + batch) * k], &w, None);
+                assert_same_bits(&all[n..(1 + batch) * n], &part, "batch");
+            }
         }
     }
 }

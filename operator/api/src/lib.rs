@@ -5,6 +5,7 @@
 //! Invariants: no I/O, no clock, no async; maps are ordered, so equal values have equal bytes.
 //! Start reading at [`placement`], then [`node`].
 
+pub mod cpu;
 pub mod ids;
 pub mod load;
 pub mod manifest;

@@ -5,6 +5,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::cpu::CpuPath;
+
 /// `apiVersion` of every manifest.
 pub const API_VERSION: &str = "foregate.dev/v1alpha1";
 /// `kind` of a cluster manifest.
@@ -86,6 +88,9 @@ pub struct WorkersSpec {
     /// Compute threads; default: the machine's cores divided by the workers on it, at least 1.
     #[serde(default)]
     pub threads: Option<u32>,
+    /// Instructions of the kernels, default `auto`.
+    #[serde(default)]
+    pub cpu_path: Option<CpuPath>,
     /// Most sequences in a batch, default 64.
     #[serde(default)]
     pub max_num_seqs: Option<u32>,

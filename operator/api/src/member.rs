@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::cpu::{Arithmetic, CpuPath};
 use crate::ids::{Epoch, Rank};
 use crate::model::ModelSpec;
 
@@ -43,6 +44,21 @@ pub struct Member {
     pub kv_pages: u32,
     /// Tokens per page.
     pub page_tokens: u32,
+}
+
+impl Member {
+    /// How its kernels sum. A path of an unknown name is one of the chain: only tiles differ.
+    #[must_use]
+    pub fn arithmetic(&self) -> Arithmetic {
+        let path = self.cpu_path.parse::<CpuPath>().unwrap_or_default();
+        path.arithmetic()
+    }
+
+    /// Whether rows and tokens of both may be mixed: the same model, summed in the same way.
+    #[must_use]
+    pub fn is_kin(&self, other: &Self) -> bool {
+        self.model == other.model && self.arithmetic() == other.arithmetic()
+    }
 }
 
 /// A worker's progress in a rollover, under `placement/ack/<rank>`.

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::cpu::CpuPath;
 use crate::ids::Rank;
 use crate::manifest::RoutingPolicy;
 
@@ -116,6 +117,8 @@ pub struct WorkerConfig {
     pub slots: u32,
     /// Compute threads.
     pub threads: u32,
+    /// Instructions of the kernels; workers of one cluster must sum alike.
+    pub cpu_path: CpuPath,
     /// Most sequences in a batch.
     pub max_num_seqs: u32,
     /// Most tokens in a step.

@@ -42,6 +42,7 @@ fn what_is_left_open_gets_the_documented_defaults() {
                 count: 2,
                 redundancy: Redundancy::Linked,
                 threads: Threads::Shared,
+                cpu_path: CpuPath::Auto,
                 max_num_seqs: 64,
                 max_num_batched_tokens: 512,
                 max_waiting: 256,

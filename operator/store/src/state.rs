@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use foregate_api::ids::Rank;
 use foregate_api::load::LoadWindow;
-use foregate_api::member::{Ack, Member};
+use foregate_api::member::{Ack, Member, Phase};
 use foregate_api::placement::Placement;
 
 /// Everything the store knows of a cluster, as one immutable value.
@@ -30,4 +30,15 @@ pub struct ClusterState {
     pub active_unreadable: Option<u64>,
     /// Name of the leading operator.
     pub leader: Option<String>,
+}
+
+impl ClusterState {
+    /// The member whose model and arithmetic are those of the cluster: of those that have served, else of all, the one
+    /// with the lowest rank. A newcomer does not change what the cluster is.
+    #[must_use]
+    pub fn exemplar(&self) -> Option<&Arc<Member>> {
+        let served = |member: &&Arc<Member>| member.phase != Phase::Joining;
+        let found = self.members.values().find(served);
+        found.or_else(|| self.members.values().next())
+    }
 }

@@ -118,6 +118,48 @@ async fn until(
     }
 }
 
+/// Who has served says what the cluster is; before that, the lowest rank.
+#[test]
+fn a_newcomer_does_not_change_the_cluster() {
+    let state = |members: &[(u32, Phase)]| {
+        let members = members.iter().map(|(rank, phase)| {
+            let mut member = member(*rank, 1);
+            member.phase = *phase;
+            (Rank(*rank), Arc::new(member))
+        });
+        ClusterState {
+            members: members.collect(),
+            ..ClusterState::default()
+        }
+    };
+    let exemplar = |members: &[_]| state(members).exemplar().map(|member| member.rank.0);
+    assert_eq!(exemplar(&[]), None);
+    assert_eq!(
+        exemplar(&[(1, Phase::Joining), (2, Phase::Joining)]),
+        Some(1)
+    );
+    assert_eq!(exemplar(&[(0, Phase::Joining), (2, Phase::Ready)]), Some(2));
+    assert_eq!(
+        exemplar(&[(0, Phase::Joining), (2, Phase::Draining)]),
+        Some(2)
+    );
+}
+
+#[test]
+fn kin_have_one_model_and_one_arithmetic() {
+    let with = |path: &str, vocab: usize| {
+        let mut member = member(0, 1);
+        path.clone_into(&mut member.cpu_path);
+        member.model.vocab = vocab;
+        member
+    };
+    let one = with("avx2", 4);
+    assert!(one.is_kin(&with("neon", 4)));
+    assert!(!one.is_kin(&with("neon", 5)));
+    assert!(!one.is_kin(&with("amx", 4)));
+    assert!(with("amx", 4).is_kin(&with("amx", 4)));
+}
+
 #[tokio::test(start_paused = true)]
 async fn every_verb_is_seen_by_a_watcher() {
     let (_store, coord, mut states) = memory();

@@ -62,6 +62,8 @@ pub enum Habit {
     Sound,
     /// Registers, and never gets ready for anything.
     Stuck,
+    /// Has another arithmetic than all others.
+    SumsOtherwise,
 }
 
 impl Rig {
@@ -89,9 +91,13 @@ impl Rig {
         self.incarnation += 1;
         let lease = self.store.lease(LEASE).await.unwrap();
         let phase = watch::channel(Phase::Ready).0;
+        let mut member = member(Rank(rank), self.incarnation, slots);
+        if habit == Habit::SumsOtherwise {
+            "amx".clone_into(&mut member.cpu_path);
+        }
         let worker = Worker {
             coord: self.coord.clone(),
-            member: member(Rank(rank), self.incarnation, slots),
+            member,
             lease: Arc::clone(&lease),
             states: self.states.clone(),
             mix: self.mix.subscribe(),

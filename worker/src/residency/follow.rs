@@ -28,6 +28,21 @@ use crate::metrics::WorkerMetrics;
 /// Wait before an expert that could not be loaded is tried again.
 const RETRY: Duration = Duration::from_secs(1);
 
+/// This worker sums otherwise than the cluster it came to. Nothing of both may be mixed, so it leaves.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "this worker computes with `{own}`, rank {rank} of the cluster with `{other}`, and their sums differ in the last \
+     bits; give all workers one spec.workers.cpuPath, or stop the others first to change it"
+)]
+pub struct Stranger {
+    /// The path here.
+    pub own: String,
+    /// A member of the cluster.
+    pub rank: Rank,
+    /// Its path.
+    pub other: String,
+}
+
 /// What the follower works with.
 pub struct FollowerParts {
     /// This worker's number.
@@ -87,10 +102,13 @@ impl Follower {
     }
 
     /// Follows until `shutdown`. Loads in flight are dropped then; what is resident stays.
-    pub async fn run(mut self, shutdown: CancellationToken) {
+    ///
+    /// # Errors
+    /// When the cluster has another arithmetic.
+    pub async fn run(mut self, shutdown: CancellationToken) -> Result<(), Stranger> {
         let gate = Arc::clone(&self.parts.gate);
         loop {
-            self.step();
+            self.step()?;
             let retry = self.failed.values().min().copied();
             tokio::select! {
                 () = shutdown.cancelled() => break,
@@ -110,13 +128,31 @@ impl Follower {
             }
         }
         self.loads.shutdown().await;
+        Ok(())
     }
 
-    fn step(&mut self) {
+    fn step(&mut self) -> Result<(), Stranger> {
         let state = Arc::clone(&self.parts.cluster.borrow_and_update());
+        self.compare(&state)?;
         self.meet(&state);
         // A switch changes what the machine sees, so it is asked again; it never switches twice in a row.
         while self.follow(&state) {}
+        Ok(())
+    }
+
+    /// Whether this worker sums as the cluster does.
+    fn compare(&self, state: &ClusterState) -> Result<(), Stranger> {
+        let wanted = self.parts.publisher.wanted.borrow();
+        let own = &wanted.member;
+        // Under its own rank there may still be an earlier process, which is no member of anything any more.
+        match state.exemplar().filter(|other| other.rank != own.rank) {
+            Some(other) if other.arithmetic() != own.arithmetic() => Err(Stranger {
+                own: own.cpu_path.clone(),
+                rank: other.rank,
+                other: other.cpu_path.clone(),
+            }),
+            _ => Ok(()),
+        }
     }
 
     /// One round of the machine. True if it switched.
@@ -295,11 +331,13 @@ impl Follower {
     }
 }
 
-/// Whether a member runs the same model, so that its experts are this cluster's experts.
+/// Whether a member runs the same model and sums alike, so that its experts are this cluster's experts.
 fn is_kin(peer: &Registration, own: &Registration) -> bool {
-    let kin = peer.model == own.model;
-    if !kin {
+    let kin = peer.is_kin(own);
+    if peer.model != own.model {
         tracing::error!(rank = %peer.rank, "peer_has_another_model");
+    } else if !kin {
+        tracing::error!(rank = %peer.rank, path = peer.cpu_path, "peer_sums_otherwise");
     }
     kin
 }

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use foregate_api::cpu::CpuPath;
 use foregate_api::ids::{Epoch, ExpertId, Rank};
 use foregate_api::model::ModelSpec;
 use foregate_api::node::{FabricKind, WorkerConfig};
@@ -229,6 +230,7 @@ fn config(dir: &Path, rank: Rank, slots: u32, form: Form) -> WorkerConfig {
         fabric: form.fabric,
         slots,
         threads: form.threads,
+        cpu_path: CpuPath::Auto,
         max_num_seqs: form.max_num_seqs,
         max_num_batched_tokens: form.max_num_batched_tokens,
         max_waiting: 64,

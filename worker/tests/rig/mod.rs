@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
+use foregate_api::cpu::CpuPath;
 use foregate_api::ids::{Epoch, Rank};
 use foregate_api::model::{Family, ModelSpec};
 use foregate_api::node::{FabricKind, WorkerConfig};
@@ -192,6 +193,7 @@ fn config(sizes: Sizes) -> WorkerConfig {
         fabric: FabricKind::Local,
         slots: 0,
         threads: 1,
+        cpu_path: CpuPath::Auto,
         max_num_seqs: sizes.seqs,
         max_num_batched_tokens: sizes.step_tokens,
         max_waiting: sizes.waiting,

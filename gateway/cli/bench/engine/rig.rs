@@ -5,6 +5,7 @@ use std::error::Error;
 use std::sync::Arc;
 use std::time::Duration;
 
+use foregate_api::cpu::CpuPath;
 use foregate_api::ids::Rank;
 use foregate_api::model::ModelSpec;
 use foregate_api::node::{FabricKind, WorkerConfig};
@@ -80,6 +81,7 @@ impl Load {
             fabric: FabricKind::Local,
             slots: 0,
             threads: 1,
+            cpu_path: CpuPath::Auto,
             max_num_seqs: self.sequences,
             max_num_batched_tokens: self.step_tokens,
             max_waiting: self.sequences,
@@ -127,10 +129,10 @@ pub(super) struct Rig {
 
 impl Rig {
     /// Loads all of a model.
-    pub(super) fn load(checkpoint: &Checkpoint, threads: usize) -> Result<Self, CliError> {
+    pub(super) fn load(checkpoint: &Checkpoint, cpu: Cpu) -> Result<Self, CliError> {
         let since = Instant::now();
         let failed = |error: &dyn Error| CliError::runtime("model", error);
-        let cpu = Arc::new(Cpu::new(threads));
+        let cpu = Arc::new(cpu);
         let model = Model::load(checkpoint, Arc::clone(&cpu), |_, _| {})
             .map_err(|error| failed(&error))?;
         let experts =

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use foregate_api::cpu::CpuPath;
 use foregate_api::ids::{Epoch, ExpertId, Rank};
 use foregate_api::member::Ack;
 use foregate_api::model::ModelSpec;
@@ -270,6 +271,7 @@ fn config(path: &str, rank: Rank, spec: &ModelSpec, shape: Shape) -> WorkerConfi
         fabric: FabricKind::Local,
         slots: experts.div_ceil(shape.workers).saturating_add(shape.moves),
         threads: shape.threads,
+        cpu_path: CpuPath::Auto,
         max_num_seqs: shape.streams,
         max_num_batched_tokens: 512.max(shape.streams),
         max_waiting: shape.streams,

@@ -2,10 +2,9 @@
 //! some panels, so that a busy expert is shared by all threads.
 
 use super::inputs::{self, Rows, prepare, width};
-use super::tile::{Results, product};
-use super::{
-    BLOCK_ROWS, Block, MAX_PANELS, MAX_ROWS, SMALL, Scratch, block, panels, panels_per_block,
-};
+use super::multiplier::{Multiplier, Room};
+use super::tile::Results;
+use super::{BLOCK_ROWS, Block, MAX_PANELS, SMALL, Scratch, block, panels, panels_per_block};
 use crate::cpu::detect::Isa;
 use crate::cpu::exp::silu;
 use crate::cpu::lanes::{Lanes, WIDTH, on_path};
@@ -30,18 +29,26 @@ struct Inputs<'a> {
     floats: Rows<'a>,
     /// To bfloat16; empty when no expert has weights that ask for it.
     rounded: Rows<'a>,
+    /// The rounded rows are not those of `x` but those of the groups, where their results go: tiles take rows in order.
+    gathered: bool,
 }
 
 impl<'a> Inputs<'a> {
-    /// Some rows, for the format of `w`.
-    fn of(&self, w: &Matrix, chosen: &'a [u32]) -> Rows<'a> {
-        let rows = if w.dtype().rounds_inputs() {
-            self.rounded
-        } else {
-            self.floats
+    /// The rows of a group, for the format of `w`.
+    fn of(&self, w: &Matrix, group: &ExpertGroup<'a>) -> Rows<'a> {
+        let rows = match (w.dtype().rounds_inputs(), self.gathered) {
+            (false, _) => self.floats,
+            (true, false) => self.rounded,
+            (true, true) => {
+                let words = &self.rounded.words[group.out_offset * self.rounded.width..];
+                return Rows {
+                    words,
+                    ..self.rounded
+                };
+            }
         };
         Rows {
-            chosen: Some(chosen),
+            chosen: Some(group.rows),
             ..rows
         }
     }
@@ -85,23 +92,20 @@ on_path! {
 unsafe fn inner(isa: Isa, op: &Inner<'_>) {
     let (group, piece) = (op.group, op.piece);
     let (n, next) = (group.gate.n(), group.down.dtype());
-    let (x_gate, x_up) = (
-        op.x.of(group.gate, group.rows),
-        op.x.of(group.up, group.rows),
-    );
-    let mut gates = [[0.0; MAX_PANELS * WIDTH]; MAX_ROWS];
-    let mut ups = gates;
+    let (x_gate, x_up) = (op.x.of(group.gate, group), op.x.of(group.up, group));
+    let mut multiplier =
+        Multiplier::new(isa, piece.rows.1 - piece.rows.0, &[group.gate, group.up]);
+    let (mut gates, mut ups) = (Room::new(), Room::new());
+    let (gates, ups) = (gates.zeros(multiplier.rows()), ups.zeros(multiplier.rows()));
     for panel in (piece.panels.0..piece.panels.1).step_by(MAX_PANELS) {
         let count = MAX_PANELS.min(piece.panels.1 - panel);
         let (gate, up) = (panels(group.gate, panel), panels(group.up, panel));
         let columns = (count * PANEL).min(n - panel * PANEL);
-        for row in (piece.rows.0..piece.rows.1).step_by(MAX_ROWS) {
-            let rows = MAX_ROWS.min(piece.rows.1 - row);
-            let (x_gate, x_up) = (x_gate.pointers(row, rows), x_up.pointers(row, rows));
-            // SAFETY: the rows were checked by `pointers`; the panels are in range.
+        for (row, rows) in multiplier.blocks(piece.rows) {
+            // SAFETY: the rows are prepared for these weights; the panels are in range.
             unsafe {
-                product(isa, &x_gate[..rows], gate, count, &mut gates);
-                product(isa, &x_up[..rows], up, count, &mut ups);
+                multiplier.product(&x_gate, (row, rows), gate, count, gates);
+                multiplier.product(&x_up, (row, rows), up, count, ups);
                 gated(isa, &mut gates[..rows], &ups[..rows]);
             }
             for (r, values) in gates.iter().take(rows).enumerate() {
@@ -148,6 +152,16 @@ fn inner_words(isa: Isa, group: &ExpertGroup<'_>) -> usize {
     group.rows.len() * width(isa, group.down.dtype(), group.gate.n())
 }
 
+/// For each row of results, the row of inputs it is made of; the first one where there is no result.
+fn sources(groups: &[ExpertGroup<'_>]) -> Vec<u32> {
+    let mut from = Vec::new();
+    for group in groups.iter().filter(|group| !group.rows.is_empty()) {
+        from.resize(group.out_offset, 0);
+        from.extend_from_slice(group.rows);
+    }
+    from
+}
+
 /// Runs checked groups; `scratch` grows to the inputs and the inner activations of all.
 pub(in crate::cpu) fn expert_ffn(
     isa: Isa,
@@ -168,9 +182,19 @@ pub(in crate::cpu) fn expert_ffn(
     let rounds = |g: &ExpertGroup<'_>| [g.gate, g.up].iter().any(|w| w.dtype().rounds_inputs());
     let to_round = if groups.iter().any(rounds) { x } else { &[] };
     let mut none = Vec::new();
+    let gathered = isa.tiles().is_some() && groups.iter().any(rounds);
+    let rounded = if gathered {
+        let from = sources(groups);
+        let order = |row: usize| from[row] as usize;
+        let order = (from.len(), &order as &(dyn Fn(usize) -> usize + Sync));
+        inputs::rows_in_order(isa, threads, Dtype::Bf16, (x, hidden), order, kept)
+    } else {
+        inputs::rows(isa, threads, Dtype::Bf16, (to_round, hidden), kept)
+    };
     let x = Inputs {
         floats: inputs::rows(isa, threads, Dtype::F32, (x, hidden), &mut none),
-        rounded: inputs::rows(isa, threads, Dtype::Bf16, (to_round, hidden), kept),
+        rounded,
+        gathered,
     };
     let words: usize = groups.iter().map(|g| inner_words(isa, g)).sum();
     if between.len() < words {

@@ -26,13 +26,25 @@ impl Rows<'_> {
         }
         rows
     }
+
+    /// The first word of `count` rows from `row` on that are not chosen by index, and the bytes from one to the next.
+    pub(super) fn evenly_spaced(&self, row: usize, count: usize) -> (*const u8, usize) {
+        assert!(self.chosen.is_none(), "tiles take rows that are in order");
+        let words = &self.words[row * self.width..(row + count) * self.width];
+        (words.as_ptr().cast(), self.width * 4)
+    }
 }
 
 /// Words of a row of `k` inputs for weights of a format.
 pub(super) fn width(isa: Isa, dtype: Dtype, k: usize) -> usize {
     if dtype.rounds_inputs() {
         // SAFETY: no pointers are passed.
-        k.div_ceil(2) * unsafe { pair_words(isa) }
+        let words = if isa.tiles().is_some() {
+            1
+        } else {
+            unsafe { pair_words(isa) }
+        };
+        k.div_ceil(2) * words
     } else {
         k
     }
@@ -43,7 +55,13 @@ pub(super) fn width(isa: Isa, dtype: Dtype, k: usize) -> usize {
 pub(super) fn prepare(isa: Isa, dtype: Dtype, from: &[f32], to: &mut [u32]) {
     if dtype.rounds_inputs() {
         // SAFETY: slices check themselves.
-        unsafe { round(isa, from, to) }
+        unsafe {
+            if isa.tiles().is_some() {
+                round_packed(isa, from, to);
+            } else {
+                round(isa, from, to);
+            }
+        }
     } else {
         to.copy_from_slice(bytemuck::cast_slice(from));
     }
@@ -57,6 +75,19 @@ pub(super) fn rows<'a>(
     (x, k): (&'a [f32], usize),
     kept: &'a mut Vec<u32>,
 ) -> Rows<'a> {
+    let count = x.len() / k.max(1);
+    rows_in_order(isa, threads, dtype, (x, k), (count, &|row| row), kept)
+}
+
+/// As [`rows`], but `count` rows, of which row `i` is row `order(i)` of `x` if it has to be prepared.
+pub(super) fn rows_in_order<'a>(
+    isa: Isa,
+    threads: &Threads,
+    dtype: Dtype,
+    (x, k): (&'a [f32], usize),
+    (rows, order): (usize, &(dyn Fn(usize) -> usize + Sync)),
+    kept: &'a mut Vec<u32>,
+) -> Rows<'a> {
     let width = width(isa, dtype, k);
     if !dtype.rounds_inputs() {
         return Rows {
@@ -65,7 +96,6 @@ pub(super) fn rows<'a>(
             chosen: None,
         };
     }
-    let rows = x.len() / k.max(1);
     if kept.len() < rows * width {
         kept.resize(rows * width, 0);
     }
@@ -76,7 +106,8 @@ pub(super) fn rows<'a>(
         for row in item * step..rows.min((item + 1) * step) {
             // SAFETY: each row is written once.
             let to = unsafe { words.slice(row * width, width) };
-            prepare(isa, dtype, &x[row * k..(row + 1) * k], to);
+            let from = order(row) * k;
+            prepare(isa, dtype, &x[from..from + k], to);
         }
     });
     Rows {
@@ -99,25 +130,37 @@ fn nearest(x: f32) -> u32 {
 /// None: it has no pointers.
 #[inline(always)]
 pub(in crate::cpu) unsafe fn round_kernel<L: Lanes>(from: &[f32], to: &mut [u32]) {
-    let (pairs, last) = from.as_chunks::<2>();
-    let rest = last.first().map(|x| nearest(*x));
     if L::PAIR_WORDS == 1 {
-        let (head, tail) = to.split_at_mut(pairs.len());
-        for (pair, word) in pairs.iter().zip(head) {
-            *word = nearest(pair[0]) | nearest(pair[1]) << 16;
-        }
-        if let (Some(rest), Some(word)) = (rest, tail.first_mut()) {
-            *word = rest;
-        }
-    } else {
-        let (head, tail) = to.split_at_mut(2 * pairs.len());
-        for (x, word) in from.iter().zip(head) {
-            *word = nearest(*x) << 16;
-        }
-        if let (Some(rest), [even, odd]) = (rest, tail) {
-            (*even, *odd) = (rest << 16, 0);
-        }
+        // SAFETY: as for this function.
+        return unsafe { round_packed_kernel::<L>(from, to) };
     }
+    let (_, last) = from.as_chunks::<2>();
+    let (head, tail) = to.split_at_mut(from.len() - last.len());
+    for (x, word) in from.iter().zip(head) {
+        *word = nearest(*x) << 16;
+    }
+    if let ([rest], [even, odd]) = (last, tail) {
+        (*even, *odd) = (nearest(*rest) << 16, 0);
+    }
+}
+
+/// # Safety
+/// None: it has no pointers.
+#[inline(always)]
+unsafe fn round_packed_kernel<L: Lanes>(from: &[f32], to: &mut [u32]) {
+    let (pairs, last) = from.as_chunks::<2>();
+    let (head, tail) = to.split_at_mut(pairs.len());
+    for (pair, word) in pairs.iter().zip(head) {
+        *word = nearest(pair[0]) | nearest(pair[1]) << 16;
+    }
+    if let ([rest], Some(word)) = (last, tail.first_mut()) {
+        *word = nearest(*rest);
+    }
+}
+
+on_path! {
+    /// As [`round`], always in pairs of one word: rows of tiles.
+    fn round_packed(from: &[f32], to: &mut [u32]) = round_packed_kernel
 }
 
 on_path! {

@@ -4,18 +4,19 @@
 mod coded;
 mod expert;
 mod inputs;
+mod multiplier;
 mod tile;
 
 pub(super) use expert::expert_ffn;
 pub(super) use inputs::round_kernel;
 
 use super::detect::Isa;
-use super::lanes::WIDTH;
 use super::threads::{Parts, Threads};
 use crate::matrix::{Matrix, PANEL};
 use crate::ops::MatMul;
 use inputs::Rows;
-use tile::{MAX_PANELS, MAX_ROWS, Panels, product};
+use multiplier::{Multiplier, Room};
+use tile::{MAX_PANELS, MAX_ROWS, Panels};
 
 /// Rows of a block: their inputs should stay in the second-level cache beside the block's panels.
 const BLOCK_ROWS: usize = 16 * MAX_ROWS;
@@ -61,17 +62,17 @@ struct Block<'a> {
 /// Nobody else uses this block's part of `out`.
 unsafe fn block(isa: Isa, block: &Block<'_>) {
     let n = block.w.n();
-    let mut results = [[0.0; MAX_PANELS * WIDTH]; MAX_ROWS];
+    let mut multiplier = Multiplier::new(isa, block.rows.1 - block.rows.0, &[block.w]);
+    let mut room = Room::new();
+    let results = room.zeros(multiplier.rows());
     for panel in (block.panels.0..block.panels.1).step_by(MAX_PANELS) {
         let count = MAX_PANELS.min(block.panels.1 - panel);
         let w = panels(block.w, panel);
         let from = panel * PANEL;
         let columns = (count * PANEL).min(n - from);
-        for row in (block.rows.0..block.rows.1).step_by(MAX_ROWS) {
-            let rows = MAX_ROWS.min(block.rows.1 - row);
-            let x = block.x.pointers(row, rows);
-            // SAFETY: the rows were checked by `pointers`; the panels are in range.
-            unsafe { product(isa, &x[..rows], w, count, &mut results) };
+        for (row, rows) in multiplier.blocks(block.rows) {
+            // SAFETY: the rows are prepared for these weights; the panels are in range.
+            unsafe { multiplier.product(&block.x, (row, rows), w, count, results) };
             for (r, result) in results.iter_mut().take(rows).enumerate() {
                 if let Some(bias) = block.bias {
                     for (value, bias) in result.iter_mut().zip(&bias[from..from + columns]) {

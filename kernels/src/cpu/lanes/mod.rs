@@ -206,7 +206,7 @@ macro_rules! on_path {
                 unsafe { $kernel::<lanes::Avx512<true>>($($arg),*) }
             }
 
-            match isa.path() {
+            match isa.lanes() {
                 // SAFETY: an `Isa` exists only for a path that this processor has.
                 #[cfg(target_arch = "x86_64")]
                 $crate::Path::Avx2 => unsafe { avx2($($arg),*) },

@@ -28,7 +28,7 @@ impl Probe {
     fn new(family: Family) -> Self {
         let dir = tempfile::tempdir().unwrap();
         Tiny::new(family).write(dir.path()).unwrap();
-        let rig = Rig::load(&Checkpoint::open(dir.path()).unwrap(), 2).unwrap();
+        let rig = Rig::load(&Checkpoint::open(dir.path()).unwrap(), Cpu::new(2)).unwrap();
         let ledger = Ledger::default();
         let ops: Arc<dyn Ops> = Arc::new(Audited::new(rig.cpu.clone(), &ledger));
         let model = rig.model.with_ops(Arc::clone(&ops));

@@ -1,0 +1,148 @@
+//! Products of blocks of rows, as many at once as the path takes: the vector paths a few, in their registers; a tile
+//! unit up to 32, in its tiles.
+
+use std::mem::MaybeUninit;
+
+use super::inputs::Rows;
+use super::tile::{MAX_PANELS, MAX_ROWS, Panels, Results, product};
+use crate::cpu::amx::{self, Inputs, Session, Software, Weights};
+use crate::cpu::detect::{Isa, Unit};
+use crate::cpu::lanes::WIDTH;
+use crate::dtype::Dtype;
+use crate::matrix::Matrix;
+
+type Row = [f32; MAX_PANELS * WIDTH];
+
+/// Memory for the results of a block, of which only what is used is made zero.
+pub(super) struct Room([MaybeUninit<Row>; amx::ROWS]);
+
+impl Room {
+    pub(super) const fn new() -> Self {
+        Self([MaybeUninit::uninit(); amx::ROWS])
+    }
+
+    /// Some rows of zeros.
+    pub(super) fn zeros(&mut self, rows: usize) -> &mut Results {
+        let room = &mut self.0[..rows];
+        for row in &mut *room {
+            row.write([0.0; MAX_PANELS * WIDTH]);
+        }
+        // SAFETY: all of them were written.
+        unsafe { room.assume_init_mut() }
+    }
+}
+
+/// The tiles of this thread.
+enum Tiles {
+    #[cfg(target_arch = "x86_64")]
+    Hardware(Session<amx::Hardware>),
+    Software(Box<Session<Software>>),
+}
+
+impl Tiles {
+    fn begin(unit: Unit, rows: usize) -> Self {
+        match unit {
+            // SAFETY: an `Isa` has the unit only if its instructions can be executed.
+            #[cfg(target_arch = "x86_64")]
+            Unit::Hardware => Self::Hardware(unsafe { Session::begin(rows) }),
+            // SAFETY: plain Rust.
+            Unit::Software => Self::Software(Box::new(unsafe { Session::begin(rows) })),
+        }
+    }
+
+    /// # Safety
+    /// As for [`Session::product`].
+    unsafe fn product(&mut self, x: Inputs, w: Weights, count: usize, out: &mut Results) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match self {
+                #[cfg(target_arch = "x86_64")]
+                Self::Hardware(session) => session.product(x, w, count, out),
+                Self::Software(session) => session.product(x, w, count, out),
+            }
+        }
+    }
+}
+
+/// Multiplies the rows of one piece of work by its weights, on one thread.
+pub(super) struct Multiplier {
+    isa: Isa,
+    /// Rows at once.
+    rows: usize,
+    tiles: Option<Tiles>,
+}
+
+impl Multiplier {
+    /// For a piece of `rows` rows that meet `weights`.
+    pub(super) fn new(isa: Isa, rows: usize, weights: &[&Matrix]) -> Self {
+        let tiled = |_: &Unit| rows > 0 && weights.iter().any(|w| w.dtype() == Dtype::Bf16);
+        let Some(unit) = isa.tiles().filter(tiled) else {
+            return Self {
+                isa,
+                rows: MAX_ROWS,
+                tiles: None,
+            };
+        };
+        // Blocks of one size, so that the tiles keep their shapes through the piece.
+        let rows = rows.div_ceil(rows.div_ceil(amx::ROWS));
+        Self {
+            isa,
+            rows,
+            tiles: Some(Tiles::begin(unit, rows)),
+        }
+    }
+
+    /// Most rows of a block.
+    pub(super) const fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// The first row of each block of the piece, and its rows. With tiles the last block begins so early that it is as
+    /// large as the others: some rows are computed twice, to the same bits.
+    pub(super) fn blocks(
+        &self,
+        (from, to): (usize, usize),
+    ) -> impl Iterator<Item = (usize, usize)> + use<> {
+        let (most, tiled) = (self.rows, self.tiles.is_some());
+        (from..to).step_by(most).map(move |row| {
+            if tiled {
+                (row.min(to - most), most)
+            } else {
+                (row, most.min(to - row))
+            }
+        })
+    }
+
+    /// Multiplies a block by `count` panels.
+    ///
+    /// # Safety
+    /// The block is one of [`Multiplier::blocks`], its rows are prepared for the format of `w`, `count` is at most
+    /// [`MAX_PANELS`], and `out` has the block's rows.
+    pub(super) unsafe fn product(
+        &mut self,
+        x: &Rows<'_>,
+        (row, rows): (usize, usize),
+        w: Panels,
+        count: usize,
+        out: &mut Results,
+    ) {
+        if let (Some(tiles), Dtype::Bf16) = (&mut self.tiles, w.dtype) {
+            // As many as the tiles have, which are those of the block.
+            let (first, stride) = x.evenly_spaced(row, self.rows);
+            let x = Inputs { first, stride };
+            let w = Weights {
+                first: w.first,
+                bytes: w.bytes,
+                k: w.k,
+            };
+            // SAFETY: the rows were checked by `evenly_spaced`; the rest is the caller's promise.
+            return unsafe { tiles.product(x, w, count, out) };
+        }
+        for at in (0..rows).step_by(MAX_ROWS) {
+            let few = MAX_ROWS.min(rows - at);
+            let x = x.pointers(row + at, few);
+            // SAFETY: the rows were checked by `pointers`; the rest is the caller's promise.
+            unsafe { product(self.isa, &x[..few], w, count, &mut out[at..]) };
+        }
+    }
+}
