@@ -28,6 +28,21 @@ pub enum KvDtype {
 }
 
 impl KvDtype {
+    /// Bytes of one value.
+    #[must_use]
+    pub const fn bytes(self) -> usize {
+        4 / self.per_word()
+    }
+
+    /// Its name in reports.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "float32",
+            Self::Bf16 => "bfloat16",
+        }
+    }
+
     /// Values that share a word.
     pub(crate) const fn per_word(self) -> usize {
         match self {

@@ -89,7 +89,7 @@ fn context_bytes(op: &Attention<'_>) -> usize {
         }
     }
     let shape = op.kv.shape();
-    tokens.iter().sum::<usize>() * 2 * shape.kv_heads * shape.head_dim * size_of::<f32>()
+    tokens.iter().sum::<usize>() * 2 * shape.kv_heads * shape.head_dim * shape.dtype.bytes()
 }
 
 /// Weights of the experts that have a row.

@@ -1,6 +1,8 @@
 //! Attention over keys and values that were written before.
 
-use foregate_kernels::{Attention, KvCache, KvShape, KvWrite, Ops, PageMap, ShapeError};
+use foregate_kernels::{
+    Attention, KvCache, KvDtype, KvShape, KvWrite, Ops, PageMap, ShapeError,
+};
 
 use super::Bench;
 use super::figures::Pass;
@@ -27,26 +29,34 @@ fn failed(error: &ShapeError) -> CliError {
 impl Bench {
     /// One token of each of some sequences, and one prompt alone.
     pub(super) fn attention(&mut self, rows: &[u32], contexts: &[u32]) -> Result<(), CliError> {
-        for length in contexts.iter().map(|context| *context as usize) {
-            for sequences in rows.iter().map(|rows| *rows as usize) {
-                if self.kv_bytes() * self.shape.layers * sequences * length > MOST {
-                    continue;
+        for dtype in [KvDtype::F32, KvDtype::Bf16] {
+            for length in contexts.iter().map(|context| *context as usize) {
+                for sequences in rows.iter().map(|rows| *rows as usize) {
+                    let token = self.kv_bytes(dtype) * self.shape.layers;
+                    if token * sequences * length > MOST {
+                        continue;
+                    }
+                    let written = self.written(dtype, sequences, length)?;
+                    self.decode(&written)?;
                 }
-                let written = self.written(sequences, length)?;
-                self.decode(&written)?;
+                let written = self.written(dtype, 1, length)?;
+                self.prefill(&written)?;
             }
-            let written = self.written(1, length)?;
-            self.prefill(&written)?;
         }
         Ok(())
     }
 
     /// Bytes of a token in one layer.
-    const fn kv_bytes(&self) -> usize {
-        2 * 4 * self.shape.kv_heads * self.shape.head_dim
+    const fn kv_bytes(&self, dtype: KvDtype) -> usize {
+        2 * dtype.bytes() * self.shape.kv_heads * self.shape.head_dim
     }
 
-    fn written(&self, sequences: usize, length: usize) -> Result<Written, CliError> {
+    fn written(
+        &self,
+        dtype: KvDtype,
+        sequences: usize,
+        length: usize,
+    ) -> Result<Written, CliError> {
         let each = length.div_ceil(PAGE);
         let mut kv = KvCache::new(KvShape {
             layers: self.shape.layers,
@@ -54,6 +64,7 @@ impl Bench {
             page_tokens: PAGE,
             kv_heads: self.shape.kv_heads,
             head_dim: self.shape.head_dim,
+            dtype,
         })
         .map_err(|error| failed(&error))?;
         let page = |sequence: usize, at: usize| (sequence * each + at) as u32;
@@ -88,13 +99,9 @@ impl Bench {
         let rows: Vec<u32> = (0..sequences as u32).collect();
         let positions = vec![it.length as u32 - 1; sequences];
         let seconds = self.attend(it, &rows, &positions)?;
-        self.add(
-            "attention, decode",
-            sequences,
-            it.length,
-            seconds,
-            |width| (sequences * it.length, 4 * width * sequences * it.length),
-        );
+        self.add("attention, decode", it, seconds, |width| {
+            (sequences * it.length, 4 * width * sequences * it.length)
+        });
         Ok(())
     }
 
@@ -104,7 +111,7 @@ impl Bench {
         let seconds = self.attend(it, &rows, &positions)?;
         // A position attends to itself and all before it.
         let pairs = it.length * (it.length + 1) / 2;
-        self.add("attention, prefill", 1, it.length, seconds, |width| {
+        self.add("attention, prefill", it, seconds, |width| {
             (it.length, 4 * width * pairs)
         });
         Ok(())
@@ -115,17 +122,16 @@ impl Bench {
     fn add(
         &mut self,
         op: &'static str,
-        sequences: usize,
-        length: usize,
+        it: &Written,
         seconds: f64,
         work: impl Fn(usize) -> (usize, usize),
     ) {
         let (tokens, flops) = work(self.shape.heads * self.shape.head_dim);
         self.table.add(Pass {
             op,
-            format: "",
-            size: format!("{sequences} × {length} tokens"),
-            bytes: (tokens * self.kv_bytes()) as f64,
+            format: it.kv.shape().dtype.name(),
+            size: format!("{} × {} tokens", it.tables.len(), it.length),
+            bytes: (tokens * self.kv_bytes(it.kv.shape().dtype)) as f64,
             flops: flops as f64,
             seconds,
         });

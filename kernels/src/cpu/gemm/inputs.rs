@@ -38,10 +38,10 @@ impl Rows<'_> {
 /// Words of a row of `k` inputs for weights of a format.
 pub(super) fn width(isa: Isa, dtype: Dtype, k: usize) -> usize {
     if dtype.rounds_inputs() {
-        // SAFETY: no pointers are passed.
         let words = if isa.tiles().is_some() {
             1
         } else {
+            // SAFETY: no pointers are passed.
             unsafe { pair_words(isa) }
         };
         k.div_ceil(2) * words
