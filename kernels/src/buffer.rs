@@ -8,24 +8,32 @@ use std::ops::{Deref, Range};
 use std::path::Path;
 use std::ptr::NonNull;
 
+use crate::slab::Piece;
+
 /// A cache line, and the width of the widest vector register.
 pub(crate) const ALIGN: usize = 64;
 /// From this size on, a buffer is a mapping of its own, in huge pages where the system gives them:
 /// streaming through weights then misses the translation cache less.
 const HUGE: usize = 2 << 20;
+/// From this size on, a smaller buffer is cut from a chunk of huge pages.
+const PIECE: usize = 64 << 10;
 
 /// Zeroed bytes on a cache-line boundary, of a length fixed at creation.
 #[derive(Debug)]
 pub(crate) enum Buffer {
     Small(Small),
+    Piece(Piece),
     Mapped(memmap2::MmapMut),
 }
 
 impl Buffer {
     /// `None` when the system has no such memory.
     pub(crate) fn zeroed(bytes: usize) -> Option<Self> {
-        if bytes < HUGE {
+        if bytes < PIECE {
             return Small::zeroed(bytes).map(Self::Small);
+        }
+        if bytes < HUGE {
+            return Piece::zeroed(bytes).map(Self::Piece);
         }
         let map = memmap2::MmapOptions::new().len(bytes).map_anon().ok()?;
         #[cfg(target_os = "linux")]
@@ -38,6 +46,7 @@ impl Buffer {
     pub(crate) fn as_slice(&self) -> &[u8] {
         match self {
             Self::Small(small) => small.as_slice(),
+            Self::Piece(piece) => piece.as_slice(),
             Self::Mapped(map) => map,
         }
     }
@@ -45,6 +54,7 @@ impl Buffer {
     pub(crate) fn as_mut_slice(&mut self) -> &mut [u8] {
         match self {
             Self::Small(small) => small.as_mut_slice(),
+            Self::Piece(piece) => piece.as_mut_slice(),
             Self::Mapped(map) => map,
         }
     }
@@ -165,7 +175,7 @@ mod tests {
 
     #[test]
     fn buffers_are_zeroed_and_aligned() {
-        for bytes in [0, 1, 64, 4097, HUGE - 1, HUGE + 1] {
+        for bytes in [0, 1, 64, 4097, PIECE, HUGE - 1, HUGE + 1] {
             let mut buffer = Buffer::zeroed(bytes).unwrap();
             assert_eq!(buffer.as_slice().as_ptr() as usize % ALIGN, 0);
             assert!(buffer.as_slice().iter().all(|b| *b == 0));

@@ -25,6 +25,7 @@ mod matrix;
 mod ops;
 mod oracle;
 mod sample;
+mod slab;
 
 pub use buffer::MappedFile;
 pub use cpu::{Arithmetic, Cpu, Path, PathError, ReadThrough, UnknownPath, quantize};
