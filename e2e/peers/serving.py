@@ -11,7 +11,7 @@ import urllib.request
 from pathlib import Path
 
 RATES = "1,2,4"
-REQUESTS = 16
+REQUESTS = 32
 LOAD = ["--prompt-tokens", "128", "--vocab", "32000", "--output-tokens", "64", "--warmup", "2"]
 OBJECTIVE = ["--slo-ttft-ms", "1000", "--slo-tpot-ms", "100"]
 # Longest wait for a server to be ready.

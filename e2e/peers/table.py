@@ -52,7 +52,7 @@ def limits(record):
 
 def serving_table(record):
     serving = record["serving"]
-    lines = ["| offered requests/s | server | answered/s | good/s | tokens/s | first token p50, p99 | between tokens p50, p99 |"]
+    lines = ["| offered requests/s (came) | server | answered/s | good/s | tokens/s | first token p50, p99 | between tokens p50, p99 |"]
     lines += ["|---|---|---|---|---|---|---|"]
     rows = []
     for name, server in serving["servers"].items():
@@ -61,9 +61,10 @@ def serving_table(record):
             cells = [f"{run['requests_per_second']:.2f}", f"{run['goodput_per_second']:.2f}", f"{run['tokens_per_second']:.1f}"]
             cells += [f"{first['p50']:.0f}, {first['p99']:.0f} ms", f"{between['p50']:.0f}, {between['p99']:.0f} ms"]
             failed = f" ({run['failed']} failed)" if run["failed"] else ""
-            rows.append((run["offered_per_second"], name, [name + failed, *cells]))
-    for rate, _, cells in sorted(rows, key=lambda row: row[:2]):
-        lines.append(f"| {rate} | " + " | ".join(cells) + " |")
+            rate = (run["offered_per_second"], f"{run['arrived_per_second']:.2f}")
+            rows.append((rate, name, [name + failed, *cells]))
+    for (rate, came), _, cells in sorted(rows, key=lambda row: row[:2]):
+        lines.append(f"| {rate:g} ({came}) | " + " | ".join(cells) + " |")
     ready = ", ".join(
         f"{name} {server['ready_seconds']:.1f} s" if server["ready_seconds"] else f"{name} did not start"
         for name, server in serving["servers"].items()
