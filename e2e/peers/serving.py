@@ -11,8 +11,8 @@ import urllib.request
 from pathlib import Path
 
 RATES = "1,2,4"
-REQUESTS = 32
-LOAD = ["--prompt-tokens", "128", "--vocab", "32000", "--output-tokens", "64", "--warmup", "2"]
+REQUESTS = 30
+LOAD = ["--prompt-tokens", "128", "--vocab", "32000", "--output-tokens", "32", "--warmup", "2"]
 OBJECTIVE = ["--slo-ttft-ms", "1000", "--slo-tpot-ms", "100"]
 # Longest wait for a server to be ready.
 START = 300
@@ -27,18 +27,31 @@ def free_port():
 def servers(run, port):
     """(name, command, environment)."""
     foregate = [run.foregate, "up", "--model", run.model, "--workers", "1", "--port", port]
-    vllm = [run.vllm("vllm"), "serve", run.model, "--port", port, "--host", "127.0.0.1", "--dtype", "bfloat16"]
+    # What `vllm serve` starts; the command itself looks for a package of another name than the wheel's.
+    vllm = [run.vllm("python"), "-m", "vllm.entrypoints.openai.api_server", "--model", run.model]
+    vllm += ["--port", port, "--host", "127.0.0.1", "--dtype", "bfloat16"]
     vllm += ["--max-model-len", "4096", "--max-num-seqs", "64", "--no-enable-prefix-caching"]
     return [("Foregate", foregate, {}), ("vLLM", vllm, run.vllm_settings())]
 
 
+def ask(url):
+    """One token of the first model that the server lists."""
+    with urllib.request.urlopen(f"{url}/v1/models", timeout=10) as answer:
+        model = json.load(answer)["data"][0]["id"]
+    body = json.dumps({"model": model, "prompt": [5, 6, 7], "max_tokens": 1}).encode()
+    request = urllib.request.Request(f"{url}/v1/completions", body, {"content-type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60):
+        pass
+
+
 def ready(url, process):
+    """Seconds until the server gives a token; None if it ends or takes too long."""
     since = time.monotonic()
     while time.monotonic() - since < START and process.poll() is None:
         try:
-            with urllib.request.urlopen(f"{url}/v1/models", timeout=2):
-                return time.monotonic() - since
-        except OSError:
+            ask(url)
+            return time.monotonic() - since
+        except (OSError, LookupError):
             time.sleep(0.2)
     return None
 

@@ -69,7 +69,7 @@ def serving_table(record):
         f"{name} {server['ready_seconds']:.1f} s" if server["ready_seconds"] else f"{name} did not start"
         for name, server in serving["servers"].items()
     )
-    return [*lines, "", f"From start to the first answer of `/v1/models`: {ready}."]
+    return [*lines, "", f"From start to the first token of an answer: {ready}."]
 
 
 def section(record):
