@@ -128,6 +128,7 @@ pub(super) async fn run(
         output: args.output_tokens,
         ignore_eos: !args.allow_eos,
         draw: Draw::new(args.seed),
+        arrivals: Draw::new(args.seed),
     };
     load.warm_up(args.warmup.max(1)).await?;
     let objective = Objective {
@@ -141,6 +142,7 @@ pub(super) async fn run(
         }
         // Every rate has the prompts and the arrivals of its own seed, whichever rates ran before it.
         load.draw = Draw::new(args.seed.wrapping_add(1));
+        load.arrivals = Draw::new(args.seed.wrapping_add(2));
         let task = progress.steps(&pace.to_string(), u64::from(args.requests));
         let since = Instant::now();
         let results = load.run(pace, args.requests, &task, &drain).await;

@@ -41,6 +41,8 @@ impl Objective {
 pub(super) struct Figures {
     /// Requests per second that were offered; absent in a closed loop.
     pub(super) offered_per_second: Option<f64>,
+    /// Requests per second that came of it: few random arrivals may lie well beside the rate.
+    arrived_per_second: Option<f64>,
     /// Requests in work at a time; absent in an open loop.
     concurrency: Option<u32>,
     pub(super) requests: usize,
@@ -77,6 +79,7 @@ impl Figures {
         let seconds = time.as_secs_f64();
         let late = sent.iter().map(|one| ms(one.late)).collect();
         let requests = sent.len();
+        let last_due = sent.iter().map(|one| one.due).max().unwrap_or_default();
         let (mut seen, mut failures) = (Vec::new(), Vec::new());
         for one in sent {
             match one.result {
@@ -98,6 +101,10 @@ impl Figures {
         Self {
             offered_per_second: match pace {
                 Pace::Open(rate) => Some(rate),
+                Pace::Closed(_) => None,
+            },
+            arrived_per_second: match pace {
+                Pace::Open(_) => Some(requests as f64 / last_due.as_secs_f64()),
                 Pace::Closed(_) => None,
             },
             concurrency: match pace {
@@ -129,8 +136,12 @@ impl Figures {
             (Some(rate), _) => Pace::Open(rate).to_string(),
             (None, concurrency) => Pace::Closed(concurrency.unwrap_or(0)).to_string(),
         };
+        let arrived = self
+            .arrived_per_second
+            .map(|rate| format!(" ({rate:.2} came)"));
         let mut lines = vec![format!(
-            "{pace}: {} requests, {} failed, in {:.1} s: {:.1} tokens/s, {:.2} requests/s ({} prompt and {} answer tokens)",
+            "{pace}{}: {} requests, {} failed, in {:.1} s: {:.1} tokens/s, {:.2} requests/s ({} prompt and {} answer tokens)",
+            arrived.unwrap_or_default(),
             self.requests,
             self.failed,
             self.seconds,

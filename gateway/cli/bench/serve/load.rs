@@ -67,9 +67,10 @@ impl Prompts {
     }
 }
 
-/// A request's result, and how long after it was due it was sent.
+/// A request's result, when it was due after the start of its pace, and how much later it was sent.
 #[derive(Debug)]
 pub(super) struct Sent {
+    pub(super) due: Duration,
     pub(super) late: Duration,
     pub(super) result: Result<Seen, Failure>,
 }
@@ -82,7 +83,10 @@ pub(super) struct Load {
     pub(super) prompts: Prompts,
     pub(super) output: Length,
     pub(super) ignore_eos: bool,
+    /// Of prompts and answers.
     pub(super) draw: Draw,
+    /// Of arrivals: one of its own, so that they are the same for prompts of any length.
+    pub(super) arrivals: Draw,
 }
 
 impl Load {
@@ -133,11 +137,12 @@ impl Load {
             Pace::Closed(concurrency) => concurrency as usize,
         }));
         let mut work = JoinSet::new();
-        let mut due = Instant::now();
+        let begin = Instant::now();
+        let mut due = begin;
         for at in 0..requests {
             let ask = self.ask(at);
             if let Pace::Open(rate) = pace {
-                due += self.draw.gap(rate);
+                due += self.arrivals.gap(rate);
                 tokio::select! {
                     () = sleep_until(due) => {}
                     () = drain.cancelled() => break,
@@ -157,7 +162,8 @@ impl Load {
                 let result = target.complete(&model, &ask, due).await;
                 drop(permit);
                 task.add(1);
-                Sent { late, result }
+                let due = due.saturating_duration_since(begin);
+                Sent { due, late, result }
             });
         }
         let mut sent = Vec::new();
@@ -170,6 +176,7 @@ impl Load {
 
 fn lost(error: &JoinError) -> Sent {
     Sent {
+        due: Duration::ZERO,
         late: Duration::ZERO,
         result: Err(Failure::new("client", error.to_string())),
     }

@@ -327,6 +327,7 @@ fn seen(first: u64, gap: u64, tokens: u64) -> load::Sent {
     seen.tokens = tokens;
     seen.total = at(tokens);
     load::Sent {
+        due: Duration::from_millis(first),
         late: Duration::from_millis(1),
         result: Ok(seen),
     }
@@ -335,12 +336,20 @@ fn seen(first: u64, gap: u64, tokens: u64) -> load::Sent {
 fn good(ttft_ms: Option<f64>, tpot_ms: Option<f64>) -> Option<f64> {
     let objective = Objective { ttft_ms, tpot_ms };
     let failed = load::Sent {
+        due: Duration::from_secs(2),
         late: Duration::ZERO,
         result: Err(Failure::new("HTTP 503", "busy")),
     };
     let sent = vec![seen(100, 20, 5), seen(300, 10, 5), seen(50, 500, 1), failed];
     let time = Duration::from_secs(2);
-    Figures::of(Pace::Open(3.0), objective, sent, time).goodput_per_second
+    let figures = Figures::of(Pace::Open(3.0), objective, sent, time);
+    // Four requests, the last due after two seconds.
+    assert!(
+        figures
+            .text()
+            .starts_with("3 requests/s offered (2.00 came): 4 requests")
+    );
+    figures.goodput_per_second
 }
 
 #[test]
