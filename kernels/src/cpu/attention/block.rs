@@ -183,7 +183,7 @@ unsafe fn softmax<L: Lanes>(
     scores: &mut [f32; BLOCK],
     count: usize,
     run: &mut Running<L>,
-) -> f32 {
+) -> L {
     for score in &mut scores[count..] {
         *score = f32::NEG_INFINITY;
     }
@@ -204,7 +204,7 @@ unsafe fn softmax<L: Lanes>(
         let factor = exp(L::splat(run.max - max));
         run.sum = run.sum.fma(factor, first.add(second));
         run.max = max;
-        factor.array()[0]
+        factor
     }
 }
 
@@ -215,7 +215,7 @@ unsafe fn softmax<L: Lanes>(
 #[inline(always)]
 unsafe fn weigh<L: Lanes, F: Stored, const T: usize, const C: usize>(
     acc: [*mut f32; T],
-    factors: &[f32; T],
+    factors: &[L; T],
     weights: [*const u32; T],
     values: &[*const u32],
     at: usize,
@@ -226,7 +226,7 @@ unsafe fn weigh<L: Lanes, F: Stored, const T: usize, const C: usize>(
         for t in 0..T {
             for c in 0..C {
                 let sum = L::load(acc[t].add(at + c * WIDTH));
-                sums[t][c] = sum.mul(L::splat(factors[t]));
+                sums[t][c] = sum.mul(factors[t]);
             }
         }
         for (line, value) in values.iter().enumerate() {
@@ -256,7 +256,7 @@ unsafe fn weigh<L: Lanes, F: Stored, const T: usize, const C: usize>(
 #[inline(always)]
 unsafe fn weigh_all<L: Lanes, F: Stored, const T: usize, const C: usize>(
     acc: [*mut f32; T],
-    factors: &[f32; T],
+    factors: &[L; T],
     weights: [*const u32; T],
     values: &[*const u32],
     vectors: usize,
@@ -295,13 +295,13 @@ unsafe fn weigh_rest<L: Lanes, F: Stored>(
     unsafe {
         let own = &keys.values[common..whole];
         let from = [F::step::<L>(weights, common)];
-        weigh_all::<L, F, 1, 1>([acc], &[1.0], from, own, vectors);
+        weigh_all::<L, F, 1, 1>([acc], &[L::splat(1.0)], from, own, vectors);
         if whole * F::PER_WORD < count {
             // The line's other value belongs to a later token, or to nobody.
             let line = std::slice::from_raw_parts(keys.values[whole], dim);
             F::first_only(line, last);
             let from = [F::step::<L>(weights, whole)];
-            weigh_all::<L, F, 1, 1>([acc], &[1.0], from, &[last.as_ptr()], vectors);
+            weigh_all::<L, F, 1, 1>([acc], &[L::splat(1.0)], from, &[last.as_ptr()], vectors);
         }
     }
 }
@@ -345,7 +345,7 @@ pub(super) unsafe fn split<L: Lanes, F: Stored, const T: usize, const C: usize>(
                 head.scale,
                 &mut block,
             );
-            let mut factors = [1.0; T];
+            let mut factors = [L::splat(1.0); T];
             let mut counts = [0; T];
             let mut common = BLOCK;
             for t in 0..T {

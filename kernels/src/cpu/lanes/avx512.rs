@@ -2,15 +2,19 @@
 #![expect(clippy::cast_possible_wrap, reason = "bit patterns of floats")]
 
 use std::arch::x86_64::{
-    __m512, __m512bh, __m512i, _MM_HINT_T0, _mm_loadu_si128, _mm_prefetch, _mm256_loadu_si256,
-    _mm512_add_epi16, _mm512_add_epi32, _mm512_add_ps, _mm512_and_si512, _mm512_castps_si512,
+    __m256, __m512, __m512bh, __m512i, _MM_HINT_T0, _mm_add_ps, _mm_add_ss, _mm_cvtss_f32,
+    _mm_loadu_si128, _mm_max_ps, _mm_max_ss, _mm_movehl_ps, _mm_prefetch, _mm_shuffle_ps,
+    _mm256_add_ps, _mm256_castpd_ps, _mm256_castps256_ps128, _mm256_extractf128_ps,
+    _mm256_loadu_si256, _mm256_max_ps, _mm512_add_epi16, _mm512_add_epi32, _mm512_add_ps,
+    _mm512_and_si512, _mm512_castps_pd, _mm512_castps_si512, _mm512_castps512_ps256,
     _mm512_castsi512_ps, _mm512_cvtepu8_epi32, _mm512_cvtph_ps, _mm512_div_ps,
-    _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512,
-    _mm512_mask_blend_epi16, _mm512_mask_or_epi32, _mm512_max_ps, _mm512_min_ps, _mm512_mul_ps,
-    _mm512_or_si512, _mm512_permutex2var_epi16, _mm512_permutexvar_epi16, _mm512_set1_epi16,
-    _mm512_set1_epi32, _mm512_set1_ps, _mm512_slli_epi16, _mm512_slli_epi32, _mm512_srai_epi32,
-    _mm512_srli_epi16, _mm512_srli_epi32, _mm512_storeu_ps, _mm512_sub_epi16, _mm512_sub_epi32,
-    _mm512_sub_ps, _mm512_ternarylogic_epi32, _mm512_test_epi16_mask, _mm512_testn_epi32_mask,
+    _mm512_dpbf16_ps, _mm512_extractf64x4_pd, _mm512_fmadd_ps, _mm512_loadu_ps,
+    _mm512_loadu_si512, _mm512_mask_blend_epi16, _mm512_mask_or_epi32, _mm512_max_ps,
+    _mm512_min_ps, _mm512_mul_ps, _mm512_or_si512, _mm512_permutex2var_epi16,
+    _mm512_permutexvar_epi16, _mm512_set1_epi16, _mm512_set1_epi32, _mm512_set1_ps,
+    _mm512_slli_epi16, _mm512_slli_epi32, _mm512_srai_epi32, _mm512_srli_epi16,
+    _mm512_srli_epi32, _mm512_storeu_ps, _mm512_sub_epi16, _mm512_sub_epi32, _mm512_sub_ps,
+    _mm512_ternarylogic_epi32, _mm512_test_epi16_mask, _mm512_testn_epi32_mask,
 };
 
 use super::{Lanes, ROUND, Tiles};
@@ -86,6 +90,20 @@ unsafe fn signed<const MAGIC: i32, const MASK: i32>(lanes: __m512i) -> __m512i {
         let exact = _mm512_sub_ps(_mm512_castsi512_ps(sum), _mm512_castsi512_ps(magic));
         _mm512_castps_si512(exact)
     }
+}
+
+/// Lanes 0 to 7.
+#[inline(always)]
+unsafe fn low_half(x: __m512) -> __m256 {
+    // SAFETY: the instructions are the caller's promise.
+    unsafe { _mm512_castps512_ps256(x) }
+}
+
+/// Lanes 8 to 15.
+#[inline(always)]
+unsafe fn high_half(x: __m512) -> __m256 {
+    // SAFETY: the instructions are the caller's promise.
+    unsafe { _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(x))) }
 }
 
 macro_rules! lane_by_lane {
@@ -270,6 +288,35 @@ impl<const BF16: bool> Lanes for Avx512<BF16> {
         div = _mm512_div_ps;
         max = _mm512_max_ps;
         min = _mm512_min_ps;
+    }
+
+    #[inline(always)]
+    unsafe fn sum(self) -> f32 {
+        // SAFETY: the instructions are the caller's promise.
+        unsafe {
+            let eight = _mm256_add_ps(low_half(self.0), high_half(self.0));
+            let four = _mm_add_ps(
+                _mm256_castps256_ps128(eight),
+                _mm256_extractf128_ps::<1>(eight),
+            );
+            let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps::<1>(two, two)))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn greatest(self) -> f32 {
+        // SAFETY: the instructions are the caller's promise. Of two that do not compare, `max` gives its second operand:
+        // the lower lane, as the tree of the definition does.
+        unsafe {
+            let eight = _mm256_max_ps(high_half(self.0), low_half(self.0));
+            let four = _mm_max_ps(
+                _mm256_extractf128_ps::<1>(eight),
+                _mm256_castps256_ps128(eight),
+            );
+            let two = _mm_max_ps(_mm_movehl_ps(four, four), four);
+            _mm_cvtss_f32(_mm_max_ss(_mm_shuffle_ps::<1>(two, two), two))
+        }
     }
 
     #[inline(always)]
