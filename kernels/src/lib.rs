@@ -6,7 +6,7 @@
 //!
 //! **Determinism.** All arithmetic is float32. Each output element is defined by one fixed sequence of
 //! operations (see the documentation of each op), so a result has the same bits on every instruction
-//! path, for every number of threads, and for a row alone or inside any batch.
+//! path of one [`Arithmetic`], for every number of threads, and for a row alone or inside any batch.
 //!
 //! This crate takes sizes, slices and plain integers: it does not know that there is a cluster.
 #![expect(

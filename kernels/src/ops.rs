@@ -15,6 +15,10 @@ use crate::matrix::Matrix;
 /// For weights that are codes with scales the inputs that share a scale are one such chain over the codes, which are
 /// bfloat16 without loss; then `total = fma(chain, scale, total)` from `total = 0`, groups ascending, and
 /// `out[r][n] = total + bias[n]`.
+///
+/// With [`Arithmetic::Tiles`](crate::Arithmetic::Tiles) a sum over rounded inputs is not a chain: inputs are taken in steps of
+/// 32, the even and the odd ones of a step are a chain each from zero, and `acc = acc + (even + odd)`. Inputs that share a
+/// scale are cut into runs of at most 256, from the first on, each such a sum from zero: `total = fma(run, scale, total)`.
 #[derive(Debug)]
 pub struct MatMul<'a> {
     /// `rows × w.k()`.

@@ -83,7 +83,7 @@ impl Packing {
     }
 
     /// First byte of a group of a panel that exists.
-    fn start(&self, group: usize) -> usize {
+    pub(crate) fn start(&self, group: usize) -> usize {
         let pairs = self.group.min(self.k).div_ceil(2);
         group * (self.header + pairs.div_ceil(16 / self.bits) * UNIT)
     }

@@ -1,10 +1,13 @@
 //! Formats of codes: what a code is, what a product with them is, and what rounding to them costs.
 
-use foregate_kernels::{Cpu, Dtype, Matrix, Path, quantize};
+use foregate_kernels::{Cpu, Dtype, Matrix, quantize};
 use proptest::prelude::*;
 
-use super::matmul::product;
-use super::{FORMATS, assert_same_bits, cpus, fp8, int4, judge, numbers, weight};
+use super::matmul::{product, tile_sum};
+use super::{
+    ARITHMETICS, FORMATS, assert_same_bits, cpus, cpus_of, fp8, int4, judge_both, numbers,
+    weight,
+};
 
 fn floats(x: &[f32]) -> Vec<u8> {
     x.iter().flat_map(|x| x.to_le_bytes()).collect()
@@ -90,10 +93,16 @@ fn every_number_of_e4m3_is_exact() {
     }
 }
 
-/// The documented order, spelled out: per group one chain over pairs, the odd input first; then its total.
+/// The documented order, spelled out: per group one chain over pairs, the odd input first; then its total. By tiles: per
+/// run of at most 256 inputs of a group what tiles make of it; then its total.
 #[test]
 fn a_group_is_one_chain_and_its_total_one_more_step() {
-    let (rows, n, k) = (8, 37, 141);
+    groups_of(141);
+    groups_of(530);
+}
+
+fn groups_of(k: usize) {
+    let (rows, n) = (8, 37);
     let (x, bias) = (numbers(1, rows * k), numbers(3, n));
     for dtype in FORMATS {
         let (block_n, group) = match dtype {
@@ -128,14 +137,21 @@ fn a_group_is_one_chain_and_its_total_one_more_step() {
                 row[k]
             }
         };
-        let got = judge(1e-5, "matmul", |ops| product(ops, &x, &w, Some(&bias)));
+        let [chains, tiles] =
+            judge_both(1e-5, "matmul", |ops| product(ops, &x, &w, Some(&bias)));
         for output in 0..n {
             let codes: Vec<f32> = (0..k).map(|k| code(output, k)).collect();
             for row in 0..rows {
                 let x = &x[row * k..(row + 1) * k];
-                let mut total = 0.0_f32;
+                let (mut total, mut by_tiles) = (0.0_f32, 0.0_f32);
                 for g in 0..groups {
                     let inputs = g * group..k.min((g + 1) * group);
+                    let scale = scales[output / block_n * groups + g];
+                    for first in inputs.clone().step_by(256) {
+                        let run = first..inputs.end.min(first + 256);
+                        let sum = tile_sum(&x[run.clone()], &codes[run]);
+                        by_tiles = sum.mul_add(scale, by_tiles);
+                    }
                     let mut chain = 0.0_f32;
                     for i in (0..inputs.len().next_multiple_of(2)).map(|i| i ^ 1) {
                         if i < inputs.len() {
@@ -143,11 +159,13 @@ fn a_group_is_one_chain_and_its_total_one_more_step() {
                             chain = bf16(x[k]).mul_add(codes[k], chain);
                         }
                     }
-                    total = chain.mul_add(scales[output / block_n * groups + g], total);
+                    total = chain.mul_add(scale, total);
                 }
-                let want = total + bias[output];
-                let got = got[row * n + output];
-                assert_eq!(want.to_bits(), got.to_bits(), "{dtype} {row} {output}");
+                for (want, got) in [(total, &chains), (by_tiles, &tiles)] {
+                    let want = want + bias[output];
+                    let got = got[row * n + output];
+                    assert_eq!(want.to_bits(), got.to_bits(), "{dtype} {row} {output}");
+                }
             }
         }
     }
@@ -219,13 +237,15 @@ fn batch_size_and_threads_do_not_show() {
     let x = numbers(4, rows * k);
     for dtype in FORMATS {
         let w = weight(dtype, 5, n, k);
-        let all = product(&Cpu::with_path(Path::Portable, 2).unwrap(), &x, &w, None);
-        for cpu in cpus() {
-            let what = format!("{dtype} on {}", cpu.path());
-            assert_same_bits(&all, &product(cpu, &x, &w, None), &what);
-            for batch in [1, 2, 3, 4, 5, 6, 7, 13, 96, 97] {
-                let part = product(cpu, &x[k..(1 + batch) * k], &w, None);
-                assert_same_bits(&all[n..(1 + batch) * n], &part, &what);
+        for arithmetic in ARITHMETICS {
+            let all = product(cpus_of(arithmetic).next().unwrap(), &x, &w, None);
+            for cpu in cpus_of(arithmetic).skip(1) {
+                let what = format!("{dtype} on {}", cpu.path());
+                assert_same_bits(&all, &product(cpu, &x, &w, None), &what);
+                for batch in [1, 2, 3, 4, 5, 6, 7, 13, 33, 97] {
+                    let part = product(cpu, &x[k..(1 + batch) * k], &w, None);
+                    assert_same_bits(&all[n..(1 + batch) * n], &part, &what);
+                }
             }
         }
     }

@@ -92,6 +92,19 @@ fn an_element_is_one_chain() {
     }
 }
 
+/// What tiles make of inputs and weights: steps of 32, of each the even and the odd ones apart.
+pub(super) fn tile_sum(x: &[f32], weights: &[f32]) -> f32 {
+    let mut sum = 0.0;
+    for (x, w) in x.chunks(32).zip(weights.chunks(32)) {
+        let mut halves = [0.0_f32; 2];
+        for (i, (x, w)) in x.iter().zip(w).enumerate() {
+            halves[i % 2] = input(Dtype::Bf16, *x).mul_add(*w, halves[i % 2]);
+        }
+        sum += halves[0] + halves[1];
+    }
+    sum
+}
+
 /// The documented order of the other arithmetic, spelled out.
 #[test]
 fn an_element_of_tiles_is_a_sum_of_steps() {
@@ -105,15 +118,7 @@ fn an_element_of_tiles_is_a_sum_of_steps() {
             w.row(output, &mut weights).unwrap();
             for row in 0..rows {
                 let x = &x[row * k..(row + 1) * k];
-                let mut acc = 0.0_f32;
-                for (x, w) in x.chunks(32).zip(weights.chunks(32)) {
-                    let mut halves = [0.0_f32; 2];
-                    for (i, (x, w)) in x.iter().zip(w).enumerate() {
-                        halves[i % 2] = input(Dtype::Bf16, *x).mul_add(*w, halves[i % 2]);
-                    }
-                    acc += halves[0] + halves[1];
-                }
-                let want = (acc + bias[output]).to_bits();
+                let want = (tile_sum(x, &weights) + bias[output]).to_bits();
                 assert_eq!(want, got[row * n + output].to_bits(), "{k}: {row} {output}");
             }
         }

@@ -11,7 +11,7 @@ use crate::dtype::Dtype;
 use crate::matrix::coded::{Packing, UNIT};
 
 /// A format of codes.
-trait Code<L: Lanes> {
+pub(super) trait Code<L: Lanes> {
     /// Pairs of inputs in a unit.
     const PAIRS: usize;
     /// What the codes of a group need beside their unit.
@@ -30,10 +30,10 @@ trait Code<L: Lanes> {
     unsafe fn pair(unit: *const u8, pair: usize, zeros: Self::Zeros) -> L::Pairs;
 }
 
-struct Int8;
-struct Int4;
-struct Fp8;
-struct Mxfp4;
+pub(super) struct Int8;
+pub(super) struct Int4;
+pub(super) struct Fp8;
+pub(super) struct Mxfp4;
 
 impl<L: Lanes> Code<L> for Int8 {
     const PAIRS: usize = 2;

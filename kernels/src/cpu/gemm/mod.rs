@@ -6,6 +6,7 @@ mod expert;
 mod inputs;
 mod multiplier;
 mod tile;
+mod tiles;
 
 pub(super) use expert::expert_ffn;
 pub(super) use inputs::round_kernel;

@@ -5,10 +5,10 @@ use std::mem::MaybeUninit;
 
 use super::inputs::Rows;
 use super::tile::{MAX_PANELS, MAX_ROWS, Panels, Results, product};
-use crate::cpu::amx::{self, Inputs, Session, Software, Weights};
+use super::tiles::Tiles;
+use crate::cpu::amx::{self, Inputs};
 use crate::cpu::detect::{Isa, Unit};
 use crate::cpu::lanes::WIDTH;
-use crate::dtype::Dtype;
 use crate::matrix::Matrix;
 
 type Row = [f32; MAX_PANELS * WIDTH];
@@ -32,38 +32,6 @@ impl Room {
     }
 }
 
-/// The tiles of this thread.
-enum Tiles {
-    #[cfg(target_arch = "x86_64")]
-    Hardware(Session<amx::Hardware>),
-    Software(Box<Session<Software>>),
-}
-
-impl Tiles {
-    fn begin(unit: Unit, rows: usize) -> Self {
-        match unit {
-            // SAFETY: an `Isa` has the unit only if its instructions can be executed.
-            #[cfg(target_arch = "x86_64")]
-            Unit::Hardware => Self::Hardware(unsafe { Session::begin(rows) }),
-            // SAFETY: plain Rust.
-            Unit::Software => Self::Software(Box::new(unsafe { Session::begin(rows) })),
-        }
-    }
-
-    /// # Safety
-    /// As for [`Session::product`].
-    unsafe fn product(&mut self, x: Inputs, w: Weights, count: usize, out: &mut Results) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            match self {
-                #[cfg(target_arch = "x86_64")]
-                Self::Hardware(session) => session.product(x, w, count, out),
-                Self::Software(session) => session.product(x, w, count, out),
-            }
-        }
-    }
-}
-
 /// Multiplies the rows of one piece of work by its weights, on one thread.
 pub(super) struct Multiplier {
     isa: Isa,
@@ -75,7 +43,7 @@ pub(super) struct Multiplier {
 impl Multiplier {
     /// For a piece of `rows` rows that meet `weights`.
     pub(super) fn new(isa: Isa, rows: usize, weights: &[&Matrix]) -> Self {
-        let tiled = |_: &Unit| rows > 0 && weights.iter().any(|w| w.dtype() == Dtype::Bf16);
+        let tiled = |_: &Unit| rows > 0 && weights.iter().any(|w| w.dtype().rounds_inputs());
         let Some(unit) = isa.tiles().filter(tiled) else {
             return Self {
                 isa,
@@ -88,7 +56,7 @@ impl Multiplier {
         Self {
             isa,
             rows,
-            tiles: Some(Tiles::begin(unit, rows)),
+            tiles: Some(Tiles::begin(isa, unit, rows)),
         }
     }
 
@@ -126,17 +94,11 @@ impl Multiplier {
         count: usize,
         out: &mut Results,
     ) {
-        if let (Some(tiles), Dtype::Bf16) = (&mut self.tiles, w.dtype) {
+        if let Some(tiles) = self.tiles.as_mut().filter(|_| w.dtype.rounds_inputs()) {
             // As many as the tiles have, which are those of the block.
             let (first, stride) = x.evenly_spaced(row, self.rows);
-            let x = Inputs { first, stride };
-            let w = Weights {
-                first: w.first,
-                bytes: w.bytes,
-                k: w.k,
-            };
             // SAFETY: the rows were checked by `evenly_spaced`; the rest is the caller's promise.
-            return unsafe { tiles.product(x, w, count, out) };
+            return unsafe { tiles.product(Inputs { first, stride }, w, count, out) };
         }
         for at in (0..rows).step_by(MAX_ROWS) {
             let few = MAX_ROWS.min(rows - at);

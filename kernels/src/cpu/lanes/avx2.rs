@@ -163,6 +163,12 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
+    unsafe fn store_pairs((even, odd): (Self, Self), to: *mut u8) {
+        // SAFETY: the caller's promise.
+        unsafe { super::store_halves(even, odd, to) }
+    }
+
+    #[inline(always)]
     unsafe fn splat_pair(from: *const u32) -> (Self, Self) {
         let from = from.cast::<f32>();
         // SAFETY: two words and the instructions are the caller's promise.

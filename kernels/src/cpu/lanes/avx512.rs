@@ -13,8 +13,9 @@ use std::arch::x86_64::{
     _mm512_min_ps, _mm512_mul_ps, _mm512_or_si512, _mm512_permutex2var_epi16,
     _mm512_permutexvar_epi16, _mm512_set1_epi16, _mm512_set1_epi32, _mm512_set1_ps,
     _mm512_slli_epi16, _mm512_slli_epi32, _mm512_srai_epi32, _mm512_srli_epi16,
-    _mm512_srli_epi32, _mm512_storeu_ps, _mm512_sub_epi16, _mm512_sub_epi32, _mm512_sub_ps,
-    _mm512_ternarylogic_epi32, _mm512_test_epi16_mask, _mm512_testn_epi32_mask,
+    _mm512_srli_epi32, _mm512_storeu_ps, _mm512_storeu_si512, _mm512_sub_epi16,
+    _mm512_sub_epi32, _mm512_sub_ps, _mm512_ternarylogic_epi32, _mm512_test_epi16_mask,
+    _mm512_testn_epi32_mask,
 };
 
 use super::{Lanes, ROUND, Tiles};
@@ -145,6 +146,12 @@ impl<const BF16: bool> Lanes for Avx512<BF16> {
     unsafe fn load_pairs(from: *const u8) -> __m512i {
         // SAFETY: 64 bytes and the instructions are the caller's promise.
         unsafe { _mm512_loadu_si512(from.cast::<__m512i>()) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_pairs(pairs: __m512i, to: *mut u8) {
+        // SAFETY: 64 bytes and the instructions are the caller's promise.
+        unsafe { _mm512_storeu_si512(to.cast::<__m512i>(), pairs) }
     }
 
     #[inline(always)]

@@ -68,6 +68,8 @@ pub(super) trait Lanes: Copy {
     unsafe fn store(self, to: *mut f32);
     /// 64 bytes of bfloat16 pairs.
     unsafe fn load_pairs(from: *const u8) -> Self::Pairs;
+    /// The inverse of [`Lanes::load_pairs`].
+    unsafe fn store_pairs(pairs: Self::Pairs, to: *mut u8);
     /// One prepared pair, of `PAIR_WORDS` words, in all lanes.
     unsafe fn splat_pair(from: *const u32) -> Self::Pairs;
     /// `even * even + (odd * odd + self)`, rounded after each of the two.
@@ -174,6 +176,22 @@ pub(super) trait Lanes: Copy {
             half /= 2;
         }
         lanes[0]
+    }
+}
+
+/// Narrows and stores a pair of every lane that is widened bfloat16.
+///
+/// # Safety
+/// `to` has 64 bytes; the instructions are the caller's promise.
+#[inline(always)]
+unsafe fn store_halves<L: Lanes>(even: L, odd: L, to: *mut u8) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let (even, odd) = (even.array(), odd.array());
+        for lane in 0..WIDTH {
+            let pair = even[lane].to_bits() >> 16 | odd[lane].to_bits() & 0xffff_0000;
+            to.cast::<[u8; 4]>().add(lane).write(pair.to_le_bytes());
+        }
     }
 }
 

@@ -93,6 +93,12 @@ impl Lanes for Portable {
     }
 
     #[inline(always)]
+    unsafe fn store_pairs((even, odd): (Self, Self), to: *mut u8) {
+        // SAFETY: the caller's promise.
+        unsafe { super::store_halves(even, odd, to) }
+    }
+
+    #[inline(always)]
     unsafe fn splat_pair(from: *const u32) -> (Self, Self) {
         let from = from.cast::<f32>();
         // SAFETY: two words and the instructions are the caller's promise.
