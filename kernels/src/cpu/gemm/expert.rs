@@ -2,9 +2,10 @@
 //! some panels, so that a busy expert is shared by all threads.
 
 use super::inputs::{self, Rows, prepare, width};
-use super::tile::{Results, product};
+use super::tile::Results;
 use super::{
-    BLOCK_ROWS, Block, MAX_PANELS, MAX_ROWS, SMALL, Scratch, block, panels, panels_per_block,
+    BLOCK_ROWS, Block, MAX_PANELS, MAX_ROWS, SMALL, Scratch, Tile, block, panels,
+    panels_per_block,
 };
 use crate::cpu::detect::Isa;
 use crate::cpu::exp::silu;
@@ -83,28 +84,44 @@ on_path! {
 /// # Safety
 /// Nobody else uses this piece's part of `out`.
 unsafe fn inner(isa: Isa, op: &Inner<'_>) {
+    let coded = [op.group.gate, op.group.up]
+        .iter()
+        .any(|w| w.packing().is_some());
+    // SAFETY: the caller's promise.
+    unsafe {
+        if coded && op.piece.rows.1 - op.piece.rows.0 > MAX_ROWS {
+            inner_by::<BLOCK_ROWS>(isa, op);
+        } else {
+            inner_by::<MAX_ROWS>(isa, op);
+        }
+    }
+}
+
+/// Computes one piece, `N` rows at a time.
+///
+/// # Safety
+/// As for [`inner`].
+unsafe fn inner_by<const N: usize>(isa: Isa, op: &Inner<'_>) {
     let (group, piece) = (op.group, op.piece);
     let (n, next) = (group.gate.n(), group.down.dtype());
     let (x_gate, x_up) = (
         op.x.of(group.gate, group.rows),
         op.x.of(group.up, group.rows),
     );
-    let mut gates = [[0.0; MAX_PANELS * WIDTH]; MAX_ROWS];
-    let mut ups = gates;
+    let (mut gates, mut ups) = (Tile::<N>::new(), Tile::<N>::new());
     for panel in (piece.panels.0..piece.panels.1).step_by(MAX_PANELS) {
         let count = MAX_PANELS.min(piece.panels.1 - panel);
         let (gate, up) = (panels(group.gate, panel), panels(group.up, panel));
         let columns = (count * PANEL).min(n - panel * PANEL);
-        for row in (piece.rows.0..piece.rows.1).step_by(MAX_ROWS) {
-            let rows = MAX_ROWS.min(piece.rows.1 - row);
-            let (x_gate, x_up) = (x_gate.pointers(row, rows), x_up.pointers(row, rows));
-            // SAFETY: the rows were checked by `pointers`; the panels are in range.
+        for row in (piece.rows.0..piece.rows.1).step_by(N) {
+            let rows = N.min(piece.rows.1 - row);
+            // SAFETY: the panels are in range.
             unsafe {
-                product(isa, &x_gate[..rows], gate, count, &mut gates);
-                product(isa, &x_up[..rows], up, count, &mut ups);
-                gated(isa, &mut gates[..rows], &ups[..rows]);
+                gates.fill(isa, x_gate, (row, rows), gate, count);
+                ups.fill(isa, x_up, (row, rows), up, count);
+                gated(isa, &mut gates.results[..rows], &ups.results[..rows]);
             }
-            for (r, values) in gates.iter().take(rows).enumerate() {
+            for (r, values) in gates.results.iter().take(rows).enumerate() {
                 let line = piece.inner + (row + r) * width(isa, next, n);
                 let at = line + width(isa, next, panel * PANEL);
                 // SAFETY: this piece's rows and columns only.

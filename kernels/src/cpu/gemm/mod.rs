@@ -54,24 +54,81 @@ struct Block<'a> {
     out: Parts<f32>,
 }
 
+/// Products of up to `N` rows × [`MAX_PANELS`] panels.
+struct Tile<const N: usize> {
+    results: [[f32; MAX_PANELS * WIDTH]; N],
+    /// Of groups of inputs that are not over.
+    chains: [[f32; MAX_PANELS * WIDTH]; N],
+}
+
+impl<const N: usize> Tile<N> {
+    const fn new() -> Self {
+        Self {
+            results: [[0.0; MAX_PANELS * WIDTH]; N],
+            chains: [[0.0; MAX_PANELS * WIDTH]; N],
+        }
+    }
+
+    /// `rows` (at most `N`) rows from `row` on by `count` panels.
+    ///
+    /// # Safety
+    /// The panels exist, and `x` is prepared for their format.
+    unsafe fn fill(
+        &mut self,
+        isa: Isa,
+        x: Rows<'_>,
+        (row, rows): (usize, usize),
+        w: Panels,
+        count: usize,
+    ) {
+        if w.packing.is_some() {
+            let x = x.pointers::<N>(row, rows);
+            let (out, chains) = (&mut self.results, &mut self.chains);
+            // SAFETY: the rows were checked by `pointers`; the panels are the caller's promise.
+            return unsafe { coded::product(isa, &x[..rows], w, count, out, chains) };
+        }
+        for at in (0..rows).step_by(MAX_ROWS) {
+            let now = MAX_ROWS.min(rows - at);
+            let x = x.pointers::<MAX_ROWS>(row + at, now);
+            // SAFETY: as above.
+            unsafe { product(isa, &x[..now], w, count, &mut self.results[at..]) };
+        }
+    }
+}
+
 /// Computes one block.
 ///
 /// # Safety
 /// Nobody else uses this block's part of `out`.
 unsafe fn block(isa: Isa, block: &Block<'_>) {
+    let many = block.w.packing().is_some() && block.rows.1 - block.rows.0 > MAX_ROWS;
+    // SAFETY: the caller's promise.
+    unsafe {
+        if many {
+            block_by::<BLOCK_ROWS>(isa, block);
+        } else {
+            block_by::<MAX_ROWS>(isa, block);
+        }
+    }
+}
+
+/// Computes one block, `N` rows at a time.
+///
+/// # Safety
+/// As for [`block`].
+unsafe fn block_by<const N: usize>(isa: Isa, block: &Block<'_>) {
     let n = block.w.n();
-    let mut results = [[0.0; MAX_PANELS * WIDTH]; MAX_ROWS];
+    let mut tile = Tile::<N>::new();
     for panel in (block.panels.0..block.panels.1).step_by(MAX_PANELS) {
         let count = MAX_PANELS.min(block.panels.1 - panel);
         let w = panels(block.w, panel);
         let from = panel * PANEL;
         let columns = (count * PANEL).min(n - from);
-        for row in (block.rows.0..block.rows.1).step_by(MAX_ROWS) {
-            let rows = MAX_ROWS.min(block.rows.1 - row);
-            let x = block.x.pointers(row, rows);
-            // SAFETY: the rows were checked by `pointers`; the panels are in range.
-            unsafe { product(isa, &x[..rows], w, count, &mut results) };
-            for (r, result) in results.iter_mut().take(rows).enumerate() {
+        for row in (block.rows.0..block.rows.1).step_by(N) {
+            let rows = N.min(block.rows.1 - row);
+            // SAFETY: the panels are in range.
+            unsafe { tile.fill(isa, block.x, (row, rows), w, count) };
+            for (r, result) in tile.results.iter_mut().take(rows).enumerate() {
                 if let Some(bias) = block.bias {
                     for (value, bias) in result.iter_mut().zip(&bias[from..from + columns]) {
                         *value += bias;

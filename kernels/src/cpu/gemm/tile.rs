@@ -8,8 +8,6 @@ use crate::cpu::lanes::{Lanes, Tiles, WIDTH, on_path};
 use crate::dtype::Dtype;
 use crate::matrix::coded::Packing;
 
-use super::coded;
-
 /// Rows of the largest tile, and its panels.
 pub(super) const MAX_ROWS: usize = 6;
 pub(super) const MAX_PANELS: usize = 4;
@@ -100,9 +98,6 @@ unsafe fn product_kernel<L: Lanes>(
 ) {
     // SAFETY: the caller's promise.
     unsafe {
-        if let Some(packing) = &w.packing {
-            return coded::product::<L>(rows, w, packing, count, out);
-        }
         match (const { L::TILES }, rows.len()) {
             (Tiles::One, _) => {
                 for (r, row) in rows.iter().enumerate() {
