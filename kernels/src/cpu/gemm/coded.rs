@@ -7,14 +7,14 @@
 
 use std::mem::MaybeUninit;
 
-use super::tile::{AHEAD, MAX_PANELS, MAX_ROWS, Panels, Results};
+use super::tile::{MAX_PANELS, MAX_ROWS, Panels, Results};
 use crate::cpu::lanes::{Lanes, Tiles, WIDTH, on_path};
 use crate::dtype::Dtype;
 use crate::matrix::coded::{Packing, UNIT};
 
 /// A format of codes.
 trait Code<L: Lanes> {
-    /// Pairs of inputs in a unit.
+    /// Pairs of inputs in a unit: 2 or 4. Loops over them are written out, so that each pair's shifts are constants.
     const PAIRS: usize;
     /// What the codes of a group need beside their unit.
     type Zeros: Copy;
@@ -152,7 +152,7 @@ on_path! {
     ) = product_kernel
 }
 
-/// One row decodes in registers; more rows share what is decoded once.
+/// A few rows decode in registers; more rows share what is decoded once.
 ///
 /// # Safety
 /// As for [`product_kernel`].
@@ -169,86 +169,107 @@ unsafe fn tiles<L: Lanes, C: Code<L>>(
     };
     // SAFETY: the caller's promise.
     unsafe {
-        match (const { L::TILES }, rows) {
-            (_, []) => {}
-            (Tiles::Wide, [row]) => each::<L, C, 4>(*row, w, packing, count, &mut out[0]),
-            (Tiles::Narrow, [row]) => each::<L, C, 2>(*row, w, packing, count, &mut out[0]),
-            (Tiles::One, [row]) => each::<L, C, 1>(*row, w, packing, count, &mut out[0]),
-            (_, rows) => shared::<L, C>(rows, w, packing, count, out, chains),
+        match (const { L::TILES }, rows.len()) {
+            (_, 0) => {}
+            (Tiles::One, 1) => each::<L, C, 1, 1>(rows, w, packing, count, out),
+            (Tiles::Narrow, 1) => each::<L, C, 1, 2>(rows, w, packing, count, out),
+            (Tiles::Wide, 1) => each::<L, C, 1, 4>(rows, w, packing, count, out),
+            (Tiles::Wide, 2) => each::<L, C, 2, 4>(rows, w, packing, count, out),
+            (Tiles::Wide, 3) => each::<L, C, 3, 2>(rows, w, packing, count, out),
+            (Tiles::Wide, 4) => each::<L, C, 4, 2>(rows, w, packing, count, out),
+            (_, _) => shared::<L, C>(rows, w, packing, count, out, chains),
         }
     }
 }
 
-/// One row by `count` panels, `P` at a time as far as that goes.
+/// `R` rows by `count` panels, `P` at a time as far as that goes.
 ///
 /// # Safety
-/// As for [`product_kernel`].
+/// As for [`product_kernel`]; there are `R` rows.
 #[inline(always)]
-unsafe fn each<L: Lanes, C: Code<L>, const P: usize>(
-    x: *const u32,
+unsafe fn each<L: Lanes, C: Code<L>, const R: usize, const P: usize>(
+    rows: &[*const u32],
     w: Panels,
     packing: &Packing,
     count: usize,
-    out: &mut [f32],
+    out: &mut Results,
 ) {
+    let mut x = [std::ptr::null(); R];
+    x.copy_from_slice(&rows[..R]);
     let mut at = 0;
     // SAFETY: the caller's promise.
     unsafe {
         while at + P <= count {
-            multiply::<L, C, P>(x, w.skip(at), packing, &mut out[at * WIDTH..]);
+            multiply::<L, C, R, P>(&x, w.skip(at), packing, at, out);
             at += P;
         }
         while at < count {
-            multiply::<L, C, 1>(x, w.skip(at), packing, &mut out[at * WIDTH..]);
+            multiply::<L, C, R, 1>(&x, w.skip(at), packing, at, out);
             at += 1;
         }
     }
 }
 
-/// One row by `P` panels: `out[16 p + lane]` is the total over all groups.
+/// `R` rows by `P` panels: `out[r][16 (at + p) + lane]` is the total over all groups.
 ///
 /// # Safety
 /// As for [`product_kernel`]; there are `P` panels.
 #[inline(always)]
-unsafe fn multiply<L: Lanes, C: Code<L>, const P: usize>(
-    x: *const u32,
+unsafe fn multiply<L: Lanes, C: Code<L>, const R: usize, const P: usize>(
+    x: &[*const u32; R],
     w: Panels,
     packing: &Packing,
-    out: &mut [f32],
+    at: usize,
+    out: &mut Results,
 ) {
     // SAFETY: the caller's promise; all reads stay within the pairs of a row and the groups of a panel.
     unsafe {
-        let mut totals = [L::splat(0.0); P];
-        let (mut from, mut x) = (w.first, x);
+        let mut totals = [[L::splat(0.0); P]; R];
+        let (mut from, mut skip) = (w.first, 0);
         for group in 0..packing.groups {
             let pairs = packing.inputs(group).div_ceil(2);
             let headers = headers::<L, C, P>(from, w.bytes);
             from = from.add(packing.header);
-            let mut acc = [L::splat(0.0); P];
+            let mut acc = [[L::splat(0.0); P]; R];
             for _ in 0..pairs / C::PAIRS {
+                let ahead = w.ahead::<P>(from);
                 for p in 0..P {
-                    L::prefetch(from.add(p * w.bytes).wrapping_add(AHEAD));
+                    L::prefetch(from.add(p * w.bytes).wrapping_add(ahead));
                 }
-                for pair in 0..C::PAIRS {
-                    step::<L, C, P>(x, pair, from, w.bytes, &headers, &mut acc);
+                step::<L, C, R, P>(x, skip, (from, 0), w.bytes, &headers, &mut acc);
+                step::<L, C, R, P>(x, skip + 1, (from, 1), w.bytes, &headers, &mut acc);
+                if const { C::PAIRS == 4 } {
+                    step::<L, C, R, P>(x, skip + 2, (from, 2), w.bytes, &headers, &mut acc);
+                    step::<L, C, R, P>(x, skip + 3, (from, 3), w.bytes, &headers, &mut acc);
                 }
-                x = x.add(C::PAIRS * L::PAIR_WORDS);
+                skip += C::PAIRS;
                 from = from.add(UNIT);
             }
             let rest = pairs % C::PAIRS;
             if rest > 0 {
                 for pair in 0..rest {
-                    step::<L, C, P>(x, pair, from, w.bytes, &headers, &mut acc);
+                    step::<L, C, R, P>(
+                        x,
+                        skip + pair,
+                        (from, pair),
+                        w.bytes,
+                        &headers,
+                        &mut acc,
+                    );
                 }
-                x = x.add(rest * L::PAIR_WORDS);
+                skip += rest;
                 from = from.add(UNIT);
             }
-            for p in 0..P {
-                totals[p] = acc[p].fma(headers[p].0, totals[p]);
+            for r in 0..R {
+                for p in 0..P {
+                    totals[r][p] = acc[r][p].fma(headers[p].0, totals[r][p]);
+                }
             }
         }
-        for p in 0..P {
-            totals[p].store(out[p * WIDTH..].as_mut_ptr());
+        for r in 0..R {
+            for p in 0..P {
+                totals[r][p].store(out[r][(at + p) * WIDTH..].as_mut_ptr());
+            }
         }
     }
 }
@@ -270,25 +291,30 @@ unsafe fn headers<L: Lanes, C: Code<L>, const P: usize>(
     }
 }
 
-/// One pair of inputs.
+/// Pair `input` of the inputs, with a pair of a unit.
 ///
 /// # Safety
 /// As for [`multiply`].
 #[inline(always)]
-unsafe fn step<L: Lanes, C: Code<L>, const P: usize>(
-    x: *const u32,
-    pair: usize,
-    unit: *const u8,
+unsafe fn step<L: Lanes, C: Code<L>, const R: usize, const P: usize>(
+    x: &[*const u32; R],
+    input: usize,
+    (unit, pair): (*const u8, usize),
     panel: usize,
     headers: &[(L, C::Zeros); P],
-    acc: &mut [L; P],
+    acc: &mut [[L; P]; R],
 ) {
     // SAFETY: the caller's promise.
     unsafe {
-        let x = L::splat_pair(x.add(pair * L::PAIR_WORDS));
-        for p in 0..P {
-            let weights = C::pair(unit.add(p * panel), pair, headers[p].1);
-            acc[p] = acc[p].dot(x, weights);
+        let mut weights = [C::pair(unit, pair, headers[0].1); P];
+        for p in 1..P {
+            weights[p] = C::pair(unit.add(p * panel), pair, headers[p].1);
+        }
+        for r in 0..R {
+            let x = L::splat_pair(x[r].add(input * L::PAIR_WORDS));
+            for p in 0..P {
+                acc[r][p] = acc[r][p].dot(x, weights[p]);
+            }
         }
     }
 }
@@ -379,9 +405,14 @@ unsafe fn decode<L: Lanes, C: Code<L>>(
             let from = units.add(unit * UNIT);
             // What the next call decodes.
             L::prefetch(from.wrapping_add(const { chunk::<L>() } / C::PAIRS * UNIT));
-            for pair in 0..C::PAIRS {
-                to.add(unit * C::PAIRS + pair)
-                    .write(C::pair(from, pair, zeros));
+            let to = to.add(unit * C::PAIRS);
+            // All before the first is written: a unit of bytes is looked up once for both.
+            let (first, second) = (C::pair(from, 0, zeros), C::pair(from, 1, zeros));
+            to.write(first);
+            to.add(1).write(second);
+            if const { C::PAIRS == 4 } {
+                to.add(2).write(C::pair(from, 2, zeros));
+                to.add(3).write(C::pair(from, 3, zeros));
             }
         }
         for pair in pairs / C::PAIRS * C::PAIRS..pairs {
