@@ -27,7 +27,7 @@ pub enum Path {
     Avx2,
     /// AVX-512 F and BW (x86-64).
     Avx512,
-    /// AVX-512 F and BW with the bfloat16 products (x86-64).
+    /// AVX-512 F, BW and VBMI with the bfloat16 products (x86-64).
     Avx512Bf16,
     /// NEON (aarch64).
     Neon,
@@ -115,7 +115,9 @@ impl Path {
             }
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Bf16 => {
-                Self::Avx512.is_present() && is_x86_feature_detected!("avx512bf16")
+                Self::Avx512.is_present()
+                    && is_x86_feature_detected!("avx512vbmi")
+                    && is_x86_feature_detected!("avx512bf16")
             }
             #[cfg(target_arch = "x86_64")]
             Self::Amx => amx::usable(),

@@ -138,7 +138,7 @@ fn dtypes() -> impl Strategy<Value = KvDtype> {
 }
 
 /// Error against sums in float64. With bfloat16 the definition rounds keys, values and queries as the ops do, but
-/// not probabilities: each is off by at most 2^-9, and so is their mean of values below 1.
+/// not probabilities: each is off by at most 2^-8, and so is their mean of values below 1.
 const fn bound(dtype: KvDtype) -> f32 {
     match dtype {
         KvDtype::F32 => 1e-5,

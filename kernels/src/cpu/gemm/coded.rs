@@ -1,18 +1,20 @@
-//! Products with weights that are codes with scales. Codes become bfloat16 in registers, without loss; a group of
-//! inputs is one chain from 0, and the total takes `fma(chain, scale, total)`, groups ascending.
+//! Products with weights that are codes with scales. Codes become bfloat16 without loss; a group of inputs is one
+//! chain from 0, and the total takes `fma(chain, scale, total)`, groups ascending.
 #![expect(
     clippy::needless_range_loop,
     reason = "indices of tiles with constant bounds unroll"
 )]
 
-use super::tile::{AHEAD, Panels, Results};
-use crate::cpu::lanes::{Lanes, Tiles, WIDTH};
+use std::mem::MaybeUninit;
+
+use super::tile::{MAX_PANELS, MAX_ROWS, Panels, Results};
+use crate::cpu::lanes::{Lanes, Tiles, WIDTH, on_path};
 use crate::dtype::Dtype;
 use crate::matrix::coded::{Packing, UNIT};
 
 /// A format of codes.
 pub(super) trait Code<L: Lanes> {
-    /// Pairs of inputs in a unit.
+    /// Pairs of inputs in a unit: 2 or 4. Loops over them are written out, so that each pair's shifts are constants.
     const PAIRS: usize;
     /// What the codes of a group need beside their unit.
     type Zeros: Copy;
@@ -103,58 +105,79 @@ impl<L: Lanes> Code<L> for Mxfp4 {
     }
 }
 
-/// Some rows times some panels, as [`super::tile::product`].
+/// Pairs of inputs that are decoded at once for several rows: with those of four panels they should stay in the
+/// first-level cache. Whole units.
+const fn chunk<L: Lanes>() -> usize {
+    match L::TILES {
+        Tiles::Wide => 64,
+        Tiles::Narrow | Tiles::One => 32,
+    }
+}
+const MAX_CHUNK: usize = 64;
+
+/// Some rows times some panels.
 ///
 /// # Safety
-/// As there; `packing` is that of `w`.
+/// As for [`super::tile::product`], but for any number of rows; `w` has codes, and `out` and `chains` are as long as
+/// `rows`.
 #[inline(always)]
-pub(super) unsafe fn product<L: Lanes>(
+unsafe fn product_kernel<L: Lanes>(
     rows: &[*const u32],
     w: Panels,
-    packing: &Packing,
     count: usize,
     out: &mut Results,
+    chains: &mut Results,
 ) {
     // SAFETY: the caller's promise.
     unsafe {
         match w.dtype {
-            Dtype::Int4 { .. } => tiles::<L, Int4>(rows, w, packing, count, out),
-            Dtype::Fp8 { .. } => tiles::<L, Fp8>(rows, w, packing, count, out),
-            Dtype::Mxfp4 => tiles::<L, Mxfp4>(rows, w, packing, count, out),
+            Dtype::Int4 { .. } => tiles::<L, Int4>(rows, w, count, out, chains),
+            Dtype::Fp8 { .. } => tiles::<L, Fp8>(rows, w, count, out, chains),
+            Dtype::Mxfp4 => tiles::<L, Mxfp4>(rows, w, count, out, chains),
             Dtype::Int8 | Dtype::F32 | Dtype::Bf16 | Dtype::F16 => {
-                tiles::<L, Int8>(rows, w, packing, count, out);
+                tiles::<L, Int8>(rows, w, count, out, chains);
             }
         }
     }
 }
 
-/// The tiles of a path: a row times all panels, or more rows times as many panels as the registers hold beside the
-/// constants that decoding needs.
+on_path! {
+    /// Some rows times some panels of codes.
+    pub(super) fn product(
+        rows: &[*const u32],
+        w: Panels,
+        count: usize,
+        out: &mut Results,
+        chains: &mut Results,
+    ) = product_kernel
+}
+
+/// A few rows decode in registers; more rows share what is decoded once.
 ///
 /// # Safety
-/// As for [`product`].
+/// As for [`product_kernel`].
 #[inline(always)]
 unsafe fn tiles<L: Lanes, C: Code<L>>(
     rows: &[*const u32],
     w: Panels,
-    packing: &Packing,
     count: usize,
     out: &mut Results,
+    chains: &mut Results,
 ) {
+    let Some(packing) = &w.packing else {
+        return;
+    };
     // SAFETY: the caller's promise.
     unsafe {
         match (const { L::TILES }, rows.len()) {
-            (Tiles::One, _) => {
-                for (r, row) in rows.iter().enumerate() {
-                    each::<L, C, 1, 1>(&[*row], w, packing, count, &mut out[r..]);
-                }
-            }
-            (_, 1) => each::<L, C, 1, 4>(rows, w, packing, count, out),
-            (_, 2) => each::<L, C, 2, 1>(rows, w, packing, count, out),
-            (_, 3) => each::<L, C, 3, 1>(rows, w, packing, count, out),
-            (_, 4) => each::<L, C, 4, 1>(rows, w, packing, count, out),
-            (_, 5) => each::<L, C, 5, 1>(rows, w, packing, count, out),
-            (_, _) => each::<L, C, 6, 1>(rows, w, packing, count, out),
+            (_, 0) => {}
+            (Tiles::One, 1) => each::<L, C, 1, 1>(rows, w, packing, count, out),
+            (Tiles::Narrow, 1) => each::<L, C, 1, 2>(rows, w, packing, count, out),
+            (Tiles::Wide, 1) => each::<L, C, 1, 4>(rows, w, packing, count, out),
+            (Tiles::Wide, 2) => each::<L, C, 2, 4>(rows, w, packing, count, out),
+            (Tiles::Wide, 3) => each::<L, C, 3, 2>(rows, w, packing, count, out),
+            (Tiles::Wide, 4) => each::<L, C, 4, 2>(rows, w, packing, count, out),
+            (_, _) => shared::<L, C>(rows, w, packing, count, out, chains),
         }
     }
 }
@@ -162,7 +185,7 @@ unsafe fn tiles<L: Lanes, C: Code<L>>(
 /// `R` rows by `count` panels, `P` at a time as far as that goes.
 ///
 /// # Safety
-/// As for [`product`].
+/// As for [`product_kernel`]; there are `R` rows.
 #[inline(always)]
 unsafe fn each<L: Lanes, C: Code<L>, const R: usize, const P: usize>(
     rows: &[*const u32],
@@ -187,10 +210,10 @@ unsafe fn each<L: Lanes, C: Code<L>, const R: usize, const P: usize>(
     }
 }
 
-/// `out[r][16 (at + p) + lane]` is the total over all groups.
+/// `R` rows by `P` panels: `out[r][16 (at + p) + lane]` is the total over all groups.
 ///
 /// # Safety
-/// As for [`product`]; there are `P` panels.
+/// As for [`product_kernel`]; there are `P` panels.
 #[inline(always)]
 unsafe fn multiply<L: Lanes, C: Code<L>, const R: usize, const P: usize>(
     x: &[*const u32; R],
@@ -202,32 +225,39 @@ unsafe fn multiply<L: Lanes, C: Code<L>, const R: usize, const P: usize>(
     // SAFETY: the caller's promise; all reads stay within the pairs of a row and the groups of a panel.
     unsafe {
         let mut totals = [[L::splat(0.0); P]; R];
-        let (mut from, mut x) = (w.first, *x);
+        let (mut from, mut skip) = (w.first, 0);
         for group in 0..packing.groups {
             let pairs = packing.inputs(group).div_ceil(2);
-            let first = C::header(from);
-            let mut headers = [first; P];
-            for p in 1..P {
-                headers[p] = C::header(from.add(p * w.bytes));
-            }
+            let headers = headers::<L, C, P>(from, w.bytes);
             from = from.add(packing.header);
             let mut acc = [[L::splat(0.0); P]; R];
             for _ in 0..pairs / C::PAIRS {
+                let ahead = w.ahead::<P>(from);
                 for p in 0..P {
-                    L::prefetch(from.add(p * w.bytes).wrapping_add(AHEAD));
+                    L::prefetch(from.add(p * w.bytes).wrapping_add(ahead));
                 }
-                for pair in 0..C::PAIRS {
-                    step::<L, C, R, P>(&x, pair, from, w.bytes, &headers, &mut acc);
+                step::<L, C, R, P>(x, skip, (from, 0), w.bytes, &headers, &mut acc);
+                step::<L, C, R, P>(x, skip + 1, (from, 1), w.bytes, &headers, &mut acc);
+                if const { C::PAIRS == 4 } {
+                    step::<L, C, R, P>(x, skip + 2, (from, 2), w.bytes, &headers, &mut acc);
+                    step::<L, C, R, P>(x, skip + 3, (from, 3), w.bytes, &headers, &mut acc);
                 }
-                x = x.map(|x| x.add(C::PAIRS * L::PAIR_WORDS));
+                skip += C::PAIRS;
                 from = from.add(UNIT);
             }
             let rest = pairs % C::PAIRS;
-            for pair in 0..rest {
-                step::<L, C, R, P>(&x, pair, from, w.bytes, &headers, &mut acc);
-            }
             if rest > 0 {
-                x = x.map(|x| x.add(rest * L::PAIR_WORDS));
+                for pair in 0..rest {
+                    step::<L, C, R, P>(
+                        x,
+                        skip + pair,
+                        (from, pair),
+                        w.bytes,
+                        &headers,
+                        &mut acc,
+                    );
+                }
+                skip += rest;
                 from = from.add(UNIT);
             }
             for r in 0..R {
@@ -238,21 +268,38 @@ unsafe fn multiply<L: Lanes, C: Code<L>, const R: usize, const P: usize>(
         }
         for r in 0..R {
             for p in 0..P {
-                totals[r][p].store(out[r].as_mut_ptr().add((at + p) * WIDTH));
+                totals[r][p].store(out[r][(at + p) * WIDTH..].as_mut_ptr());
             }
         }
     }
 }
 
-/// One pair of inputs.
+/// # Safety
+/// The processor has the instructions of `L`; there are `P` panels.
+#[inline(always)]
+unsafe fn headers<L: Lanes, C: Code<L>, const P: usize>(
+    from: *const u8,
+    panel: usize,
+) -> [(L, C::Zeros); P] {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut headers = [C::header(from); P];
+        for p in 1..P {
+            headers[p] = C::header(from.add(p * panel));
+        }
+        headers
+    }
+}
+
+/// Pair `input` of the inputs, with a pair of a unit.
 ///
 /// # Safety
 /// As for [`multiply`].
 #[inline(always)]
 unsafe fn step<L: Lanes, C: Code<L>, const R: usize, const P: usize>(
     x: &[*const u32; R],
-    pair: usize,
-    unit: *const u8,
+    input: usize,
+    (unit, pair): (*const u8, usize),
     panel: usize,
     headers: &[(L, C::Zeros); P],
     acc: &mut [[L; P]; R],
@@ -264,9 +311,232 @@ unsafe fn step<L: Lanes, C: Code<L>, const R: usize, const P: usize>(
             weights[p] = C::pair(unit.add(p * panel), pair, headers[p].1);
         }
         for r in 0..R {
-            let x = L::splat_pair(x[r].add(pair * L::PAIR_WORDS));
+            let x = L::splat_pair(x[r].add(input * L::PAIR_WORDS));
             for p in 0..P {
                 acc[r][p] = acc[r][p].dot(x, weights[p]);
+            }
+        }
+    }
+}
+
+/// Memory for decoded pairs of `MAX_PANELS` panels.
+#[repr(align(64))]
+struct Decoded<T>([MaybeUninit<T>; MAX_PANELS * MAX_CHUNK]);
+
+/// Some pairs of a group, decoded, times rows.
+struct Piece<'a, L: Lanes> {
+    /// `MAX_CHUNK` for each panel.
+    weights: *const L::Pairs,
+    pairs: usize,
+    /// The inputs of these pairs begin here in each row.
+    skip: usize,
+    first: bool,
+    /// At the end of a group, its scales.
+    last: Option<&'a [L; MAX_PANELS]>,
+}
+
+/// Several rows: decodes some pairs of all panels, then multiplies them with all rows, and so on.
+///
+/// # Safety
+/// As for [`product_kernel`].
+#[inline(always)]
+unsafe fn shared<L: Lanes, C: Code<L>>(
+    rows: &[*const u32],
+    w: Panels,
+    packing: &Packing,
+    count: usize,
+    out: &mut Results,
+    chains: &mut Results,
+) {
+    for row in out.iter_mut().take(rows.len()) {
+        row.fill(0.0);
+    }
+    let mut decoded = Decoded::<L::Pairs>([const { MaybeUninit::uninit() }; _]);
+    let memory = decoded.0.as_mut_ptr().cast::<L::Pairs>();
+    // SAFETY: the caller's promise; all reads stay within the pairs of a row and the groups of a panel.
+    unsafe {
+        let (mut from, mut skip) = (w.first, 0);
+        for group in 0..packing.groups {
+            let pairs = packing.inputs(group).div_ceil(2);
+            let mut scales = [L::splat(0.0); MAX_PANELS];
+            let mut done = 0;
+            loop {
+                let now = (pairs - done).min(const { chunk::<L>() });
+                let units = from.add(packing.header + done / C::PAIRS * UNIT);
+                for p in 0..count {
+                    let (scale, zeros) = C::header(from.add(p * w.bytes));
+                    scales[p] = scale;
+                    let to = memory.add(p * MAX_CHUNK);
+                    decode::<L, C>(units.add(p * w.bytes), now, zeros, to);
+                }
+                let piece = Piece::<L> {
+                    weights: memory,
+                    pairs: now,
+                    skip: skip * L::PAIR_WORDS,
+                    first: done == 0,
+                    last: (done + now == pairs).then_some(&scales),
+                };
+                piece.times(rows, count, out, chains);
+                done += now;
+                skip += now;
+                if done == pairs {
+                    break;
+                }
+            }
+            from = from.add(packing.header + pairs.div_ceil(C::PAIRS) * UNIT);
+        }
+    }
+}
+
+/// Decodes `pairs` pairs of a panel.
+///
+/// # Safety
+/// The processor has the instructions of `L`; the units are there, and `to` has room.
+#[inline(always)]
+unsafe fn decode<L: Lanes, C: Code<L>>(
+    units: *const u8,
+    pairs: usize,
+    zeros: C::Zeros,
+    to: *mut L::Pairs,
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        for unit in 0..pairs / C::PAIRS {
+            let from = units.add(unit * UNIT);
+            // What the next call decodes.
+            L::prefetch(from.wrapping_add(const { chunk::<L>() } / C::PAIRS * UNIT));
+            let to = to.add(unit * C::PAIRS);
+            // All before the first is written: a unit of bytes is looked up once for both.
+            let (first, second) = (C::pair(from, 0, zeros), C::pair(from, 1, zeros));
+            to.write(first);
+            to.add(1).write(second);
+            if const { C::PAIRS == 4 } {
+                to.add(2).write(C::pair(from, 2, zeros));
+                to.add(3).write(C::pair(from, 3, zeros));
+            }
+        }
+        for pair in pairs / C::PAIRS * C::PAIRS..pairs {
+            let from = units.add(pair / C::PAIRS * UNIT);
+            to.add(pair).write(C::pair(from, pair % C::PAIRS, zeros));
+        }
+    }
+}
+
+impl<L: Lanes> Piece<'_, L> {
+    /// Adds these pairs to the chains of all rows, and ends the chains of a group.
+    ///
+    /// # Safety
+    /// As for [`product_kernel`].
+    #[inline(always)]
+    unsafe fn times(
+        &self,
+        rows: &[*const u32],
+        count: usize,
+        out: &mut Results,
+        chains: &mut Results,
+    ) {
+        for row in (0..rows.len()).step_by(MAX_ROWS) {
+            let (x, out, chains) = (&rows[row..], &mut out[row..], &mut chains[row..]);
+            // SAFETY: the caller's promise.
+            unsafe {
+                match (const { L::TILES }, x.len()) {
+                    (Tiles::One, left) => {
+                        for r in 0..left.min(MAX_ROWS) {
+                            self.panels::<1, 1>(
+                                &x[r..],
+                                count,
+                                &mut out[r..],
+                                &mut chains[r..],
+                            );
+                        }
+                    }
+                    (Tiles::Narrow, 1) => self.panels::<1, 1>(x, count, out, chains),
+                    (Tiles::Narrow, 2) => self.panels::<2, 1>(x, count, out, chains),
+                    (Tiles::Narrow, 3) => self.panels::<3, 1>(x, count, out, chains),
+                    (Tiles::Narrow, 4) => self.panels::<4, 1>(x, count, out, chains),
+                    (Tiles::Narrow, 5) => self.panels::<5, 1>(x, count, out, chains),
+                    (Tiles::Narrow, _) => self.panels::<6, 1>(x, count, out, chains),
+                    (Tiles::Wide, 1) => self.panels::<1, 4>(x, count, out, chains),
+                    (Tiles::Wide, 2) => self.panels::<2, 4>(x, count, out, chains),
+                    (Tiles::Wide, 3) => self.panels::<3, 4>(x, count, out, chains),
+                    (Tiles::Wide, 4) => self.panels::<4, 4>(x, count, out, chains),
+                    (Tiles::Wide, 5) => self.panels::<5, 4>(x, count, out, chains),
+                    (Tiles::Wide, _) => self.panels::<6, 4>(x, count, out, chains),
+                }
+            }
+        }
+    }
+
+    /// `R` rows by `count` panels, `P` at a time as far as that goes.
+    ///
+    /// # Safety
+    /// As for [`product_kernel`]; there are `R` rows.
+    #[inline(always)]
+    unsafe fn panels<const R: usize, const P: usize>(
+        &self,
+        rows: &[*const u32],
+        count: usize,
+        out: &mut Results,
+        chains: &mut Results,
+    ) {
+        let mut x = [std::ptr::null(); R];
+        x.copy_from_slice(&rows[..R]);
+        let mut at = 0;
+        // SAFETY: the caller's promise.
+        unsafe {
+            let x = x.map(|x: *const u32| x.add(self.skip));
+            while at + P <= count {
+                self.tile::<R, P>(&x, at, out, chains);
+                at += P;
+            }
+            while at < count {
+                self.tile::<R, 1>(&x, at, out, chains);
+                at += 1;
+            }
+        }
+    }
+
+    /// `R` rows by `P` panels from `at` on.
+    ///
+    /// # Safety
+    /// As for [`product_kernel`]; there are `R` rows and `P` panels.
+    #[inline(always)]
+    unsafe fn tile<const R: usize, const P: usize>(
+        &self,
+        x: &[*const u32; R],
+        at: usize,
+        out: &mut Results,
+        chains: &mut Results,
+    ) {
+        // SAFETY: the caller's promise; `decode` wrote as many pairs.
+        unsafe {
+            let mut acc = [[L::splat(0.0); P]; R];
+            if !self.first {
+                for r in 0..R {
+                    for p in 0..P {
+                        acc[r][p] = L::load(chains[r][(at + p) * WIDTH..].as_ptr());
+                    }
+                }
+            }
+            let weights = self.weights.add(at * MAX_CHUNK);
+            for pair in 0..self.pairs {
+                for r in 0..R {
+                    let x = L::splat_pair(x[r].add(pair * L::PAIR_WORDS));
+                    for p in 0..P {
+                        acc[r][p] = acc[r][p].dot(x, *weights.add(p * MAX_CHUNK + pair));
+                    }
+                }
+            }
+            for r in 0..R {
+                for p in 0..P {
+                    let lanes = (at + p) * WIDTH;
+                    if let Some(scales) = self.last {
+                        let total = out[r][lanes..].as_mut_ptr();
+                        acc[r][p].fma(scales[at + p], L::load(total)).store(total);
+                    } else {
+                        acc[r][p].store(chains[r][lanes..].as_mut_ptr());
+                    }
+                }
             }
         }
     }

@@ -4,7 +4,7 @@
 use super::super::detect::Isa;
 use super::super::lanes::{Lanes, on_path};
 use super::super::threads::{Parts, Threads};
-use super::{MAX_ROWS, SMALL};
+use super::SMALL;
 use crate::dtype::Dtype;
 
 /// Rows of prepared inputs, or some of them by index.
@@ -17,9 +17,9 @@ pub(super) struct Rows<'a> {
 }
 
 impl Rows<'_> {
-    /// The first words of `count` rows from `row` on.
-    pub(super) fn pointers(&self, row: usize, count: usize) -> [*const u32; MAX_ROWS] {
-        let mut rows = [std::ptr::null(); MAX_ROWS];
+    /// The first words of `count` (at most `N`) rows from `row` on.
+    pub(super) fn pointers<const N: usize>(&self, row: usize, count: usize) -> [*const u32; N] {
+        let mut rows = [std::ptr::null(); N];
         for (i, pointer) in rows.iter_mut().enumerate().take(count) {
             let row = self.chosen.map_or(row + i, |c| c[row + i] as usize);
             *pointer = self.words[row * self.width..(row + 1) * self.width].as_ptr();

@@ -6,6 +6,7 @@ use std::mem::MaybeUninit;
 use super::inputs::Rows;
 use super::tile::{MAX_PANELS, MAX_ROWS, Panels, Results, product};
 use super::tiles::Tiles;
+use super::{BLOCK_ROWS, coded};
 use crate::cpu::amx::{self, Inputs};
 use crate::cpu::detect::{Isa, Unit};
 use crate::cpu::lanes::WIDTH;
@@ -14,11 +15,11 @@ use crate::matrix::Matrix;
 type Row = [f32; MAX_PANELS * WIDTH];
 
 /// Memory for the results of a block, of which only what is used is made zero.
-pub(super) struct Room([MaybeUninit<Row>; amx::ROWS]);
+pub(super) struct Room([MaybeUninit<Row>; BLOCK_ROWS]);
 
 impl Room {
     pub(super) const fn new() -> Self {
-        Self([MaybeUninit::uninit(); amx::ROWS])
+        Self([MaybeUninit::uninit(); BLOCK_ROWS])
     }
 
     /// Some rows of zeros.
@@ -38,6 +39,8 @@ pub(super) struct Multiplier {
     /// Rows at once.
     rows: usize,
     tiles: Option<Tiles>,
+    /// Chains of groups of inputs that are not over, where weights are codes.
+    chains: Room,
 }
 
 impl Multiplier {
@@ -45,10 +48,17 @@ impl Multiplier {
     pub(super) fn new(isa: Isa, rows: usize, weights: &[&Matrix]) -> Self {
         let tiled = |_: &Unit| rows > 0 && weights.iter().any(|w| w.dtype().rounds_inputs());
         let Some(unit) = isa.tiles().filter(tiled) else {
+            // Codes are decoded once for all rows of a block.
+            let coded = weights.iter().any(|w| w.packing().is_some());
             return Self {
                 isa,
-                rows: MAX_ROWS,
+                rows: if coded && rows > MAX_ROWS {
+                    BLOCK_ROWS
+                } else {
+                    MAX_ROWS
+                },
                 tiles: None,
+                chains: Room::new(),
             };
         };
         // Blocks of one size, so that the tiles keep their shapes through the piece.
@@ -57,6 +67,7 @@ impl Multiplier {
             isa,
             rows,
             tiles: Some(Tiles::begin(isa, unit, rows)),
+            chains: Room::new(),
         }
     }
 
@@ -100,9 +111,15 @@ impl Multiplier {
             // SAFETY: the rows were checked by `evenly_spaced`; the rest is the caller's promise.
             return unsafe { tiles.product(Inputs { first, stride }, w, count, out) };
         }
+        if w.packing.is_some() {
+            let x = x.pointers::<BLOCK_ROWS>(row, rows);
+            let chains = self.chains.zeros(rows);
+            // SAFETY: the rows were checked by `pointers`; the rest is the caller's promise.
+            return unsafe { coded::product(self.isa, &x[..rows], w, count, out, chains) };
+        }
         for at in (0..rows).step_by(MAX_ROWS) {
             let few = MAX_ROWS.min(rows - at);
-            let x = x.pointers(row + at, few);
+            let x = x.pointers::<MAX_ROWS>(row + at, few);
             // SAFETY: the rows were checked by `pointers`; the rest is the caller's promise.
             unsafe { product(self.isa, &x[..few], w, count, &mut out[at..]) };
         }

@@ -76,25 +76,25 @@ unsafe fn shift(lanes: __m256i, left: i32) -> __m256i {
     }
 }
 
-/// The even and the odd numbers of a unit, of which lanes 0–7 and 8–15 are one register each: `decode` gets one, and
-/// the place of the lowest bit of its code.
-#[inline(always)]
-unsafe fn decode(
-    unit: *const u8,
-    bit: i32,
-    decode: impl Fn(usize, __m256i, i32) -> __m256,
-) -> (Avx2, Avx2) {
-    // SAFETY: 64 bytes and the instructions are the caller's promise.
-    let (low, high) = unsafe {
+/// The even and the odd numbers of a unit, whose lanes 0–7 and 8–15 are one register each: an expression of one
+/// register, its index, and the place of the lowest bit of its code. A closure would be a function of its own,
+/// without the instructions.
+macro_rules! decode {
+    ($unit:expr, $first:expr, |$half:pat_param, $lanes:ident, $bit:ident| $number:expr) => {{
+        let low = _mm256_loadu_si256($unit.cast());
+        let high = _mm256_loadu_si256($unit.add(32).cast());
+        macro_rules! number {
+            ($index:expr, $register:expr, $place:expr) => {{
+                let ($half, $lanes, $bit) = ($index, $register, $place);
+                $number
+            }};
+        }
+        let bit = $first as i32;
         (
-            _mm256_loadu_si256(unit.cast()),
-            _mm256_loadu_si256(unit.add(32).cast()),
+            Self(number!(0, low, bit), number!(1, high, bit)),
+            Self(number!(0, low, bit + 16), number!(1, high, bit + 16)),
         )
-    };
-    (
-        Avx2(decode(0, low, bit), decode(1, high, bit)),
-        Avx2(decode(0, low, bit + 16), decode(1, high, bit + 16)),
-    )
+    }};
 }
 
 /// The sign of codes whose highest bit is `bit`, at the place of a float32's.
@@ -208,7 +208,7 @@ impl Lanes for Avx2 {
     unsafe fn int8(unit: *const u8, pair: usize) -> (Self, Self) {
         // SAFETY: 64 bytes and the instructions are the caller's promise.
         unsafe {
-            decode(unit, 8 * pair as i32, |_, lanes, bit| {
+            decode!(unit, 8 * pair, |_, lanes, bit| {
                 let top = shift(lanes, 24 - bit);
                 _mm256_cvtepi32_ps(_mm256_srai_epi32::<24>(top))
             })
@@ -219,7 +219,7 @@ impl Lanes for Avx2 {
     unsafe fn e4m3(unit: *const u8, pair: usize) -> (Self, Self) {
         // SAFETY: 64 bytes and the instructions are the caller's promise.
         unsafe {
-            decode(unit, 8 * pair as i32, |_, lanes, bit| {
+            decode!(unit, 8 * pair, |_, lanes, bit| {
                 // As a float32 the seven lower bits are 2¹²⁰ times too small, also where they are subnormal.
                 let all = _mm256_set1_epi32(0x7f << 20);
                 let bits = _mm256_and_si256(shift(lanes, 20 - bit), all);
@@ -239,7 +239,7 @@ impl Lanes for Avx2 {
         // SAFETY: 64 bytes and the instructions are the caller's promise.
         unsafe {
             let sizes = _mm256_setr_ps(0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0);
-            decode(unit, 4 * pair as i32, |_, lanes, bit| {
+            decode!(unit, 4 * pair, |_, lanes, bit| {
                 // Of an index the lower three bits count.
                 let size = _mm256_permutevar8x32_ps(sizes, shift(lanes, -bit));
                 _mm256_or_ps(size, _mm256_castsi256_ps(sign(lanes, bit + 3)))
@@ -251,7 +251,7 @@ impl Lanes for Avx2 {
     unsafe fn int4(unit: *const u8, pair: usize, zeros: (__m256i, __m256i)) -> (Self, Self) {
         // SAFETY: 64 bytes and the instructions are the caller's promise.
         unsafe {
-            decode(unit, 4 * pair as i32, |half, lanes, bit| {
+            decode!(unit, 4 * pair, |half, lanes, bit| {
                 let code = _mm256_and_si256(shift(lanes, -bit), _mm256_set1_epi32(15));
                 let zero = if half == 0 { zeros.0 } else { zeros.1 };
                 _mm256_cvtepi32_ps(_mm256_sub_epi32(code, zero))

@@ -5,23 +5,23 @@ use std::arch::x86_64::{
     __m256, __m512, __m512bh, __m512i, _MM_HINT_T0, _mm_add_ps, _mm_add_ss, _mm_cvtss_f32,
     _mm_loadu_si128, _mm_max_ps, _mm_max_ss, _mm_movehl_ps, _mm_prefetch, _mm_shuffle_ps,
     _mm256_add_ps, _mm256_castpd_ps, _mm256_castps256_ps128, _mm256_extractf128_ps,
-    _mm256_loadu_si256, _mm256_max_ps, _mm512_add_epi16, _mm512_add_epi32, _mm512_add_ps,
-    _mm512_and_si512, _mm512_castps_pd, _mm512_castps_si512, _mm512_castps512_ps256,
-    _mm512_castsi512_ps, _mm512_cvtepu8_epi32, _mm512_cvtph_ps, _mm512_div_ps,
-    _mm512_dpbf16_ps, _mm512_extractf64x4_pd, _mm512_fmadd_ps, _mm512_loadu_ps,
-    _mm512_loadu_si512, _mm512_mask_blend_epi16, _mm512_mask_or_epi32, _mm512_max_ps,
-    _mm512_min_ps, _mm512_mul_ps, _mm512_or_si512, _mm512_permutex2var_epi16,
-    _mm512_permutexvar_epi16, _mm512_set1_epi16, _mm512_set1_epi32, _mm512_set1_ps,
-    _mm512_slli_epi16, _mm512_slli_epi32, _mm512_srai_epi32, _mm512_srli_epi16,
-    _mm512_srli_epi32, _mm512_storeu_ps, _mm512_storeu_si512, _mm512_sub_epi16,
-    _mm512_sub_epi32, _mm512_sub_ps, _mm512_ternarylogic_epi32, _mm512_test_epi16_mask,
-    _mm512_testn_epi32_mask,
+    _mm256_loadu_si256, _mm256_max_ps, _mm512_abs_epi8, _mm512_add_epi16, _mm512_add_epi32,
+    _mm512_add_ps, _mm512_and_si512, _mm512_castps_pd, _mm512_castps_si512,
+    _mm512_castps512_ps256, _mm512_castsi512_ps, _mm512_cmpeq_epi8_mask, _mm512_cvtepu8_epi32,
+    _mm512_cvtph_ps, _mm512_div_ps, _mm512_dpbf16_ps, _mm512_extractf64x4_pd, _mm512_fmadd_ps,
+    _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mask_blend_epi16, _mm512_mask_mov_epi8,
+    _mm512_mask_or_epi32, _mm512_max_ps, _mm512_min_ps, _mm512_mul_ps, _mm512_or_si512,
+    _mm512_permutex2var_epi8, _mm512_permutex2var_epi16, _mm512_permutexvar_epi16,
+    _mm512_set1_epi8, _mm512_set1_epi16, _mm512_set1_epi32, _mm512_set1_ps, _mm512_slli_epi16,
+    _mm512_slli_epi32, _mm512_srai_epi32, _mm512_srli_epi16, _mm512_srli_epi32,
+    _mm512_storeu_ps, _mm512_storeu_si512, _mm512_sub_epi16, _mm512_sub_epi32, _mm512_sub_ps,
+    _mm512_ternarylogic_epi32, _mm512_test_epi16_mask, _mm512_testn_epi32_mask,
 };
 
 use super::{Lanes, ROUND, Tiles};
 use crate::codes;
 
-/// All lanes; with or without the instructions for bfloat16.
+/// All lanes; with or without the instructions for bfloat16, and VBMI.
 #[derive(Clone, Copy)]
 pub(in crate::cpu) struct Avx512<const BF16: bool>(__m512);
 
@@ -64,6 +64,75 @@ static SMALL: [u16; 32] = {
     }
     bits
 };
+
+/// The lower (`SHIFT` 16) or upper (24) bytes of the bfloat16 of sizes 0 to 127 of a format.
+const fn bytes_of<const SHIFT: u32>(e4m3: bool) -> [u8; 128] {
+    let mut bytes = [0; 128];
+    let mut code = 0;
+    while code < 128 {
+        let size = if e4m3 {
+            codes::e4m3(code as u8)
+        } else {
+            code as f32
+        };
+        bytes[code] = (size.to_bits() >> SHIFT) as u8;
+        code += 1;
+    }
+    bytes
+}
+static INT8_LOW: [u8; 128] = bytes_of::<16>(false);
+static INT8_HIGH: [u8; 128] = bytes_of::<24>(false);
+static E4M3_LOW: [u8; 128] = bytes_of::<16>(true);
+static E4M3_HIGH: [u8; 128] = bytes_of::<24>(true);
+
+/// What two tables have at the lower seven bits of each byte.
+#[inline(always)]
+unsafe fn look_up(codes: __m512i, low: &[u8; 128], high: &[u8; 128]) -> (__m512i, __m512i) {
+    // SAFETY: the instructions (VBMI) are the caller's promise; a table has two vectors.
+    unsafe {
+        let (low, high) = (
+            low.as_ptr().cast::<__m512i>(),
+            high.as_ptr().cast::<__m512i>(),
+        );
+        (
+            _mm512_permutex2var_epi8(
+                _mm512_loadu_si512(low),
+                codes,
+                _mm512_loadu_si512(low.add(1)),
+            ),
+            _mm512_permutex2var_epi8(
+                _mm512_loadu_si512(high),
+                codes,
+                _mm512_loadu_si512(high.add(1)),
+            ),
+        )
+    }
+}
+
+/// `sizes` with the sign bits of the bytes of `codes`.
+#[inline(always)]
+unsafe fn with_sign(sizes: __m512i, codes: __m512i) -> __m512i {
+    // SAFETY: the instructions are the caller's promise.
+    unsafe {
+        // sizes | (codes & sign bit)
+        _mm512_ternarylogic_epi32::<0xf8>(sizes, codes, _mm512_set1_epi8(i8::MIN))
+    }
+}
+
+/// The lower or the upper codes of all words, whose lower and upper bytes are known.
+#[inline(always)]
+unsafe fn line(low: __m512i, high: __m512i, pair: usize) -> __m512i {
+    // SAFETY: the instructions are the caller's promise.
+    unsafe {
+        let lower = _mm512_set1_epi16(0xff);
+        // Of each word, where `lower` is set the first, else the second.
+        if pair == 0 {
+            _mm512_ternarylogic_epi32::<0xca>(lower, low, _mm512_slli_epi16::<8>(high))
+        } else {
+            _mm512_ternarylogic_epi32::<0xca>(lower, _mm512_srli_epi16::<8>(low), high)
+        }
+    }
+}
 
 /// Words shifted down by `pair` codes of four bits.
 #[inline(always)]
@@ -214,6 +283,14 @@ impl<const BF16: bool> Lanes for Avx512<BF16> {
         // SAFETY: 64 bytes and the instructions are the caller's promise.
         unsafe {
             let codes = _mm512_loadu_si512(unit.cast::<__m512i>());
+            if BF16 {
+                // The size of -128 has no place in the table: as an index it is 0, of which the lower byte fits.
+                let least = _mm512_cmpeq_epi8_mask(codes, _mm512_set1_epi8(i8::MIN));
+                let (low, high) = look_up(_mm512_abs_epi8(codes), &INT8_LOW, &INT8_HIGH);
+                let size = _mm512_set1_epi8((128.0_f32.to_bits() >> 24) as i8);
+                let high = _mm512_mask_mov_epi8(high, least, size);
+                return line(low, with_sign(high, codes), pair);
+            }
             let (even, odd) = (codes, _mm512_srli_epi32::<16>(codes));
             let (even, odd) = if pair == 0 {
                 (
@@ -235,15 +312,24 @@ impl<const BF16: bool> Lanes for Avx512<BF16> {
         // SAFETY: 64 bytes and the instructions are the caller's promise; the table has four vectors.
         unsafe {
             let codes = _mm512_loadu_si512(unit.cast::<__m512i>());
+            if BF16 {
+                let (low, high) = look_up(codes, &E4M3_LOW, &E4M3_HIGH);
+                return line(low, with_sign(high, codes), pair);
+            }
             let (codes, signs) = if pair == 0 {
                 (codes, _mm512_slli_epi16::<8>(codes))
             } else {
                 (_mm512_srli_epi16::<8>(codes), codes)
             };
-            let table =
-                |i: usize| _mm512_loadu_si512(E4M3.as_ptr().add(32 * i).cast::<__m512i>());
-            let low = _mm512_permutex2var_epi16(table(0), codes, table(1));
-            let high = _mm512_permutex2var_epi16(table(2), codes, table(3));
+            let table = E4M3.as_ptr().cast::<__m512i>();
+            let [a, b, c, d] = [
+                _mm512_loadu_si512(table),
+                _mm512_loadu_si512(table.add(1)),
+                _mm512_loadu_si512(table.add(2)),
+                _mm512_loadu_si512(table.add(3)),
+            ];
+            let low = _mm512_permutex2var_epi16(a, codes, b);
+            let high = _mm512_permutex2var_epi16(c, codes, d);
             let upper = _mm512_test_epi16_mask(codes, _mm512_set1_epi16(0x40));
             let sizes = _mm512_mask_blend_epi16(upper, low, high);
             // sizes | (signs & sign bit)

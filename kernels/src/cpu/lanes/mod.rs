@@ -218,7 +218,7 @@ macro_rules! on_path {
                 unsafe { $kernel::<lanes::Avx512<false>>($($arg),*) }
             }
             #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx512bf16,avx512f,avx512bw,avx2,fma")]
+            #[target_feature(enable = "avx512bf16,avx512vbmi,avx512f,avx512bw,avx2,fma")]
             unsafe fn avx512bf16($($arg: $ty),*) $(-> $out)? {
                 // SAFETY: as above.
                 unsafe { $kernel::<lanes::Avx512<true>>($($arg),*) }
