@@ -106,7 +106,8 @@ impl Ops for Audited {
     }
 
     fn embed(&self, op: Embed<'_>) -> Result<(), ShapeError> {
-        let bytes = op.ids.len() * op.table.k() * op.table.dtype().size();
+        let row = op.table.dtype().bytes(1, op.table.k());
+        let bytes = op.ids.len() * row.unwrap_or(0);
         self.timed(Purpose::Rest, bytes, |ops| ops.embed(op))
     }
 
