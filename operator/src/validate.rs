@@ -8,6 +8,7 @@ use foregate_api::manifest::{
     API_VERSION, BalancingSpec, GatewaySpec, KIND, Manifest, ModelSource, RoutingPolicy,
     WorkersSpec,
 };
+use foregate_api::weights::WeightSettings;
 
 use crate::quantity::parse_bytes;
 use checks::{Checks, dns_label, model_uri, short_name};
@@ -39,6 +40,8 @@ pub struct ValidatedModel {
     pub served_names: Vec<String>,
     /// Longest sequence.
     pub length: ModelLength,
+    /// What is done with the weights at load.
+    pub weights: WeightSettings,
 }
 
 /// Longest sequence.
@@ -189,6 +192,8 @@ fn model(checks: &mut Checks, source: ModelSource) -> ValidatedModel {
         uri,
         mut served_names,
         max_model_len,
+        dtype,
+        quantization,
     } = source;
     let usable = checks.must("spec.model.uri", &uri, model_uri);
     if served_names.is_empty() && usable {
@@ -208,6 +213,10 @@ fn model(checks: &mut Checks, source: ModelSource) -> ValidatedModel {
         uri,
         served_names,
         length,
+        weights: WeightSettings {
+            dtype: dtype.unwrap_or_default(),
+            quantization: quantization.unwrap_or_default(),
+        },
     }
 }
 

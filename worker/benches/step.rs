@@ -18,6 +18,7 @@ use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_mai
 use foregate_api::ids::Rank;
 use foregate_api::model::Family;
 use foregate_api::node::{FabricKind, WorkerConfig};
+use foregate_api::weights::WeightSettings;
 use foregate_checkpoint::Checkpoint;
 use foregate_checkpoint::tiny::Tiny;
 use foregate_kernels::{Cpu, KvCache};
@@ -52,6 +53,7 @@ fn config() -> WorkerConfig {
     WorkerConfig {
         rank: Rank(0),
         model_dir: String::new(),
+        weights: WeightSettings::default(),
         served_name: String::new(),
         rpc_listen: String::new(),
         exchange_listen: String::new(),
