@@ -3,6 +3,7 @@
 mod client;
 mod engine;
 mod migrate;
+mod perplexity;
 mod plot;
 mod rebalance;
 mod record;
@@ -32,6 +33,8 @@ enum What {
     Migrate(migrate::MigrateArgs),
     /// Decode and prefill speed of the engine alone, in this process.
     Engine(engine::EngineArgs),
+    /// How well a model predicts a text, with its weights in any format.
+    Perplexity(perplexity::PerplexityArgs),
 }
 
 /// Runs a benchmark.
@@ -48,5 +51,6 @@ pub(crate) async fn run(
         What::Rebalance(args) => Box::pin(rebalance::run(&args, progress, drain)).await,
         What::Migrate(args) => Box::pin(migrate::run(&args, progress, &drain)).await,
         What::Engine(args) => Box::pin(engine::run(&args, progress)).await,
+        What::Perplexity(args) => Box::pin(perplexity::run(args, progress)).await,
     }
 }
