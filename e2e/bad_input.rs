@@ -227,6 +227,14 @@ async fn arguments() {
         (vec!["up", "--workers", "many"], vec!["--workers"]),
         (vec!["up", "--port", "99999"], vec!["--port"]),
         (
+            vec!["up", "--quantization", "int3"],
+            vec!["--quantization", "int3", "mxfp4"],
+        ),
+        (
+            vec!["up", "--dtype", "half"],
+            vec!["--dtype", "half", "float16"],
+        ),
+        (
             vec!["up", "--etcd", "http://127.0.0.1:1"],
             vec!["--processes"],
         ),
@@ -318,6 +326,14 @@ async fn models() {
         let model = directory.path().to_string_lossy().into_owned();
         fails(Start::up(BINARY, &["--model", &model]), 1, &words).await;
     }
+    let quantised = repository("worker/models/tests/fixtures/formats/awq");
+    let model = quantised.to_string_lossy().into_owned();
+    fails(
+        Start::up(BINARY, &["--model", &model, "--quantization", "int8"]),
+        1,
+        &["quantization", "already quantised (awq)"],
+    )
+    .await;
     fails(
         Start::up(BINARY, &["--model", "./no/such/dir"]),
         1,

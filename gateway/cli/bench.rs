@@ -5,6 +5,7 @@ mod engine;
 mod kernels;
 mod migrate;
 mod model;
+mod perplexity;
 mod plot;
 mod rebalance;
 mod record;
@@ -38,6 +39,8 @@ enum What {
     Kernels(kernels::KernelsArgs),
     /// Write a random model of a known shape to measure with.
     Model(model::ModelArgs),
+    /// How well a model predicts a text, with its weights in any format.
+    Perplexity(perplexity::PerplexityArgs),
 }
 
 /// Runs a benchmark.
@@ -56,5 +59,6 @@ pub(crate) async fn run(
         What::Engine(args) => Box::pin(engine::run(&args, progress)).await,
         What::Kernels(args) => kernels::run(&args, progress),
         What::Model(args) => model::run(&args, progress),
+        What::Perplexity(args) => Box::pin(perplexity::run(args, progress)).await,
     }
 }

@@ -3,10 +3,13 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use foregate_api::model::ModelSpec;
+use foregate_api::weights::WeightSettings;
 use foregate_checkpoint::Checkpoint;
 
 use crate::error::{CliError, print};
 use crate::status;
+use crate::weights::WeightArgs;
 
 /// Arguments of `foregate doctor`.
 #[derive(Debug, clap::Args)]
@@ -14,6 +17,8 @@ pub(crate) struct DoctorArgs {
     /// Also check this model directory.
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
+    #[command(flatten)]
+    weights: WeightArgs,
     /// Port that `foregate up` would use.
     #[arg(long, default_value_t = 8000)]
     port: u16,
@@ -66,7 +71,7 @@ pub(crate) async fn run(args: &DoctorArgs) -> Result<(), CliError> {
         port(args.port).await,
     ];
     if let Some(directory) = &args.model {
-        checks.push(model(directory));
+        checks.push(model(directory, args.weights.settings()));
     }
     for check in &checks {
         print(&check.line());
@@ -168,21 +173,30 @@ async fn port(port: u16) -> Check {
     }
 }
 
-fn model(directory: &Path) -> Check {
-    match Checkpoint::open(directory) {
-        Ok(checkpoint) => {
-            let spec = checkpoint.spec();
-            Check::new(
-                "model",
-                Verdict::Ok,
-                format!(
-                    "{:?}, {} layers, {} experts, top {}",
-                    spec.family, spec.layers, spec.experts, spec.top_k
-                ),
-            )
-        }
+fn model(directory: &Path, weights: WeightSettings) -> Check {
+    match Checkpoint::open_with(directory, &weights) {
+        Ok(checkpoint) => Check::new("model", Verdict::Ok, describe(checkpoint.spec())),
         Err(error) => Check::new("model", Verdict::Fail, error.to_string()),
     }
+}
+
+/// The shape, and what the weights take in memory.
+fn describe(spec: &ModelSpec) -> String {
+    let mib = |bytes: usize| bytes.div_ceil(1 << 20);
+    let experts = spec.experts * spec.moe_layers() * spec.expert_bytes();
+    let formats = spec.formats;
+    format!(
+        "{:?}, {} layers, {} experts, top {}; experts {} MiB of {}, other weights {} MiB (attention {}, output {})",
+        spec.family,
+        spec.layers,
+        spec.experts,
+        spec.top_k,
+        mib(experts),
+        formats.expert,
+        mib(spec.dense_bytes()),
+        formats.attention,
+        formats.output,
+    )
 }
 
 #[cfg(test)]

@@ -16,6 +16,7 @@ mod shutdown;
 mod status;
 mod telemetry;
 mod up;
+mod weights;
 
 use std::process::ExitCode;
 use std::time::Duration;

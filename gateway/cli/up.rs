@@ -22,6 +22,7 @@ use crate::fetch::{self, HubSettings};
 use crate::progress::Progress;
 use crate::status;
 use crate::telemetry::Telemetry;
+use crate::weights::WeightArgs;
 pub(crate) use etcd::run_own;
 use launch::Prepared;
 use wish::Wish;
@@ -62,6 +63,8 @@ pub(crate) struct UpArgs {
     /// Names of the model in /v1/models, in place of the manifest's; the first is the main one.
     #[arg(long = "served-model-name", value_name = "NAME", num_args = 1..)]
     served_model_name: Vec<String>,
+    #[command(flatten)]
+    weights: WeightArgs,
 }
 
 /// Runs `foregate up` to its end.

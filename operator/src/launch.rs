@@ -24,6 +24,8 @@ pub struct ModelFacts {
     pub kv_bytes_per_token: u64,
     /// Bytes of one slot over all MoE layers: an expert of each.
     pub slot_bytes: u64,
+    /// Bytes of the weights that every worker holds.
+    pub dense_bytes: u64,
 }
 
 impl ModelFacts {
@@ -36,6 +38,7 @@ impl ModelFacts {
             max_positions: small(model.max_positions),
             kv_bytes_per_token: model.kv_bytes_per_token() as u64,
             slot_bytes: (model.expert_bytes() as u64).saturating_mul(model.moe_layers() as u64),
+            dense_bytes: model.dense_bytes() as u64,
         }
     }
 }
@@ -130,8 +133,9 @@ pub enum LaunchError {
     },
     /// The workers together need more memory than the machine has.
     #[error(
-        "{workers} workers × (spec.workers.kvMemory {kv_bytes} bytes + experts {expert_bytes} bytes) = {needed} bytes, \
-         the machine has {memory}: give less kvMemory, redundantSlots or workers"
+        "{workers} workers × (spec.workers.kvMemory {kv_bytes} bytes + experts {expert_bytes} bytes + other weights \
+         {dense_bytes} bytes) = {needed} bytes, the machine has {memory}: give less kvMemory, redundantSlots or workers, \
+         or quantise the weights (spec.model.quantization)"
     )]
     MachineMemory {
         /// Workers on the machine.
@@ -140,6 +144,8 @@ pub enum LaunchError {
         kv_bytes: u64,
         /// Expert slots of one worker over all layers.
         expert_bytes: u128,
+        /// Weights that every worker holds.
+        dense_bytes: u64,
         /// The sum over all workers.
         needed: u128,
         /// What the machine has.
@@ -192,7 +198,7 @@ pub fn launch(
     Ok(LaunchPlan { instances, notes })
 }
 
-/// Whether KV caches and experts of all workers fit the machine. Memory is taken as it is used, so a plan that
+/// Whether KV caches and weights of all workers fit the machine. Memory is taken as it is used, so a plan that
 /// cannot fit would start and be killed under load.
 fn fits(shared: &Shared<'_>, model: &ModelFacts) -> Result<(), LaunchError> {
     let Some(memory) = shared.place.memory else {
@@ -200,7 +206,8 @@ fn fits(shared: &Shared<'_>, model: &ModelFacts) -> Result<(), LaunchError> {
     };
     let workers = &shared.cluster.workers;
     let expert_bytes = u128::from(shared.slots) * u128::from(model.slot_bytes);
-    let needed = u128::from(workers.count) * (u128::from(workers.kv_bytes) + expert_bytes);
+    let worker = u128::from(workers.kv_bytes) + expert_bytes + u128::from(model.dense_bytes);
+    let needed = u128::from(workers.count) * worker;
     if needed <= u128::from(memory) {
         return Ok(());
     }
@@ -208,6 +215,7 @@ fn fits(shared: &Shared<'_>, model: &ModelFacts) -> Result<(), LaunchError> {
         workers: workers.count,
         kv_bytes: workers.kv_bytes,
         expert_bytes,
+        dense_bytes: model.dense_bytes,
         needed,
         memory,
     })
@@ -318,6 +326,7 @@ impl Shared<'_> {
         RoleConfig::Worker(WorkerConfig {
             rank,
             model_dir: self.place.model_dir.clone(),
+            weights: self.cluster.model.weights,
             served_name: self
                 .cluster
                 .model

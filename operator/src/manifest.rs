@@ -123,6 +123,7 @@ fn excerpt(mut text: String) -> String {
 
 #[cfg(test)]
 mod tests {
+    use foregate_api::weights::{PlainFormat, Quantization};
     use proptest::prelude::*;
 
     use super::*;
@@ -143,6 +144,16 @@ mod tests {
     }
 
     #[test]
+    fn formats_of_weights_are_read() {
+        let text = include_str!("../../charts/examples/int8.yaml");
+        let model = parse_manifest(text).unwrap().spec.model;
+        assert_eq!(model.quantization, Some(Quantization::Int8));
+        assert_eq!(model.dtype, Some(PlainFormat::Auto));
+        let model = parse_manifest(GOOD).unwrap().spec.model;
+        assert_eq!((model.dtype, model.quantization), (None, None));
+    }
+
+    #[test]
     fn errors_name_line_and_field() {
         for (from, to, says) in [
             ("count: 2", "cuont: 2", "cuont"),
@@ -150,6 +161,16 @@ mod tests {
             ("count: 2", "count: many", "spec.workers.count"),
             ("count: 2", "count: -1", "spec.workers.count"),
             ("uri: ./demo", "servedNames: [a]", "uri"),
+            (
+                "uri: ./demo",
+                "uri: ./demo\n    quantization: int3",
+                "spec.model.quantization: unknown variant `int3`",
+            ),
+            (
+                "uri: ./demo",
+                "uri: ./demo\n    dtype: half",
+                "spec.model.dtype: unknown variant `half`, expected one of `auto`, `float32`",
+            ),
             ("kind: MoeCluster\n", "", "kind"),
             (
                 "kind: MoeCluster",

@@ -9,6 +9,7 @@ use foregate_api::manifest::{
     API_VERSION, BalancingSpec, GatewaySpec, KIND, Manifest, ModelSource, RoutingPolicy,
     WorkersSpec,
 };
+use foregate_api::weights::WeightSettings;
 
 use crate::quantity::parse_bytes;
 use checks::{Checks, dns_label, model_uri, short_name};
@@ -40,6 +41,8 @@ pub struct ValidatedModel {
     pub served_names: Vec<String>,
     /// Longest sequence.
     pub length: ModelLength,
+    /// What is done with the weights at load.
+    pub weights: WeightSettings,
 }
 
 /// Longest sequence.
@@ -192,6 +195,8 @@ fn model(checks: &mut Checks, source: ModelSource) -> ValidatedModel {
         uri,
         mut served_names,
         max_model_len,
+        dtype,
+        quantization,
     } = source;
     let usable = checks.must("spec.model.uri", &uri, model_uri);
     if served_names.is_empty() && usable {
@@ -211,6 +216,10 @@ fn model(checks: &mut Checks, source: ModelSource) -> ValidatedModel {
         uri,
         served_names,
         length,
+        weights: WeightSettings {
+            dtype: dtype.unwrap_or_default(),
+            quantization: quantization.unwrap_or_default(),
+        },
     }
 }
 

@@ -19,6 +19,7 @@ use foregate_api::cpu::CpuPath;
 use foregate_api::ids::Rank;
 use foregate_api::model::Family;
 use foregate_api::node::{FabricKind, WorkerConfig};
+use foregate_api::weights::WeightSettings;
 use foregate_checkpoint::Checkpoint;
 use foregate_checkpoint::tiny::Tiny;
 use foregate_kernels::{Cpu, KvCache};
@@ -53,6 +54,7 @@ fn config() -> WorkerConfig {
     WorkerConfig {
         rank: Rank(0),
         model_dir: String::new(),
+        weights: WeightSettings::default(),
         served_name: String::new(),
         rpc_listen: String::new(),
         exchange_listen: String::new(),

@@ -23,7 +23,7 @@ pub(crate) struct Loaded {
     pub(crate) model: Model,
     pub(crate) kv: KvCache,
     pub(crate) shape: KvShape,
-    /// Bytes of the dense weights, as the files have them.
+    /// Bytes of the dense weights in memory.
     pub(crate) dense_bytes: u64,
 }
 
@@ -122,7 +122,7 @@ pub(crate) async fn load(
 }
 
 fn load_now(config: &WorkerConfig, loading: &Loading) -> Result<Loaded, WorkerError> {
-    let checkpoint = Checkpoint::open(&PathBuf::from(&config.model_dir))?;
+    let checkpoint = Checkpoint::open_with(&PathBuf::from(&config.model_dir), &config.weights)?;
     let cpu = cpu(config.cpu_path, config.threads as usize)
         .map_err(|error| refuse("cpu_path", &format!("{error}, or auto")))?;
     let cpu = Arc::new(cpu);
@@ -201,6 +201,7 @@ mod tests {
         WorkerConfig {
             rank: foregate_api::ids::Rank(0),
             model_dir: "/models/tiny".to_owned(),
+            weights: foregate_api::weights::WeightSettings::default(),
             served_name: "tiny".to_owned(),
             rpc_listen: "127.0.0.1:0".to_owned(),
             exchange_listen: "127.0.0.1:0".to_owned(),

@@ -20,6 +20,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use foregate_api::ids::Rank;
 use foregate_api::model::Family;
 use foregate_api::node::FabricKind;
+use foregate_api::weights::{PlainFormat, Quantization, WeightSettings};
 use foregate_checkpoint::tiny::Tiny;
 use foregate_wire::generation::{GenerateRequest, Sampling};
 use foregate_worker::serve::validate;
@@ -43,6 +44,7 @@ fn draw_form(random: &mut Random) -> Form {
         page_tokens,
         kv_bytes: page_bytes * u64::from(tokens / page_tokens),
         spare_slots: random.within(0, 3),
+        weights: WeightSettings::default(),
     }
 }
 
@@ -111,8 +113,12 @@ struct Met {
 /// Runs one case.
 async fn case(family: Family, seed: u64, met: &mut Met) {
     let random = &mut Random::new(seed);
-    let rig = Rig::drawn(&Tiny::new(family));
     let form = draw_form(random);
+    run(family, seed, form, random, met).await;
+}
+
+async fn run(family: Family, seed: u64, form: Form, random: &mut Random, met: &mut Met) {
+    let rig = Rig::drawn_with(&Tiny::new(family), &form.weights);
     let mut cluster = Cluster::start(rig.checkpoint.dir(), rig.spec(), form).await;
     cluster.move_to_random(random).await;
     let requests: Vec<(Rank, GenerateRequest)> = (0..random.within(6, 10))
@@ -176,4 +182,33 @@ async fn bits_do_not_depend_on_the_cluster() {
         met.moved > 0 && met.preempted > 0 && met.reused > 0,
         "a case that is not met: {met:?}"
     );
+}
+
+/// Weights that are quantised at load travel between workers as they are in memory, so their bits are those
+/// of one process too, on any number of workers and across moves.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn bits_of_quantised_weights_do_not_depend_on_the_cluster() {
+    let kinds = [
+        (Quantization::Int8, PlainFormat::Auto),
+        (Quantization::Int4, PlainFormat::Bfloat16),
+        (Quantization::Fp8, PlainFormat::Auto),
+        (Quantization::Mxfp4, PlainFormat::Float16),
+    ];
+    let workers = [4, 2, 1, 2];
+    let mut met = Met::default();
+    for (seed, ((quantization, dtype), workers)) in (100..).zip(kinds.into_iter().zip(workers))
+    {
+        let random = &mut Random::new(seed);
+        let form = Form {
+            workers,
+            weights: WeightSettings {
+                dtype,
+                quantization,
+            },
+            ..draw_form(random)
+        };
+        let family = random.pick(&[Family::Qwen3Moe, Family::Qwen2Moe]);
+        run(family, seed, form, random, &mut met).await;
+    }
+    assert!(met.moved > 0, "no request ran while experts moved: {met:?}");
 }

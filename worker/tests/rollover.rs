@@ -79,7 +79,7 @@ impl Model {
     }
 
     fn oracle(&self) -> LocalExperts {
-        LocalExperts::load(&self.checkpoint, self.ops()).unwrap()
+        LocalExperts::load(&self.checkpoint, Arc::clone(&self.cpu)).unwrap()
     }
 
     /// A placement with `slots[r]` on rank `r` in every layer.

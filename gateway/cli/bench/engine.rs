@@ -19,6 +19,7 @@ use std::path::{Path, PathBuf};
 
 use foregate_api::cpu::CpuPath;
 use foregate_api::model::ModelSpec;
+use foregate_api::weights::WeightSettings;
 use foregate_checkpoint::Checkpoint;
 
 use self::figures::{Decode, Figures};
@@ -29,6 +30,7 @@ use self::telemetry::Telemetry;
 use super::serve::write_json;
 use crate::error::{CliError, print};
 use crate::progress::Progress;
+use crate::weights::WeightArgs;
 
 /// Most sequences of a batch.
 const MOST: i64 = 4096;
@@ -43,6 +45,8 @@ pub(crate) struct EngineArgs {
     /// Model directory.
     #[arg(long)]
     model: PathBuf,
+    #[command(flatten)]
+    weights: WeightArgs,
     /// Compute threads; default: all cores.
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1024))]
     threads: Option<u32>,
@@ -126,7 +130,7 @@ struct Loads {
 
 /// Measures and prints.
 pub(super) async fn run(args: &EngineArgs, progress: &Progress) -> Result<(), CliError> {
-    let checkpoint = open(&args.model)?;
+    let checkpoint = open(&args.model, args.weights.settings())?;
     let loads = args.loads(checkpoint.spec())?;
     let threads = match args.threads {
         Some(threads) => threads as usize,
@@ -169,14 +173,14 @@ pub(super) async fn run(args: &EngineArgs, progress: &Progress) -> Result<(), Cl
     }
 }
 
-fn open(dir: &Path) -> Result<Checkpoint, CliError> {
+pub(super) fn open(dir: &Path, weights: WeightSettings) -> Result<Checkpoint, CliError> {
     let name = dir.display().to_string();
     if !dir.is_dir() {
         return Err(CliError::Usage(format!(
             "--model {name}: no such directory"
         )));
     }
-    Checkpoint::open(dir).map_err(|error| CliError::runtime(&name, &error))
+    Checkpoint::open_with(dir, &weights).map_err(|error| CliError::runtime(&name, &error))
 }
 
 /// What all figures share.

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use foregate_api::node::{NodeConfig, RoleConfig};
+use foregate_api::weights::WeightSettings;
 use foregate_checkpoint::Checkpoint;
 use foregate_operator::launch::{Form, Instance, LaunchError, ModelFacts, Place, launch};
 use foregate_operator::validate::ValidatedCluster;
@@ -42,7 +43,7 @@ pub(super) struct Launch {
 }
 
 impl Launch {
-    /// Opens the model, so that a missing or corrupt file is told before anything starts, and plans.
+    /// Opens the model, so that a missing or corrupt file, or a setting that does not go with it, is told before anything starts, and plans.
     ///
     /// # Errors
     /// The model's (exit code 1), or a manifest that does not go with it (exit code 2).
@@ -56,7 +57,7 @@ impl Launch {
             directory,
             listener,
         } = prepared;
-        let facts = facts(&directory).await?;
+        let facts = facts(&directory, cluster.model.weights).await?;
         let address = listener
             .local_addr()
             .map_err(|error| CliError::runtime("the port of the HTTP API", &error))?;
@@ -96,10 +97,11 @@ impl Launch {
     }
 }
 
-async fn facts(directory: &Path) -> Result<ModelFacts, CliError> {
+async fn facts(directory: &Path, weights: WeightSettings) -> Result<ModelFacts, CliError> {
     let path = directory.to_owned();
     let opened = tokio::task::spawn_blocking(move || {
-        Checkpoint::open(&path).map(|checkpoint| ModelFacts::of(checkpoint.spec()))
+        Checkpoint::open_with(&path, &weights)
+            .map(|checkpoint| ModelFacts::of(checkpoint.spec()))
     });
     let what = format!("model {}", directory.display());
     opened

@@ -44,6 +44,8 @@ impl Wish {
         if !args.served_model_name.is_empty() {
             spec.model.served_names.clone_from(&args.served_model_name);
         }
+        spec.model.dtype = args.weights.dtype.or(spec.model.dtype);
+        spec.model.quantization = args.weights.quantization.or(spec.model.quantization);
         let cluster = validate(draft.manifest)
             .map_err(|findings| CliError::Usage(format!("{}: {findings}", draft.origin)))?;
         Ok(Self {
@@ -92,6 +94,8 @@ impl Draft {
                     uri: uri.to_owned(),
                     served_names: Vec::new(),
                     max_model_len: None,
+                    dtype: None,
+                    quantization: None,
                 },
                 workers: WorkersSpec::default(),
                 gateway: GatewaySpec::default(),

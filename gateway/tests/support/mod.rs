@@ -22,9 +22,10 @@ use foregate_api::ids::{Epoch, ExpertId, Rank};
 use foregate_api::load::{EngineLoad, LoadWindow};
 use foregate_api::manifest::RoutingPolicy;
 use foregate_api::member::{Member, Phase};
-use foregate_api::model::{Family, ModelSpec, WeightFormat};
+use foregate_api::model::{Family, ModelSpec};
 use foregate_api::node::GatewayConfig;
 use foregate_api::placement::{LayerPlacement, Placement, Reason};
+use foregate_api::weights::{WeightFormat, WeightFormats};
 use foregate_store::coord::Coord;
 use foregate_store::kv::Lease;
 use foregate_store::memory::MemoryStore;
@@ -43,7 +44,7 @@ pub const DEMO: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../e2e/models/demo"
 pub fn model() -> ModelSpec {
     ModelSpec {
         family: Family::Qwen3Moe,
-        format: WeightFormat::Float32,
+        formats: WeightFormats::all(WeightFormat::Float32),
         vocab: 4096,
         hidden: 16,
         layers: LAYERS,

@@ -13,3 +13,4 @@ pub mod member;
 pub mod model;
 pub mod node;
 pub mod placement;
+pub mod weights;

@@ -6,6 +6,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::cpu::CpuPath;
+use crate::weights::{PlainFormat, Quantization};
 
 /// `apiVersion` of every manifest.
 pub const API_VERSION: &str = "foregate.dev/v1alpha1";
@@ -72,6 +73,13 @@ pub struct ModelSource {
     /// Longest sequence; default and upper limit: the model's own.
     #[serde(default)]
     pub max_model_len: Option<u32>,
+    /// Format of the weights that are not quantised: `auto`, as the files have them, or `float32`, `bfloat16`,
+    /// `float16`. Default `auto`.
+    #[serde(default)]
+    pub dtype: Option<PlainFormat>,
+    /// Quantise linear layers at load: `none`, `int8`, `int4`, `fp8`, `mxfp4`. Default `none`.
+    #[serde(default)]
+    pub quantization: Option<Quantization>,
 }
 
 /// Workers. All numbers are per worker.

@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::weights::{Part, WeightFormat, WeightFormats};
+
 /// A supported model family; each is one file in `worker/models/src/family` and one in the checkpoint's names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -14,27 +16,6 @@ pub enum Family {
     Mixtral,
     /// OLMoE: QK norm over the whole projection.
     Olmoe,
-}
-
-/// The format of weights as stored and kept in memory. Arithmetic is float32 in both cases.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum WeightFormat {
-    /// IEEE single precision, 4 bytes.
-    Float32,
-    /// bfloat16, 2 bytes.
-    Bfloat16,
-}
-
-impl WeightFormat {
-    /// Bytes per weight.
-    #[must_use]
-    pub const fn bytes(self) -> usize {
-        match self {
-            Self::Float32 => 4,
-            Self::Bfloat16 => 2,
-        }
-    }
 }
 
 /// How keys and values are kept.
@@ -64,8 +45,9 @@ impl KvFormat {
 pub struct ModelSpec {
     /// Which forward pass.
     pub family: Family,
-    /// Format of the matrices.
-    pub format: WeightFormat,
+    /// Formats of the matrices in memory.
+    #[serde(alias = "format", deserialize_with = "one_or_each")]
+    pub formats: WeightFormats,
     /// Tokens in the vocabulary.
     pub vocab: usize,
     /// Width of the residual stream.
@@ -110,6 +92,22 @@ pub struct ModelSpec {
     pub bos: Option<u32>,
 }
 
+/// A format for every part, or, as values of the store's format 1 have it, one for all.
+fn one_or_each<'de, D: serde::Deserializer<'de>>(
+    deserializer: D,
+) -> Result<WeightFormats, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum OneOrEach {
+        Each(WeightFormats),
+        One(WeightFormat),
+    }
+    Ok(match OneOrEach::deserialize(deserializer)? {
+        OneOrEach::Each(formats) => formats,
+        OneOrEach::One(format) => WeightFormats::all(format),
+    })
+}
+
 impl ModelSpec {
     /// Number of MoE layers, the length of every per-layer array of placements and loads.
     #[must_use]
@@ -120,16 +118,75 @@ impl ModelSpec {
     /// Bytes of one routed expert in one layer: gate, up and down matrices.
     #[must_use]
     pub fn expert_bytes(&self) -> usize {
-        let weights = self.hidden.saturating_mul(self.expert_inner);
-        weights.saturating_mul(3 * self.format.bytes())
+        self.mlp_bytes(Part::Expert, self.expert_inner)
     }
 
-    /// Keys and values are kept as the model computes: rounded where its weights are.
+    /// Bytes of what every worker holds: all matrices but routed experts, and norms and biases as float32.
     #[must_use]
-    pub const fn kv_format(&self) -> KvFormat {
-        match self.format {
-            WeightFormat::Float32 => KvFormat::Float32,
-            WeightFormat::Bfloat16 => KvFormat::Bfloat16,
+    pub fn dense_bytes(&self) -> usize {
+        let bytes = |part: Part, n: usize, k: usize| self.formats.of(part).matrix_bytes(n, k);
+        let hidden = self.hidden;
+        let queries = self.heads.saturating_mul(self.head_dim);
+        let keys = self.kv_heads.saturating_mul(self.head_dim);
+        let attention = [
+            bytes(Part::Attention, queries, hidden),
+            bytes(Part::Attention, keys, hidden).saturating_mul(2),
+            bytes(Part::Attention, hidden, queries),
+            self.vector_values_of_block(queries, keys).saturating_mul(4),
+        ];
+        let mut mixture = bytes(Part::Router, self.experts, hidden);
+        if let Some(inner) = self.shared_inner {
+            let shared = self.mlp_bytes(Part::Dense, inner);
+            mixture = mixture.saturating_add(shared);
+            mixture = mixture.saturating_add(bytes(Part::Router, 1, hidden));
+        }
+        let mixtures = self.moe_layers();
+        let dense = self.mlp_bytes(Part::Dense, self.dense_inner);
+        let mut all = vec![
+            bytes(Part::Embedding, self.vocab, hidden),
+            attention
+                .into_iter()
+                .fold(0, usize::saturating_add)
+                .saturating_mul(self.layers),
+            mixture.saturating_mul(mixtures),
+            dense.saturating_mul(self.layers.saturating_sub(mixtures)),
+            hidden.saturating_mul(4),
+        ];
+        if !self.tied_embeddings {
+            all.push(bytes(Part::Output, self.vocab, hidden));
+        }
+        all.into_iter().fold(0, usize::saturating_add)
+    }
+
+    /// Values of a block's norms and biases.
+    fn vector_values_of_block(&self, queries: usize, keys: usize) -> usize {
+        let norms = match self.family {
+            Family::Qwen3Moe => 2 * self.head_dim,
+            Family::Olmoe => queries + keys,
+            Family::Qwen2Moe | Family::Mixtral => 0,
+        };
+        let biases = if self.qkv_bias { queries + 2 * keys } else { 0 };
+        2 * self.hidden + norms + biases
+    }
+
+    fn mlp_bytes(&self, part: Part, inner: usize) -> usize {
+        let format = self.formats.of(part);
+        format
+            .matrix_bytes(inner, self.hidden)
+            .saturating_mul(2)
+            .saturating_add(format.matrix_bytes(self.hidden, inner))
+    }
+
+    /// Keys and values are kept as the attention computes: rounded where its inputs are.
+    #[must_use]
+    pub fn kv_format(&self) -> KvFormat {
+        match self.formats.of(Part::Attention) {
+            WeightFormat::Float32 | WeightFormat::Float16 => KvFormat::Float32,
+            WeightFormat::Bfloat16
+            | WeightFormat::Int8
+            | WeightFormat::Int4 { .. }
+            | WeightFormat::Fp8 { .. }
+            | WeightFormat::Mxfp4 => KvFormat::Bfloat16,
         }
     }
 

@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::cpu::CpuPath;
 use crate::ids::Rank;
 use crate::manifest::RoutingPolicy;
+use crate::weights::WeightSettings;
 
 /// What one instance is told. Written by `foregate_operator::launch`, read by exactly one role.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -105,6 +106,8 @@ pub struct WorkerConfig {
     pub rank: Rank,
     /// Local directory with config.json and safetensors.
     pub model_dir: String,
+    /// What is done with the weights at load; the same for all workers of a cluster.
+    pub weights: WeightSettings,
     /// Main name of the model: the label `model_name` of its metrics.
     pub served_name: String,
     /// `host:port` of its gRPC listener; port 0 lets the system choose.

@@ -1,4 +1,5 @@
 use foregate_api::manifest::Manifest;
+use foregate_api::weights::{PlainFormat, Quantization, WeightSettings};
 
 use super::*;
 use crate::{parse_manifest, validate};
@@ -8,6 +9,7 @@ const DEMO: ModelFacts = ModelFacts {
     max_positions: 1024,
     kv_bytes_per_token: 4096,
     slot_bytes: 1 << 20,
+    dense_bytes: 1 << 20,
 };
 
 fn cluster(change: impl FnOnce(&mut Manifest)) -> ValidatedCluster {
@@ -116,6 +118,37 @@ fn slots_by_the_rule_or_by_wish() {
         (7, 1),
         "7 × 5 = 35 hold 32, but 1 + ⌈31/5⌉ = 8 link"
     );
+}
+
+#[test]
+fn all_workers_are_told_the_same_of_weights() {
+    let cluster = cluster(|m| {
+        m.spec.model.dtype = Some(PlainFormat::Float32);
+        m.spec.model.quantization = Some(Quantization::Int4);
+        m.spec.workers.count = Some(4);
+    });
+    let plan = launch(&cluster, &DEMO, &place(Form::InProcess)).unwrap();
+    let told = WeightSettings {
+        dtype: PlainFormat::Float32,
+        quantization: Quantization::Int4,
+    };
+    assert_eq!(workers(&plan).len(), 4);
+    assert!(workers(&plan).iter().all(|worker| worker.weights == told));
+}
+
+#[test]
+fn weights_that_every_worker_holds_count_for_each() {
+    let with = |dense_bytes| {
+        let model = ModelFacts {
+            dense_bytes,
+            ..DEMO
+        };
+        launch(&cluster(|_| ()), &model, &place(Form::InProcess))
+    };
+    assert!(with(7 << 30).is_ok());
+    let error = with(8 << 30).unwrap_err().to_string();
+    assert!(error.contains("other weights 8589934592 bytes"), "{error}");
+    assert!(error.contains("spec.model.quantization"), "{error}");
 }
 
 #[test]

@@ -18,6 +18,8 @@ fn manifest() -> Manifest {
                 uri: "./models/demo/".to_owned(),
                 served_names: Vec::new(),
                 max_model_len: None,
+                dtype: None,
+                quantization: None,
             },
             workers: WorkersSpec::default(),
             gateway: GatewaySpec::default(),
@@ -37,6 +39,7 @@ fn what_is_left_open_gets_the_documented_defaults() {
                 uri: "./models/demo/".to_owned(),
                 served_names: vec!["demo".to_owned()],
                 length: ModelLength::AsPossible,
+                weights: WeightSettings::default(),
             },
             workers: ValidatedWorkers {
                 count: 2,

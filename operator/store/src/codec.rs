@@ -1,4 +1,4 @@
-//! Values as bytes: JSON with a format number, `{"format":1,"value":…}`.
+//! Values as bytes: JSON with a format number, `{"format":2,"value":…}`.
 //!
 //! A reader meets values of other versions and of broken writers; both are [`StoreError::Corrupt`]. Placements
 //! have a form of their own: slots, and shares only of experts with several copies. 61 layers of 640 slots stay
@@ -13,8 +13,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::kv::StoreError;
 
-/// The format that this version writes, and the only one it reads.
-pub const FORMAT: u32 = 1;
+/// The format that this version writes. It reads format 1 too, which told one format for all weights of a member's
+/// model where format 2 tells that of each part; other values are the same in both.
+pub const FORMAT: u32 = 2;
+/// The oldest format that this version reads.
+const OLDEST: u32 = 1;
 
 /// Highest epoch that is believed: numbers only grow, so one wrong value would leave none above it.
 const MAX_EPOCH: Epoch = Epoch(1 << 53);
@@ -60,11 +63,11 @@ pub fn encode<T: Serialize>(value: &T) -> Result<Bytes, StoreError> {
 pub fn decode<T: DeserializeOwned>(key: &str, bytes: &[u8]) -> Result<T, StoreError> {
     let format = serde_json::from_slice::<FormatOnly>(bytes)
         .map_err(|e| corrupt(key, format!("{e}, found {}", excerpt(bytes))))?;
-    if format.format != FORMAT {
+    if !is_read(format.format) {
         return Err(corrupt(
             key,
             format!(
-                "format {}, this version reads format {FORMAT}",
+                "format {}, this version reads formats {OLDEST} to {FORMAT}",
                 format.format
             ),
         ));
@@ -76,7 +79,11 @@ pub fn decode<T: DeserializeOwned>(key: &str, bytes: &[u8]) -> Result<T, StoreEr
 
 /// Whether a newer or older version wrote these bytes: they mean something to somebody, and are not to be replaced.
 pub(crate) fn is_of_another_format(bytes: &[u8]) -> bool {
-    serde_json::from_slice::<FormatOnly>(bytes).is_ok_and(|found| found.format != FORMAT)
+    serde_json::from_slice::<FormatOnly>(bytes).is_ok_and(|found| !is_read(found.format))
+}
+
+fn is_read(format: u32) -> bool {
+    (OLDEST..=FORMAT).contains(&format)
 }
 
 /// A worker's registration from the bytes under `key`, checked so far that no reader makes room for a model that
@@ -257,6 +264,8 @@ fn restore_layer(
 
 #[cfg(test)]
 mod tests {
+    use foregate_api::weights::{WeightFormat, WeightFormats};
+
     use super::*;
 
     fn placement() -> Placement {
@@ -287,18 +296,37 @@ mod tests {
     }
 
     #[test]
-    fn golden_bytes_of_format_one() {
+    fn golden_bytes_of_format_two() {
         let mut plan = placement();
         plan.layers.truncate(1);
-        let golden = r#"{"format":1,"value":{"epoch":4,"parent":3,"reason":"move","ranks":[0,2],"experts":3,"layers":[{"slots":[[0,1],[1,2]],"shares":[[1,[0.1,0.9]]]}],"balance_before":0.5,"balance_after":0.75}}"#;
+        let golden = r#"{"format":2,"value":{"epoch":4,"parent":3,"reason":"move","ranks":[0,2],"experts":3,"layers":[{"slots":[[0,1],[1,2]],"shares":[[1,[0.1,0.9]]]}],"balance_before":0.5,"balance_after":0.75}}"#;
         assert_eq!(encode_placement(&plan).unwrap(), golden.as_bytes());
         let ack = Ack {
             prepared: Epoch(2),
             serving: Epoch(1),
             drained: Epoch(0),
         };
-        let golden = r#"{"format":1,"value":{"prepared":2,"serving":1,"drained":0}}"#;
+        let golden = r#"{"format":2,"value":{"prepared":2,"serving":1,"drained":0}}"#;
         assert_eq!(encode(&ack).unwrap(), golden.as_bytes());
+    }
+
+    /// One format for all weights, as it was written before each part had its own.
+    #[test]
+    fn golden_bytes_of_format_one_are_read() {
+        let golden = br#"{"format":1,"value":{"rank":0,"incarnation":7,"rpc":"127.0.0.1:1","exchange":"127.0.0.1:2","domain":"","slots":4,"phase":"ready","model":{"family":"mixtral","format":"bfloat16","vocab":64,"hidden":32,"layers":1,"heads":4,"kv_heads":2,"head_dim":8,"max_positions":256,"rope_theta":10000.0,"norm_eps":1e-6,"qkv_bias":false,"clip_qkv":null,"tied_embeddings":false,"dense_inner":48,"moe_blocks":[true],"experts":8,"top_k":2,"expert_inner":24,"norm_top_k":true,"shared_inner":null,"eos":[2],"bos":1},"cpu_path":"avx512","kv_pages":8,"page_tokens":16}}"#;
+        let member = decode_member("/k", golden).unwrap();
+        let all = WeightFormats::all(WeightFormat::Bfloat16);
+        assert_eq!(member.model.formats, all);
+        assert!(!is_of_another_format(golden));
+        let text = String::from_utf8(golden.to_vec()).unwrap();
+        let formats = r#""formats":{"embedding":"bfloat16","attention":"int8","router":"bfloat16","expert":{"int4":{"group":64}},"dense":{"fp8":{"rows":128,"columns":128}},"output":"mxfp4"}"#;
+        let two = text
+            .replace("\"format\":1", "\"format\":2")
+            .replace("\"format\":\"bfloat16\"", formats);
+        let member = decode_member("/k", two.as_bytes()).unwrap();
+        assert_eq!(encode(&member).unwrap(), two.as_bytes());
+        let ack = br#"{"format":1,"value":{"prepared":2,"serving":1,"drained":0}}"#;
+        assert_eq!(decode_ack("/k", ack).unwrap().prepared, Epoch(2));
     }
 
     #[test]
@@ -320,17 +348,20 @@ mod tests {
     #[test]
     fn other_formats_and_garbage_are_named() {
         let text = |bytes: &[u8]| decode::<Ack>("/k", bytes).unwrap_err().to_string();
-        let two = text(br#"{"format":2,"value":{}}"#);
-        assert!(two.contains("/k") && two.contains("format 2"), "{two}");
+        let three = text(br#"{"format":3,"value":{}}"#);
+        assert!(
+            three.contains("/k") && three.contains("format 3"),
+            "{three}"
+        );
         assert!(text(b"\xff\x00").contains("/k"));
-        assert!(text(br#"{"format":1,"value":{"prepared":1}}"#).contains("serving"));
+        assert!(text(br#"{"format":2,"value":{"prepared":1}}"#).contains("serving"));
         assert!(text(b"").contains("/k"));
     }
 
     #[test]
     fn numbers_that_nobody_reached_are_refused() {
         let last = |field: &str| {
-            let text = r#"{"format":1,"value":{"prepared":1,"serving":1,"drained":0}}"#;
+            let text = r#"{"format":2,"value":{"prepared":1,"serving":1,"drained":0}}"#;
             let text = text.replace(
                 &format!("\"{field}\":"),
                 &format!("\"{field}\":1844674407370955161"),
@@ -343,7 +374,7 @@ mod tests {
         assert!(
             decode_ack(
                 "/k",
-                br#"{"format":1,"value":{"prepared":9,"serving":8,"drained":7}}"#
+                br#"{"format":2,"value":{"prepared":9,"serving":8,"drained":7}}"#
             )
             .is_ok()
         );

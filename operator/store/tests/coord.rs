@@ -13,8 +13,9 @@ use bytes::Bytes;
 use foregate_api::ids::{Epoch, ExpertId, Rank};
 use foregate_api::load::{EngineLoad, LoadWindow};
 use foregate_api::member::{Ack, Member, Phase};
-use foregate_api::model::{Family, ModelSpec, WeightFormat};
+use foregate_api::model::{Family, ModelSpec};
 use foregate_api::placement::{LayerPlacement, Placement, Reason};
+use foregate_api::weights::{WeightFormat, WeightFormats};
 use foregate_store::own_etcd::OwnEtcdError;
 use foregate_store::{ClusterState, Coord, EtcdStore, MemoryStore, OwnEtcd, Store, StoreError};
 use tokio::sync::watch;
@@ -35,7 +36,7 @@ fn member(rank: u32, incarnation: u64) -> Member {
         phase: Phase::Ready,
         model: ModelSpec {
             family: Family::Mixtral,
-            format: WeightFormat::Float32,
+            formats: WeightFormats::all(WeightFormat::Float32),
             vocab: 4,
             hidden: 4,
             layers: 1,
@@ -394,7 +395,7 @@ async fn values_that_cannot_be_read_are_skipped() {
         ("/foregate/c/placement/target", &b"{"[..]),
         ("/foregate/c/member/3", b"\xff\xfe"),
         ("/foregate/c/load/3", br#"{"format":99,"value":1}"#),
-        ("/foregate/c/placement/ack/3", br#"{"format":1,"value":[]}"#),
+        ("/foregate/c/placement/ack/3", br#"{"format":2,"value":[]}"#),
         ("/foregate/c/operator/leader", b""),
         ("/foregate/c/nobody/knows", b"x"),
     ] {

@@ -16,9 +16,10 @@ use std::time::Duration;
 use foregate_api::ids::{Epoch, ExpertId, LayerId, Rank};
 use foregate_api::load::{EngineLoad, LoadWindow};
 use foregate_api::member::{Ack, Member, Phase};
-use foregate_api::model::{Family, ModelSpec, WeightFormat};
+use foregate_api::model::{Family, ModelSpec};
 use foregate_api::node::OperatorConfig;
 use foregate_api::placement::Placement;
+use foregate_api::weights::{WeightFormat, WeightFormats};
 use foregate_operator::Deps;
 use foregate_planner::rollover::member::{Member as Machine, MemberView};
 use foregate_store::{ClusterState, Coord, Lease, MemoryStore, Store};
@@ -287,7 +288,7 @@ fn member(rank: Rank, incarnation: u64, slots: u32) -> Member {
         phase: Phase::Ready,
         model: ModelSpec {
             family: Family::Qwen3Moe,
-            format: WeightFormat::Float32,
+            formats: WeightFormats::all(WeightFormat::Float32),
             vocab: 16,
             hidden: 8,
             layers: LAYERS,

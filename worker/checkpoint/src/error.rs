@@ -80,6 +80,59 @@ pub enum CheckpointError {
         /// What the files have.
         found: String,
     },
+    /// A tensor whose contents cannot be used.
+    #[error("{}: tensor `{name}`: {what}", dir.display())]
+    Contents {
+        /// The model directory.
+        dir: PathBuf,
+        /// The tensor.
+        name: String,
+        /// What is wrong and what to do.
+        what: String,
+    },
+    /// Matrices of one part in several formats.
+    #[error(
+        "{}: `{name}` is {found}, others of its part ({part}) are {expected}; \
+         a part in several formats is not supported",
+        dir.display()
+    )]
+    Mixed {
+        /// The model directory.
+        dir: PathBuf,
+        /// The matrix.
+        name: String,
+        /// The part of the model.
+        part: foregate_api::weights::Part,
+        /// Format of the part's first matrix.
+        expected: String,
+        /// Format of this one.
+        found: String,
+    },
+    /// A matrix that is quantised although the configuration exempts it.
+    #[error(
+        "{}: field `quantization_config.modules_to_not_convert` names `{module}`, but its tensors are quantised; \
+         config.json and the weights do not belong together",
+        dir.display()
+    )]
+    Exempt {
+        /// The model directory.
+        dir: PathBuf,
+        /// The module.
+        module: String,
+    },
+    /// Quantising a second time.
+    #[error(
+        "quantization: {wanted}, but {} is already quantised ({scheme}); leave the setting at `none`",
+        dir.display()
+    )]
+    Twofold {
+        /// The model directory.
+        dir: PathBuf,
+        /// How the files are quantised.
+        scheme: &'static str,
+        /// What was asked for.
+        wanted: foregate_api::weights::Quantization,
+    },
     /// Tensors that the family does not know; ignoring them would compute another model.
     #[error(
         "{}: {count} tensor(s) this model family does not have, the first is `{first}`; \

@@ -1,12 +1,13 @@
 //! One routed expert as a unit: its canonical bytes and their hash.
 //!
-//! Canonical bytes are the rows of gate, then up, then down, exactly as the file has them. They are
-//! what workers send each other, and what the hash is over, so a copy that came from a peer and one
-//! that came from the checkpoint can be told to be the same.
+//! Canonical bytes are those of gate, then up, then down, each in the format that it has in memory (see
+//! [`WeightFormat`]). They are what workers send each other, and what the hash is over, so a copy that came
+//! from a peer and one that came from the checkpoint can be told to be the same.
 
+use std::borrow::Cow;
 use std::fmt;
 
-use foregate_api::model::WeightFormat;
+use foregate_api::weights::WeightFormat;
 
 /// BLAKE3 of an expert's canonical bytes.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -32,15 +33,15 @@ impl fmt::Debug for ExpertHash {
     }
 }
 
-/// The three matrices of one expert, borrowed from the mapped file.
-#[derive(Debug, Clone, Copy)]
+/// The three matrices of one expert, borrowed from the mapped file if they are in memory as they are there.
+#[derive(Debug, Clone)]
 pub struct ExpertParts<'a> {
     /// `inner × hidden`.
-    pub gate: &'a [u8],
+    pub gate: Cow<'a, [u8]>,
     /// `inner × hidden`.
-    pub up: &'a [u8],
+    pub up: Cow<'a, [u8]>,
     /// `hidden × inner`.
-    pub down: &'a [u8],
+    pub down: Cow<'a, [u8]>,
     /// Format of all three.
     pub format: WeightFormat,
     /// Width of the residual stream.
@@ -52,15 +53,18 @@ pub struct ExpertParts<'a> {
 impl ExpertParts<'_> {
     /// Gate, up and down, one after the other.
     #[must_use]
-    pub fn to_canonical(self) -> Vec<u8> {
-        [self.gate, self.up, self.down].concat()
+    pub fn to_canonical(&self) -> Vec<u8> {
+        [&*self.gate, &*self.up, &*self.down].concat()
     }
 
     /// The hash of the canonical bytes, without copying them.
     #[must_use]
-    pub fn hash(self) -> ExpertHash {
+    pub fn hash(&self) -> ExpertHash {
         let mut hasher = blake3::Hasher::new();
-        hasher.update(self.gate).update(self.up).update(self.down);
+        hasher
+            .update(&self.gate)
+            .update(&self.up)
+            .update(&self.down);
         ExpertHash(*hasher.finalize().as_bytes())
     }
 }

@@ -96,6 +96,16 @@ impl Index {
         }
     }
 
+    /// As [`Index::release`], for a part of a tensor.
+    pub(crate) fn release_part(&self, name: &str, part: std::ops::Range<usize>) {
+        let shard = self.home.get(name).and_then(|at| self.shards.get(*at));
+        let entry = shard.and_then(|shard| shard.entries.get(name));
+        if let (Some(shard), Some(entry)) = (shard, entry) {
+            let at = |offset: usize| (entry.range.start + offset).min(entry.range.end);
+            shard.file.release(at(part.start)..at(part.end));
+        }
+    }
+
     /// Names of all tensors, ascending.
     pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
         self.home.keys().map(String::as_str)

@@ -1,6 +1,7 @@
 //! Tensor names and shapes per family, as the hub has them.
 
 use foregate_api::model::{Family, ModelSpec};
+use foregate_api::weights::Part;
 
 /// The tensors of one dense MLP or one expert.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -41,15 +42,18 @@ pub fn expert(family: Family, block: usize, expert: usize) -> MlpNames {
             ("gate_proj", "up_proj", "down_proj")
         }
     };
-    let name = |part: &str| {
-        let prefix = moe_prefix(family);
-        of_block(block, &format!("{prefix}.experts.{expert}.{part}.weight"))
-    };
+    let prefix = experts_prefix(family, block);
+    let name = |part: &str| format!("{prefix}.{expert}.{part}.weight");
     MlpNames {
         gate: name(gate),
         up: name(up),
         down: name(down),
     }
+}
+
+/// What the names of a block's routed experts begin with.
+pub(crate) fn experts_prefix(family: Family, block: usize) -> String {
+    of_block(block, &format!("{}.experts", moe_prefix(family)))
 }
 
 /// The dense MLP of block `block`.
@@ -93,11 +97,9 @@ pub const fn qk_norm_widths(spec: &ModelSpec) -> Option<(usize, usize)> {
 /// What a tensor is for, which decides the formats it may have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// Packed for matrix products: must have the model's format.
-    Matrix,
-    /// Matrix of a routed expert: likewise, but loaded only where a placement wants it.
-    Expert,
-    /// Norm or bias: widened to single precision, so either format will do.
+    /// Packed for matrix products. A routed expert's is loaded only where a placement wants it.
+    Matrix(Part),
+    /// Norm or bias: widened to single precision, so any plain format will do.
     Vector,
 }
 
@@ -116,7 +118,12 @@ pub struct Expected {
 #[must_use]
 pub fn expected(spec: &ModelSpec) -> Vec<Expected> {
     let mut list = List(Vec::new());
-    list.matrix(EMBEDDING.to_owned(), spec.vocab, spec.hidden);
+    list.matrix(
+        Part::Embedding,
+        EMBEDDING.to_owned(),
+        spec.vocab,
+        spec.hidden,
+    );
     for (block, moe) in spec.moe_blocks.iter().enumerate() {
         list.attention(spec, block);
         list.vector(
@@ -126,17 +133,12 @@ pub fn expected(spec: &ModelSpec) -> Vec<Expected> {
         if *moe {
             list.mixture(spec, block);
         } else {
-            list.mlp(
-                Kind::Matrix,
-                dense_mlp(block),
-                spec.hidden,
-                spec.dense_inner,
-            );
+            list.mlp(Part::Dense, dense_mlp(block), spec.hidden, spec.dense_inner);
         }
     }
     list.vector(FINAL_NORM.to_owned(), spec.hidden);
     if !spec.tied_embeddings {
-        list.matrix(OUTPUT.to_owned(), spec.vocab, spec.hidden);
+        list.matrix(Part::Output, OUTPUT.to_owned(), spec.vocab, spec.hidden);
     }
     list.0
 }
@@ -155,18 +157,18 @@ impl List {
         self.0.push(Expected { name, shape, kind });
     }
 
-    fn matrix(&mut self, name: String, rows: usize, columns: usize) {
-        self.push(Kind::Matrix, name, vec![rows, columns]);
+    fn matrix(&mut self, part: Part, name: String, rows: usize, columns: usize) {
+        self.push(Kind::Matrix(part), name, vec![rows, columns]);
     }
 
     fn vector(&mut self, name: String, width: usize) {
         self.push(Kind::Vector, name, vec![width]);
     }
 
-    fn mlp(&mut self, kind: Kind, names: MlpNames, hidden: usize, inner: usize) {
-        self.push(kind, names.gate, vec![inner, hidden]);
-        self.push(kind, names.up, vec![inner, hidden]);
-        self.push(kind, names.down, vec![hidden, inner]);
+    fn mlp(&mut self, part: Part, names: MlpNames, hidden: usize, inner: usize) {
+        self.matrix(part, names.gate, inner, hidden);
+        self.matrix(part, names.up, inner, hidden);
+        self.matrix(part, names.down, hidden, inner);
     }
 
     fn attention(&mut self, spec: &ModelSpec, block: usize) {
@@ -175,7 +177,7 @@ impl List {
         self.vector(of_block(block, "input_layernorm.weight"), spec.hidden);
         for (part, width) in [("q", queries), ("k", keys), ("v", keys)] {
             let name = |what: &str| of_block(block, &format!("self_attn.{part}_proj.{what}"));
-            self.matrix(name("weight"), width, spec.hidden);
+            self.matrix(Part::Attention, name("weight"), width, spec.hidden);
             if spec.qkv_bias {
                 self.vector(name("bias"), width);
             }
@@ -185,6 +187,7 @@ impl List {
             self.vector(of_block(block, "self_attn.k_norm.weight"), key);
         }
         self.matrix(
+            Part::Attention,
             of_block(block, "self_attn.o_proj.weight"),
             spec.hidden,
             queries,
@@ -192,14 +195,20 @@ impl List {
     }
 
     fn mixture(&mut self, spec: &ModelSpec, block: usize) {
-        self.matrix(router(spec.family, block), spec.experts, spec.hidden);
+        self.matrix(
+            Part::Router,
+            router(spec.family, block),
+            spec.experts,
+            spec.hidden,
+        );
         for number in 0..spec.experts {
             let names = expert(spec.family, block, number);
-            self.mlp(Kind::Expert, names, spec.hidden, spec.expert_inner);
+            self.mlp(Part::Expert, names, spec.hidden, spec.expert_inner);
         }
         if let Some(inner) = spec.shared_inner {
-            self.mlp(Kind::Matrix, shared_expert(block), spec.hidden, inner);
+            self.mlp(Part::Dense, shared_expert(block), spec.hidden, inner);
             self.matrix(
+                Part::Router,
                 of_block(block, "mlp.shared_expert_gate.weight"),
                 1,
                 spec.hidden,

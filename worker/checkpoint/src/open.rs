@@ -1,17 +1,21 @@
 //! Opening a model directory and checking that its parts belong together.
 
-use std::collections::BTreeSet;
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
 use foregate_api::ids::{ExpertId, LayerId};
-use foregate_api::model::{ModelSpec, WeightFormat};
+use foregate_api::model::ModelSpec;
+use foregate_api::weights::{Part, Quantization, WeightFormat, WeightSettings};
 
+use crate::check;
+use crate::convert::Conversion;
 use crate::error::CheckpointError;
 use crate::expert::ExpertParts;
-use crate::header::Dtype;
 use crate::index::{Index, Tensor};
-use crate::names::{self, Expected, Kind, MlpNames};
-use crate::spec;
+use crate::names::{self, MlpNames};
+use crate::spec::{self, Config};
+use crate::stored::mxfp4::Fused;
+use crate::stored::{Layouts, Wrong, widen};
 
 /// A model directory whose configuration and weights were found to belong together.
 #[derive(Debug)]
@@ -19,19 +23,41 @@ pub struct Checkpoint {
     dir: PathBuf,
     spec: ModelSpec,
     index: Index,
+    layouts: Layouts,
     /// `LayerId` → block.
     blocks: Vec<usize>,
 }
 
 impl Checkpoint {
-    /// Reads the configuration, maps the weights and checks every tensor's presence, shape and format.
+    /// Opens a model whose weights are kept as the files have them: see [`Checkpoint::open_with`].
     ///
     /// # Errors
-    /// Names the file, and the field or tensor in it, that is missing, damaged or unsupported.
+    /// As [`Checkpoint::open_with`].
     pub fn open(dir: &Path) -> Result<Self, CheckpointError> {
-        let spec = read_spec(dir)?;
+        Self::open_with(dir, &WeightSettings::default())
+    }
+
+    /// Reads the configuration, maps the weights and checks every tensor's presence, shape and format.
+    /// `settings` say in which formats the weights will be in memory, which the spec then tells.
+    ///
+    /// # Errors
+    /// Names the file, and the field or tensor in it, that is missing, damaged or unsupported; or the
+    /// setting that does not go with the files.
+    pub fn open_with(dir: &Path, settings: &WeightSettings) -> Result<Self, CheckpointError> {
+        let config = read_config(dir)?;
+        if let Some(quantized) = &config.quantized
+            && settings.quantization != Quantization::None
+        {
+            return Err(CheckpointError::Twofold {
+                dir: dir.to_owned(),
+                scheme: quantized.scheme.name(),
+                wanted: settings.quantization,
+            });
+        }
         let index = Index::open(dir)?;
-        check_tensors(dir, &spec, &index)?;
+        let layouts = check::tensors(dir, &config, &index)?;
+        let mut spec = config.spec;
+        spec.formats = settings.in_memory(&layouts.formats(), spec.tied_embeddings);
         let blocks = (0..spec.layers)
             .filter(|block| spec.moe_blocks[*block])
             .collect();
@@ -39,6 +65,7 @@ impl Checkpoint {
             dir: dir.to_owned(),
             spec,
             index,
+            layouts,
             blocks,
         })
     }
@@ -55,6 +82,12 @@ impl Checkpoint {
         &self.dir
     }
 
+    /// The format of a part as the files have it; in memory it has that of the spec.
+    #[must_use]
+    pub fn stored_format(&self, part: Part) -> WeightFormat {
+        self.layouts.of(part).format()
+    }
+
     /// A tensor by its name on the hub.
     ///
     /// # Errors
@@ -68,37 +101,87 @@ impl Checkpoint {
         })
     }
 
-    /// One routed expert, borrowed from the mapped file.
+    /// The matrix `name` (`….weight`) of `n` outputs and `k` inputs: its canonical bytes in the format that
+    /// the spec tells for its part. Converted by at most `threads` threads.
     ///
     /// # Errors
-    /// When the model has no such layer or expert.
+    /// When a tensor is missing or its contents cannot be used.
+    pub fn matrix(
+        &self,
+        part: Part,
+        name: &str,
+        (n, k): (usize, usize),
+        threads: usize,
+    ) -> Result<Cow<'_, [u8]>, CheckpointError> {
+        let layout = self.layouts.of(part);
+        let stored = layout.read(&self.index, name, n, k);
+        let stored = stored.map_err(|wrong| self.contents(wrong))?;
+        self.convert(part, name, (n, k), stored, threads)
+    }
+
+    /// A norm or a bias, widened.
+    ///
+    /// # Errors
+    /// When the checkpoint has none of that name.
+    pub fn vector(&self, name: &str) -> Result<Vec<f32>, CheckpointError> {
+        Ok(widen(&self.tensor(name)?))
+    }
+
+    /// One routed expert, borrowed from the mapped file if nothing is converted.
+    ///
+    /// # Errors
+    /// When the model has no such layer or expert, or its tensors' contents cannot be used.
     pub fn expert(
         &self,
         layer: LayerId,
         expert: ExpertId,
     ) -> Result<ExpertParts<'_>, CheckpointError> {
         let names = self.expert_names(layer, expert)?;
+        let (hidden, inner) = (self.spec.hidden, self.spec.expert_inner);
+        let (gate, up, down) = match self.fused(layer) {
+            Some(fused) => {
+                let all = fused.read(&self.index, expert.index());
+                let all = all.map_err(|wrong| self.contents(wrong))?;
+                (all.gate.into(), all.up.into(), all.down.into())
+            }
+            None => {
+                let read =
+                    |name: &str, n: usize, k: usize| self.matrix(Part::Expert, name, (n, k), 1);
+                (
+                    read(&names.gate, inner, hidden)?,
+                    read(&names.up, inner, hidden)?,
+                    read(&names.down, hidden, inner)?,
+                )
+            }
+        };
         Ok(ExpertParts {
-            gate: self.tensor(&names.gate)?.bytes,
-            up: self.tensor(&names.up)?.bytes,
-            down: self.tensor(&names.down)?.bytes,
-            format: self.spec.format,
-            hidden: self.spec.hidden,
-            inner: self.spec.expert_inner,
+            gate,
+            up,
+            down,
+            format: self.spec.formats.expert,
+            hidden,
+            inner,
         })
     }
 
-    /// Gives the memory that a tensor's mapped bytes take back to the system, once they are copied; reading
+    /// Gives the memory that a matrix's mapped bytes take back to the system, once they are copied; reading
     /// them again takes them from the file again. Does nothing for a name that the checkpoint lacks.
-    pub fn release(&self, name: &str) {
-        self.index.release(name);
+    pub fn release(&self, part: Part, name: &str) {
+        // The sizes do not matter: only names are used.
+        for source in self.layouts.of(part).sources(name, 0, 0) {
+            self.index.release(&source.name);
+        }
     }
 
     /// As [`Checkpoint::release`], for the parts of a routed expert.
     pub fn release_expert(&self, layer: LayerId, expert: ExpertId) {
-        if let Ok(names) = self.expert_names(layer, expert) {
+        if let Some(fused) = self.fused(layer) {
+            for (name, range) in fused.ranges(expert.index()) {
+                self.index.release_part(&name, range);
+            }
+        } else if let Ok(names) = self.expert_names(layer, expert) {
             for name in [names.gate, names.up, names.down] {
-                self.index.release(&name);
+                self.release(Part::Expert, &name);
             }
         }
     }
@@ -115,13 +198,52 @@ impl Checkpoint {
             _ => Err(CheckpointError::NoSuchExpert { layer, expert }),
         }
     }
+
+    /// Where a layer's experts are, if all of them stand in the same tensors.
+    fn fused(&self, layer: LayerId) -> Option<Fused> {
+        let block = self.blocks.get(layer.index())?;
+        self.layouts
+            .experts_are_fused()
+            .then(|| Fused::of(&self.spec, *block))
+    }
+
+    fn convert<'a>(
+        &self,
+        part: Part,
+        name: &str,
+        (n, k): (usize, usize),
+        bytes: Cow<'a, [u8]>,
+        threads: usize,
+    ) -> Result<Cow<'a, [u8]>, CheckpointError> {
+        let conversion = Conversion {
+            n,
+            k,
+            from: self.layouts.of(part).format(),
+            to: self.spec.formats.of(part),
+        };
+        let converted = conversion.run(bytes, threads);
+        converted.map_err(|what| {
+            self.contents((
+                name.to_owned(),
+                format!(
+                    "{what}: it cannot be in {}; choose another format",
+                    conversion.to
+                ),
+            ))
+        })
+    }
+
+    fn contents(&self, (name, what): Wrong) -> CheckpointError {
+        CheckpointError::Contents {
+            dir: self.dir.clone(),
+            name,
+            what,
+        }
+    }
 }
 
-/// Reads only the configuration of a model directory: what a role without weights needs to know.
-///
-/// # Errors
-/// As [`Checkpoint::open`] does for `config.json` and `generation_config.json`.
-pub fn read_spec(dir: &Path) -> Result<ModelSpec, CheckpointError> {
+/// Reads only the configuration of a model directory.
+fn read_config(dir: &Path) -> Result<Config, CheckpointError> {
     let config_path = dir.join("config.json");
     let generation_path = dir.join("generation_config.json");
     let read = |path: &Path| {
@@ -146,58 +268,6 @@ pub fn read_spec(dir: &Path) -> Result<ModelSpec, CheckpointError> {
         path: config_path,
         source,
     })
-}
-
-fn check_tensors(dir: &Path, spec: &ModelSpec, index: &Index) -> Result<(), CheckpointError> {
-    let expected = names::expected(spec);
-    for want in &expected {
-        let found = index.get(&want.name);
-        if !found.is_some_and(|tensor| fits(&tensor, want, spec.format)) {
-            return Err(CheckpointError::Tensor {
-                dir: dir.to_owned(),
-                name: want.name.clone(),
-                expected: describe_expected(want, spec.format),
-                found: found.map_or_else(|| "none".to_owned(), |tensor| describe(&tensor)),
-            });
-        }
-    }
-    let known: BTreeSet<&str> = expected.iter().map(|want| want.name.as_str()).collect();
-    let mut extra = index
-        .names()
-        .filter(|name| !known.contains(name) && !names::is_known_extra(spec, name))
-        .peekable();
-    match extra.peek().map(|first| (*first).to_owned()) {
-        None => Ok(()),
-        Some(first) => Err(CheckpointError::Unexpected {
-            dir: dir.to_owned(),
-            count: extra.count(),
-            first,
-        }),
-    }
-}
-
-fn fits(tensor: &Tensor<'_>, want: &Expected, format: WeightFormat) -> bool {
-    let formats: &[Dtype] = match want.kind {
-        Kind::Matrix | Kind::Expert => match format {
-            WeightFormat::Float32 => &[Dtype::F32],
-            WeightFormat::Bfloat16 => &[Dtype::BF16],
-        },
-        Kind::Vector => &[Dtype::F32, Dtype::BF16],
-    };
-    tensor.shape == want.shape && formats.contains(&tensor.dtype)
-}
-
-fn describe_expected(want: &Expected, format: WeightFormat) -> String {
-    let formats = match (want.kind, format) {
-        (Kind::Matrix | Kind::Expert, WeightFormat::Float32) => "F32",
-        (Kind::Matrix | Kind::Expert, WeightFormat::Bfloat16) => "BF16",
-        (Kind::Vector, _) => "F32 or BF16",
-    };
-    format!("shape {:?} of {formats}", want.shape)
-}
-
-fn describe(tensor: &Tensor<'_>) -> String {
-    format!("shape {:?} of {:?}", tensor.shape, tensor.dtype)
 }
 
 #[cfg(test)]

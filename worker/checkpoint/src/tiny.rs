@@ -9,7 +9,8 @@ mod write;
 
 use serde_json::{Map, Value, json};
 
-use foregate_api::model::{Family, ModelSpec, WeightFormat};
+use foregate_api::model::{Family, ModelSpec};
+use foregate_api::weights::WeightFormat;
 
 use crate::spec::{self, SpecError};
 
@@ -18,7 +19,7 @@ use crate::spec::{self, SpecError};
 pub struct Tiny {
     /// Which family.
     pub family: Family,
-    /// Format of all tensors.
+    /// Format of all tensors, one of the plain ones.
     pub format: WeightFormat,
     /// Another seed gives other weights.
     pub seed: u64,
@@ -153,14 +154,10 @@ impl Tiny {
             Family::Mixtral => ("mixtral", "MixtralForCausalLM"),
             Family::Olmoe => ("olmoe", "OlmoeForCausalLM"),
         };
-        let dtype = match self.format {
-            WeightFormat::Float32 => "float32",
-            WeightFormat::Bfloat16 => "bfloat16",
-        };
         let fields = json!({
             "architectures": [architecture],
             "model_type": model_type,
-            "dtype": dtype,
+            "dtype": self.format.to_string(),
             "vocab_size": self.vocab,
             "hidden_size": self.hidden,
             "num_hidden_layers": self.layers,
@@ -187,7 +184,7 @@ impl Tiny {
     /// # Errors
     /// When the settings describe no model.
     pub fn spec(&self) -> Result<ModelSpec, SpecError> {
-        spec::parse(self.config().to_string().as_bytes(), None)
+        spec::parse(self.config().to_string().as_bytes(), None).map(|config| config.spec)
     }
 }
 

@@ -1,6 +1,7 @@
 //! Grouped-query attention over the paged cache.
 
 use foregate_api::model::ModelSpec;
+use foregate_api::weights::Part;
 use foregate_checkpoint::names::of_block;
 use foregate_kernels::{
     Attention, KvCache, KvWrite, MatMul, Matrix, Ops, PageMap, RmsNorm, Rope, RopeTable,
@@ -69,6 +70,7 @@ impl AttentionWeights {
             value: Linear::load(loader, block, "v_proj", keys)?,
             after,
             output: loader.matrix(
+                Part::Attention,
                 &of_block(block, "self_attn.o_proj.weight"),
                 spec.hidden,
                 queries,
@@ -200,7 +202,7 @@ impl Linear {
     ) -> Result<Self, ModelError> {
         let name = |what: &str| of_block(block, &format!("self_attn.{part}.{what}"));
         let spec = loader.spec();
-        let weight = loader.matrix(&name("weight"), width, spec.hidden)?;
+        let weight = loader.matrix(Part::Attention, &name("weight"), width, spec.hidden)?;
         let bias = if spec.qkv_bias {
             Some(loader.vector(&name("bias"))?)
         } else {

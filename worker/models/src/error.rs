@@ -23,10 +23,7 @@ pub enum ModelError {
     /// The weights could not be read.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
-    /// A tensor is not in a format that this crate computes with.
-    #[error("tensor `{name}` is neither float32 nor bfloat16")]
-    Format {
-        /// The tensor.
-        name: String,
-    },
+    /// A thread that loaded weights ended early.
+    #[error("loading was interrupted: a thread ended early")]
+    Interrupted,
 }

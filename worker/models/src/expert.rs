@@ -5,9 +5,9 @@
 use std::sync::Arc;
 
 use foregate_api::ids::{ExpertId, LayerId};
-use foregate_api::model::{ModelSpec, WeightFormat};
-use foregate_checkpoint::{Checkpoint, ExpertHash, ExpertParts};
-use foregate_kernels::{Combine, Dtype, ExpertFfn, ExpertGroup, Matrix, Ops, ShapeError};
+use foregate_api::model::ModelSpec;
+use foregate_checkpoint::{Checkpoint, ExpertHash, ExpertParts, dtype};
+use foregate_kernels::{Combine, ExpertFfn, ExpertGroup, Matrix, Ops, ShapeError};
 
 use crate::error::ModelError;
 
@@ -20,45 +20,41 @@ pub struct ExpertWeights {
     hash: ExpertHash,
 }
 
-/// The kernels' name of a weight format.
-pub(crate) const fn dtype(format: WeightFormat) -> Dtype {
-    match format {
-        WeightFormat::Float32 => Dtype::F32,
-        WeightFormat::Bfloat16 => Dtype::Bf16,
-    }
-}
-
 impl ExpertWeights {
-    /// Packs canonical bytes: the rows of gate, up and down as the checkpoint has them.
+    /// Packs canonical bytes: those of gate, up and down in the format of the spec's experts.
     ///
     /// # Errors
     /// When there are more or fewer bytes than [`ModelSpec::expert_bytes`].
     pub fn from_canonical(spec: &ModelSpec, bytes: &[u8]) -> Result<Self, ShapeError> {
-        let third = spec.expert_inner * spec.hidden * spec.format.bytes();
+        let (hidden, inner) = (spec.hidden, spec.expert_inner);
+        let format = spec.formats.expert;
+        let first = format.matrix_bytes(inner, hidden);
         // A wrong length leaves one of the parts too short or too long, which packing refuses.
-        let (gate, rest) = bytes.split_at(third.min(bytes.len()));
-        let (up, down) = rest.split_at(third.min(rest.len()));
+        let (gate, rest) = bytes.split_at(first.min(bytes.len()));
+        let (up, down) = rest.split_at(first.min(rest.len()));
         Self::from_parts(&ExpertParts {
-            gate,
-            up,
-            down,
-            format: spec.format,
-            hidden: spec.hidden,
-            inner: spec.expert_inner,
+            gate: gate.into(),
+            up: up.into(),
+            down: down.into(),
+            format,
+            hidden,
+            inner,
         })
     }
 
-    /// Packs an expert straight from the mapped checkpoint.
+    /// Packs an expert of a checkpoint.
     ///
     /// # Errors
     /// When the parts do not have the sizes they claim.
     pub fn from_parts(parts: &ExpertParts<'_>) -> Result<Self, ShapeError> {
-        let dtype = dtype(parts.format);
         let (hidden, inner) = (parts.hidden, parts.inner);
+        let pack = |n: usize, k: usize, bytes: &[u8]| {
+            Matrix::pack(dtype(parts.format, k), n, k, bytes)
+        };
         Ok(Self {
-            gate: Matrix::pack(dtype, inner, hidden, parts.gate)?,
-            up: Matrix::pack(dtype, inner, hidden, parts.up)?,
-            down: Matrix::pack(dtype, hidden, inner, parts.down)?,
+            gate: pack(inner, hidden, &parts.gate)?,
+            up: pack(inner, hidden, &parts.up)?,
+            down: pack(hidden, inner, &parts.down)?,
             hash: parts.hash(),
         })
     }

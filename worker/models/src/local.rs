@@ -1,11 +1,12 @@
 //! All experts in one process: the oracle that every distributed implementation is compared with.
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use foregate_api::ids::{ExpertId, LayerId};
 use foregate_checkpoint::Checkpoint;
-use foregate_kernels::Ops;
+use foregate_kernels::{Cpu, Ops};
 
 use crate::error::ModelError;
 use crate::expert::{ExpertRows, ExpertWeights, combine, run_expert_rows};
@@ -108,24 +109,19 @@ impl fmt::Debug for LocalExperts {
 }
 
 impl LocalExperts {
-    /// Loads all experts of a checkpoint.
+    /// Loads all experts of a checkpoint, as many at a time as `cpu` has threads.
     ///
     /// # Errors
     /// When an expert cannot be read.
-    pub fn load(checkpoint: &Checkpoint, ops: Arc<dyn Ops>) -> Result<Self, ModelError> {
+    pub fn load(checkpoint: &Checkpoint, cpu: Arc<Cpu>) -> Result<Self, ModelError> {
         let spec = checkpoint.spec();
-        let layers = (0..spec.moe_layers())
-            .map(|layer| {
-                (0..spec.experts)
-                    .map(|expert| {
-                        let (layer, expert) = (LayerId(id(layer)), ExpertId(id(expert)));
-                        ExpertWeights::load(checkpoint, layer, expert).map(Arc::new)
-                    })
-                    .collect()
-            })
-            .collect::<Result<_, ModelError>>()?;
+        let (layers, experts) = (spec.moe_layers(), spec.experts);
+        let mut flat = load_all(checkpoint, layers * experts, cpu.threads())?.into_iter();
+        let layers = (0..layers)
+            .map(|_| flat.by_ref().take(experts).collect())
+            .collect();
         Ok(Self {
-            ops,
+            ops: cpu,
             layers,
             groups: ExpertGroups::default(),
             results: Vec::new(),
@@ -146,6 +142,39 @@ impl LocalExperts {
     pub fn expert(&self, layer: LayerId, expert: ExpertId) -> Option<&Arc<ExpertWeights>> {
         self.layers.get(layer.index())?.get(expert.index())
     }
+}
+
+/// The first `count` experts, layer by layer. Each thread takes the next one that nobody took.
+fn load_all(
+    checkpoint: &Checkpoint,
+    count: usize,
+    threads: usize,
+) -> Result<Vec<Arc<ExpertWeights>>, ModelError> {
+    let per_layer = checkpoint.spec().experts.max(1);
+    let next = AtomicUsize::new(0);
+    let places: Vec<OnceLock<Arc<ExpertWeights>>> =
+        (0..count).map(|_| OnceLock::new()).collect();
+    let work = || {
+        loop {
+            let at = next.fetch_add(1, Ordering::Relaxed);
+            let Some(place) = places.get(at) else {
+                return Ok(());
+            };
+            let (layer, expert) = (LayerId(id(at / per_layer)), ExpertId(id(at % per_layer)));
+            let loaded = ExpertWeights::load(checkpoint, layer, expert)
+                .inspect_err(|_| next.store(count, Ordering::Relaxed))?;
+            place.get_or_init(|| Arc::new(loaded));
+        }
+    };
+    std::thread::scope(|scope| {
+        let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
+        let mine = work();
+        others.into_iter().fold(mine, |all, other| {
+            all.and(other.join().unwrap_or(Err(ModelError::Interrupted)))
+        })
+    })?;
+    let all: Option<Vec<_>> = places.into_iter().map(OnceLock::into_inner).collect();
+    all.ok_or(ModelError::Interrupted)
 }
 
 impl Experts for LocalExperts {

@@ -1,6 +1,7 @@
 //! The second half of a block: a dense feed-forward, or a gate with its experts.
 
 use foregate_api::ids::LayerId;
+use foregate_api::weights::Part;
 use foregate_checkpoint::names;
 use foregate_kernels::{Add, Gate, MatMul, Matrix, ShapeError, SigmoidScale};
 
@@ -58,7 +59,7 @@ impl Mlp {
         let router = names::router(spec.family, block);
         Ok(Self::Mixture(Mixture {
             layer,
-            router: loader.matrix(&router, spec.experts, spec.hidden)?,
+            router: loader.matrix(Part::Router, &router, spec.experts, spec.hidden)?,
             shared,
         }))
     }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use foregate_api::ids::LayerId;
 use foregate_api::model::{KvFormat, ModelSpec};
+use foregate_api::weights::Part;
 use foregate_checkpoint::{Checkpoint, names};
 use foregate_kernels::{
     Cpu, Embed, KvCache, KvDtype, KvShape, MatMul, Matrix, Ops, RmsNorm, RopeTable, ShapeError,
@@ -68,7 +69,7 @@ impl Model {
         cpu: Arc<Cpu>,
         mut progress: impl FnMut(u64, u64),
     ) -> Result<Self, ModelError> {
-        let weights = Weights::load(&mut Loader::new(checkpoint, &cpu, &mut progress)?)?;
+        let weights = Weights::load(&mut Loader::new(checkpoint, &cpu, &mut progress))?;
         Ok(Self {
             ops: cpu,
             weights: Arc::new(weights),
@@ -161,7 +162,8 @@ impl Weights {
         let spec = loader.spec();
         let mut layers = 0..;
         let mut blocks = Vec::with_capacity(spec.layers);
-        let embedding = loader.matrix(names::EMBEDDING, spec.vocab, spec.hidden)?;
+        let embedding =
+            loader.matrix(Part::Embedding, names::EMBEDDING, spec.vocab, spec.hidden)?;
         for (number, moe) in spec.moe_blocks.iter().enumerate() {
             let layer = if *moe {
                 layers.next().map(LayerId)
@@ -177,7 +179,7 @@ impl Weights {
             output: if spec.tied_embeddings {
                 None
             } else {
-                Some(loader.matrix(names::OUTPUT, spec.vocab, spec.hidden)?)
+                Some(loader.matrix(Part::Output, names::OUTPUT, spec.vocab, spec.hidden)?)
             },
             inverse_frequencies: inverse_frequencies(spec),
             spec: spec.clone(),

@@ -10,7 +10,8 @@
 
 mod support;
 
-use foregate_api::model::{Family, KvFormat, ModelSpec, WeightFormat};
+use foregate_api::model::{Family, KvFormat, ModelSpec};
+use foregate_api::weights::WeightFormat;
 use foregate_checkpoint::tiny::Tiny;
 use foregate_checkpoint::{Checkpoint, header::Dtype};
 
@@ -268,7 +269,7 @@ fn check(tiny: &Tiny) {
     // is computed from them.
     let bound = match tiny.format {
         WeightFormat::Float32 => 2e-5,
-        WeightFormat::Bfloat16 => 1.5e-2,
+        _ => 1.5e-2,
     };
     let mut rig = Rig::open(dir.path());
     let found = rig.walk(&tokens, &[4, 2], &table(0, 9));

@@ -10,7 +10,8 @@ use std::sync::Arc;
 
 use proptest::prelude::*;
 
-use foregate_api::model::{Family, WeightFormat};
+use foregate_api::model::Family;
+use foregate_api::weights::WeightFormat;
 use foregate_checkpoint::Checkpoint;
 use foregate_checkpoint::tiny::Tiny;
 use foregate_kernels::{Cpu, KvCache};

@@ -11,6 +11,7 @@ use foregate_api::ids::{Epoch, ExpertId, Rank};
 use foregate_api::model::ModelSpec;
 use foregate_api::node::{FabricKind, WorkerConfig};
 use foregate_api::placement::{LayerPlacement, Placement, Reason};
+use foregate_api::weights::WeightSettings;
 use foregate_store::coord::{ClusterState, Coord};
 use foregate_store::kv::Store;
 use foregate_store::memory::MemoryStore;
@@ -45,6 +46,7 @@ pub struct Form {
     pub kv_bytes: u64,
     /// Slots per layer beyond those that hold each expert once, on each worker.
     pub spare_slots: u32,
+    pub weights: WeightSettings,
 }
 
 pub struct Cluster {
@@ -224,6 +226,7 @@ fn config(dir: &Path, rank: Rank, slots: u32, form: Form) -> WorkerConfig {
     WorkerConfig {
         rank,
         model_dir: dir.to_str().unwrap().to_owned(),
+        weights: form.weights,
         served_name: "tiny".to_owned(),
         rpc_listen: String::new(),
         exchange_listen: String::new(),

@@ -11,6 +11,7 @@ use foregate_api::cpu::CpuPath;
 use foregate_api::ids::{Epoch, Rank};
 use foregate_api::model::{Family, ModelSpec};
 use foregate_api::node::{FabricKind, WorkerConfig};
+use foregate_api::weights::WeightSettings;
 use foregate_checkpoint::Checkpoint;
 use foregate_checkpoint::tiny::Tiny;
 use foregate_kernels::{Cpu, KvCache};
@@ -45,7 +46,11 @@ pub fn fixture(family: &str) -> PathBuf {
 
 impl Rig {
     pub fn open(dir: &Path) -> Self {
-        let checkpoint = Arc::new(Checkpoint::open(dir).unwrap());
+        Self::open_with(dir, &WeightSettings::default())
+    }
+
+    pub fn open_with(dir: &Path, weights: &WeightSettings) -> Self {
+        let checkpoint = Arc::new(Checkpoint::open_with(dir, weights).unwrap());
         let cpu = Arc::new(Cpu::new(2));
         let model = Model::load(&checkpoint, Arc::clone(&cpu), |_, _| {}).unwrap();
         Self {
@@ -61,9 +66,13 @@ impl Rig {
     }
 
     pub fn drawn(tiny: &Tiny) -> Self {
+        Self::drawn_with(tiny, &WeightSettings::default())
+    }
+
+    pub fn drawn_with(tiny: &Tiny, weights: &WeightSettings) -> Self {
         let dir = tempfile::tempdir().unwrap();
         tiny.write(dir.path()).unwrap();
-        let rig = Self::open(dir.path());
+        let rig = Self::open_with(dir.path(), weights);
         Self {
             dir: Some(dir),
             ..rig
@@ -187,6 +196,7 @@ fn config(sizes: Sizes) -> WorkerConfig {
     WorkerConfig {
         rank: Rank(0),
         model_dir: String::new(),
+        weights: WeightSettings::default(),
         served_name: String::new(),
         rpc_listen: String::new(),
         exchange_listen: String::new(),

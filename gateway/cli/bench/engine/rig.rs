@@ -9,7 +9,8 @@ use foregate_api::cpu::CpuPath;
 use foregate_api::ids::Rank;
 use foregate_api::model::ModelSpec;
 use foregate_api::node::{FabricKind, WorkerConfig};
-use foregate_checkpoint::{Checkpoint, names};
+use foregate_api::weights::WeightSettings;
+use foregate_checkpoint::Checkpoint;
 use foregate_kernels::{Cpu, KvCache, KvShape};
 use foregate_models::{LocalExperts, Model};
 use foregate_wire::generation::generate_event::Event;
@@ -75,6 +76,7 @@ impl Load {
         WorkerConfig {
             rank: Rank(0),
             model_dir: String::new(),
+            weights: WeightSettings::default(),
             served_name: String::new(),
             rpc_listen: String::new(),
             exchange_listen: String::new(),
@@ -123,7 +125,7 @@ pub(super) struct Rig {
     pub(super) experts: LocalExperts,
     /// From the opened files until the model could step.
     pub(super) load_time: Duration,
-    /// Bytes of all tensors in the files.
+    /// Bytes of all weights in memory, in the formats they are kept in.
     pub(super) weight_bytes: u64,
 }
 
@@ -136,14 +138,11 @@ impl Rig {
         let model = Model::load(checkpoint, Arc::clone(&cpu), |_, _| {})
             .map_err(|error| failed(&error))?;
         let experts =
-            LocalExperts::load(checkpoint, cpu.clone()).map_err(|error| failed(&error))?;
+            LocalExperts::load(checkpoint, Arc::clone(&cpu)).map_err(|error| failed(&error))?;
         let load_time = since.elapsed();
-        let mut weight_bytes = 0;
-        for tensor in names::expected(checkpoint.spec()) {
-            let tensor = checkpoint.tensor(&tensor.name);
-            let tensor = tensor.map_err(|error| failed(&error))?;
-            weight_bytes += tensor.bytes.len() as u64;
-        }
+        let spec = checkpoint.spec();
+        let expert_bytes = spec.moe_layers() * spec.experts * spec.expert_bytes();
+        let weight_bytes = (expert_bytes + spec.dense_bytes()) as u64;
         Ok(Self {
             cpu,
             model,

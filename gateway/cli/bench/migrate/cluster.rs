@@ -10,6 +10,7 @@ use foregate_api::member::Ack;
 use foregate_api::model::ModelSpec;
 use foregate_api::node::{FabricKind, WorkerConfig};
 use foregate_api::placement::{LayerPlacement, Placement, Reason};
+use foregate_api::weights::WeightSettings;
 use foregate_checkpoint::Checkpoint;
 use foregate_store::coord::{ClusterState, Coord};
 use foregate_store::kv::Store;
@@ -265,6 +266,7 @@ fn config(path: &str, rank: Rank, spec: &ModelSpec, shape: Shape) -> WorkerConfi
     WorkerConfig {
         rank,
         model_dir: path.to_owned(),
+        weights: WeightSettings::default(),
         served_name: NAME.to_owned(),
         rpc_listen: String::new(),
         exchange_listen: String::new(),

@@ -5,6 +5,7 @@ use safetensors::tensor::TensorView;
 use safetensors::{SafeTensors, serialize_to_file};
 
 use super::*;
+use crate::header::Dtype;
 use crate::tiny::Tiny;
 
 type Parts = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;

@@ -1,6 +1,7 @@
 //! The four families' fields, with the defaults of their configuration classes in transformers.
 
-use foregate_api::model::{Family, ModelSpec, WeightFormat};
+use foregate_api::model::{Family, ModelSpec};
+use foregate_api::weights::WeightFormats;
 
 use super::SpecError;
 use super::fields::{Fields, refuse, shorten};
@@ -68,7 +69,7 @@ impl Defaults {
     }
 }
 
-/// Everything of a [`ModelSpec`] but family, format and special tokens.
+/// Everything of a [`ModelSpec`] but family, formats and special tokens.
 pub(super) struct Shape {
     pub(super) vocab: usize,
     hidden: usize,
@@ -201,7 +202,7 @@ impl Shape {
     pub(super) fn into_spec(
         self,
         family: Family,
-        format: WeightFormat,
+        formats: WeightFormats,
         tokens: Tokens,
     ) -> ModelSpec {
         let Self {
@@ -227,7 +228,7 @@ impl Shape {
         } = self;
         ModelSpec {
             family,
-            format,
+            formats,
             vocab,
             hidden,
             layers,

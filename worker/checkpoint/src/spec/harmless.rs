@@ -74,7 +74,7 @@ pub(super) const FIELDS: &[&str] = &[
 ];
 
 /// Fields that are fine when they are absent or have their neutral value, with the remedy otherwise.
-fn neutral() -> [(&'static str, Value, &'static str); 12] {
+fn neutral() -> [(&'static str, Value, &'static str); 11] {
     const OTHER: &str = "this variant of the architecture is not supported";
     [
         ("hidden_act", Value::from("silu"), OTHER),
@@ -86,11 +86,6 @@ fn neutral() -> [(&'static str, Value, &'static str); 12] {
         ("is_decoder", Value::from(false), OTHER),
         ("attn_logit_softcapping", Value::Null, OTHER),
         ("final_logit_softcapping", Value::Null, OTHER),
-        (
-            "quantization_config",
-            Value::Null,
-            "use the unquantized checkpoint in bfloat16 or float32",
-        ),
         (
             "auto_map",
             Value::Null,

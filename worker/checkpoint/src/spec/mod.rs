@@ -1,4 +1,4 @@
-//! `config.json` and `generation_config.json` → [`ModelSpec`].
+//! `config.json` and `generation_config.json` → [`Config`].
 //!
 //! The rule: a field is read, or it is on the list of fields that do not change what inference
 //! computes, or it is refused by name. Nothing is ignored by accident, because a field ignored is
@@ -8,14 +8,17 @@
 mod families;
 mod fields;
 mod harmless;
+pub(crate) mod quantization;
 mod rope;
 mod tokens;
 
 use serde_json::Value;
 
-use foregate_api::model::{Family, ModelSpec, WeightFormat};
+use foregate_api::model::{Family, ModelSpec};
+use foregate_api::weights::{WeightFormat, WeightFormats};
 
 use fields::Fields;
+pub use quantization::{Quantized, Scheme};
 
 /// What is wrong with a configuration file.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -38,11 +41,21 @@ pub enum SpecError {
     },
 }
 
+/// What a model directory's configuration says.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Config {
+    /// The model's shape. Its formats are those of matrices that are not quantised; which are, the
+    /// tensors tell.
+    pub spec: ModelSpec,
+    /// How the others were quantised, if any were.
+    pub quantized: Option<Quantized>,
+}
+
 /// Reads `config.json` and, if there is one, `generation_config.json`.
 ///
 /// # Errors
 /// Names the field that is missing, malformed or not supported, and the remedy.
-pub fn parse(config: &[u8], generation: Option<&[u8]>) -> Result<ModelSpec, SpecError> {
+pub fn parse(config: &[u8], generation: Option<&[u8]>) -> Result<Config, SpecError> {
     let config = object(config)?;
     let generation = generation.map(object).transpose()?;
     from_values(&config, generation.as_ref())
@@ -66,15 +79,19 @@ fn object(bytes: &[u8]) -> Result<Value, SpecError> {
     }
 }
 
-fn from_values(config: &Value, generation: Option<&Value>) -> Result<ModelSpec, SpecError> {
+fn from_values(config: &Value, generation: Option<&Value>) -> Result<Config, SpecError> {
     let mut fields = Fields::new(config);
     let family = family(&mut fields)?;
     harmless::refuse_active(&mut fields, family)?;
     let shape = families::Shape::read(&mut fields, family)?;
     let format = format(&mut fields)?;
+    let quantized = quantization::read(&mut fields)?;
     let tokens = tokens::read(&mut fields, generation, shape.vocab)?;
     fields.finish(harmless::FIELDS)?;
-    Ok(shape.into_spec(family, format, tokens))
+    Ok(Config {
+        spec: shape.into_spec(family, WeightFormats::all(format), tokens),
+        quantized,
+    })
 }
 
 fn family(fields: &mut Fields<'_>) -> Result<Family, SpecError> {
@@ -107,6 +124,7 @@ fn format(fields: &mut Fields<'_>) -> Result<WeightFormat, SpecError> {
     match new.or(old).unwrap_or("float32") {
         "float32" => Ok(WeightFormat::Float32),
         "bfloat16" => Ok(WeightFormat::Bfloat16),
+        "float16" => Ok(WeightFormat::Float16),
         other => Err(fields::refuse(
             if new.is_some() {
                 "dtype"
@@ -114,7 +132,7 @@ fn format(fields: &mut Fields<'_>) -> Result<WeightFormat, SpecError> {
                 "torch_dtype"
             },
             format!("weights in `{other}` are not supported"),
-            "convert the checkpoint to bfloat16 or float32",
+            "convert the checkpoint to float32, bfloat16 or float16",
         )),
     }
 }

@@ -5,6 +5,8 @@ use serde_json::json;
 
 use super::*;
 
+mod quantization;
+
 fn repository(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("../..")
@@ -12,7 +14,7 @@ fn repository(path: &str) -> PathBuf {
 }
 
 fn parse_value(config: &Value) -> Result<ModelSpec, SpecError> {
-    parse(config.to_string().as_bytes(), None)
+    parse(config.to_string().as_bytes(), None).map(|config| config.spec)
 }
 
 /// `Qwen/Qwen3-30B-A3B`.
@@ -124,7 +126,7 @@ fn the_hubs_models_are_understood() {
         (olmoe.experts, olmoe.expert_inner, olmoe.clip_qkv),
         (64, 1024, None)
     );
-    assert_eq!(olmoe.format, WeightFormat::Bfloat16);
+    assert_eq!(olmoe.formats, WeightFormats::all(WeightFormat::Bfloat16));
     assert_eq!((olmoe.bos, olmoe.eos.as_slice()), (None, &[50_279][..]));
 }
 
@@ -140,7 +142,7 @@ fn every_fixture_and_the_demonstration_model_are_understood() {
         let dir = repository(dir);
         let read = |name| std::fs::read(dir.join(name)).unwrap();
         let generation = read("generation_config.json");
-        let spec = parse(&read("config.json"), Some(&generation)).unwrap();
+        let spec = parse(&read("config.json"), Some(&generation)).unwrap().spec;
         assert!(spec.moe_layers() == spec.layers, "{}", dir.display());
     }
 }
@@ -173,7 +175,7 @@ fn absent_fields_take_the_familys_defaults() {
         (8, 1e-5, 1e6)
     );
     assert_eq!(mixtral.max_positions, 131_072);
-    assert_eq!(mixtral.format, WeightFormat::Float32);
+    assert_eq!(mixtral.formats, WeightFormats::all(WeightFormat::Float32));
     assert!(mixtral.eos.is_empty());
 }
 
@@ -216,7 +218,10 @@ fn sparse_and_dense_blocks() {
 fn end_tokens_come_from_the_generation_config_first() {
     let config = mixtral().to_string();
     let read = |generation: Value| {
-        parse(config.as_bytes(), Some(generation.to_string().as_bytes())).unwrap()
+        let generation = generation.to_string();
+        parse(config.as_bytes(), Some(generation.as_bytes()))
+            .unwrap()
+            .spec
     };
     let both = read(json!({ "eos_token_id": [7, 9], "do_sample": true, "temperature": 0.6 }));
     assert_eq!((both.eos.as_slice(), both.bos), (&[7, 9][..], Some(1)));
@@ -282,7 +287,7 @@ fn what_would_change_the_computation_is_refused_by_name() {
             0,
             "quantization_config",
             json!({ "bits": 4 }),
-            "quantization_config",
+            "quantization_config.quant_method",
         ),
         (0, "auto_map", json!({ "AutoModel": "x.py" }), "auto_map"),
         (
@@ -329,7 +334,7 @@ fn what_would_change_the_computation_is_refused_by_name() {
             "partial_rotary_factor",
         ),
         (0, "rope_theta", json!(-1.0), "rope_theta"),
-        (0, "torch_dtype", json!("float16"), "torch_dtype"),
+        (0, "torch_dtype", json!("float64"), "torch_dtype"),
         (0, "dtype", json!("float32"), "dtype"),
         (0, "num_local_experts", json!(64), "num_experts"),
         (0, "num_experts", json!(0), "num_experts"),
@@ -446,12 +451,12 @@ proptest! {
         let names: Vec<String> = all()
             .iter()
             .flat_map(|config| config.as_object().unwrap().keys().cloned().collect::<Vec<_>>())
-            .chain(["rope_parameters", "layer_types", "dtype"].map(str::to_owned))
+            .chain(["rope_parameters", "layer_types", "dtype", "quantization_config"].map(str::to_owned))
             .collect();
         for (at, value) in changes {
             config[names[at % names.len()].as_str()] = value;
         }
-        if let Ok(spec) = from_values(&config, Some(&generation)) {
+        if let Ok(Config { spec, .. }) = from_values(&config, Some(&generation)) {
             // What is accepted has consistent sizes and cannot overflow when its tensors are listed.
             prop_assert_eq!(spec.moe_blocks.len(), spec.layers);
             prop_assert!(spec.heads.is_multiple_of(spec.kv_heads));

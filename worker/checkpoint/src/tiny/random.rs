@@ -1,6 +1,6 @@
 //! Weights out of a seed and a tensor's name, the same on every machine.
 
-use foregate_api::model::WeightFormat;
+use foregate_api::weights::WeightFormat;
 
 use crate::names::Expected;
 
@@ -9,14 +9,17 @@ pub(super) fn tensor(seed: u64, want: &Expected, format: WeightFormat) -> Vec<u8
     let elements: usize = want.shape.iter().product();
     let law = Law::of(want);
     let mut draws = Draws::new(seed, &want.name);
-    let mut bytes = Vec::with_capacity(elements * format.bytes());
+    let mut bytes = Vec::with_capacity(format.matrix_bytes(1, elements));
     for _ in 0..elements {
         let value = law.centre + law.spread * draws.next();
         match format {
-            WeightFormat::Float32 => bytes.extend_from_slice(&value.to_le_bytes()),
             WeightFormat::Bfloat16 => {
                 bytes.extend_from_slice(&half::bf16::from_f32(value).to_le_bytes());
             }
+            WeightFormat::Float16 => {
+                bytes.extend_from_slice(&half::f16::from_f32(value).to_le_bytes());
+            }
+            _ => bytes.extend_from_slice(&value.to_le_bytes()),
         }
     }
     bytes

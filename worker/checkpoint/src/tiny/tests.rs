@@ -55,7 +55,7 @@ fn weights_have_the_stated_mean_and_spread() {
     let want = crate::names::Expected {
         name: "x.gate.weight".to_owned(),
         shape: vec![100, 100],
-        kind: crate::names::Kind::Matrix,
+        kind: crate::names::Kind::Matrix(foregate_api::weights::Part::Router),
     };
     let bytes = random::tensor(5, &want, WeightFormat::Float32);
     let values: Vec<f64> = bytes

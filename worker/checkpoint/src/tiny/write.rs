@@ -7,7 +7,7 @@ use std::path::Path;
 use safetensors::{Dtype, View};
 use serde_json::{Value, json};
 
-use foregate_api::model::WeightFormat;
+use foregate_api::weights::WeightFormat;
 
 use super::{Tiny, random};
 use crate::error::CheckpointError;
@@ -23,8 +23,10 @@ struct Drawn<'a> {
 impl View for &Drawn<'_> {
     fn dtype(&self) -> Dtype {
         match self.format {
-            WeightFormat::Float32 => Dtype::F32,
             WeightFormat::Bfloat16 => Dtype::BF16,
+            WeightFormat::Float16 => Dtype::F16,
+            // Others that are not plain were refused with the configuration.
+            _ => Dtype::F32,
         }
     }
 
@@ -37,7 +39,8 @@ impl View for &Drawn<'_> {
     }
 
     fn data_len(&self) -> usize {
-        self.want.shape.iter().product::<usize>() * self.format.bytes()
+        self.format
+            .matrix_bytes(1, self.want.shape.iter().product())
     }
 }
 

@@ -1,5 +1,6 @@
 //! Qwen2-MoE: a shared expert beside the routed ones.
 
+use foregate_api::weights::Part;
 use foregate_checkpoint::names::{self, of_block};
 
 use crate::error::ModelError;
@@ -18,6 +19,7 @@ pub(super) fn shared_expert(
     Ok(Some(SharedExpert {
         ffn: loader.ffn(&names::shared_expert(block), inner)?,
         gate: loader.matrix(
+            Part::Router,
             &of_block(block, "mlp.shared_expert_gate.weight"),
             1,
             spec.hidden,

@@ -3,7 +3,8 @@ use foregate_checkpoint::tiny::Tiny;
 use foregate_kernels::Cpu;
 use proptest::prelude::*;
 
-use foregate_api::model::{Family, WeightFormat};
+use foregate_api::model::Family;
+use foregate_api::weights::WeightFormat;
 
 use super::*;
 
@@ -56,8 +57,7 @@ fn canonical_bytes_of_a_wrong_length_are_refused() {
 #[test]
 fn a_batch_gives_the_bits_of_its_rows_alone_and_leaves_dead_rows_out() {
     let (_dir, checkpoint) = tiny(WeightFormat::Float32);
-    let ops: Arc<dyn Ops> = Arc::new(Cpu::new(2));
-    let mut experts = LocalExperts::load(&checkpoint, Arc::clone(&ops)).unwrap();
+    let mut experts = LocalExperts::load(&checkpoint, Arc::new(Cpu::new(2))).unwrap();
     let hidden = checkpoint.spec().hidden;
     let input: Vec<f32> = (0..4 * hidden)
         .map(|i| ((i * 37 % 101) as f32 - 50.0) / 40.0)

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use foregate_api::weights::WeightSettings;
 use foregate_checkpoint::Checkpoint;
 use foregate_kernels::{Cpu, KvCache};
 use foregate_models::experts::Experts;
@@ -30,7 +31,11 @@ impl Rig {
     }
 
     pub(crate) fn on(dir: &Path, cpu: Cpu) -> Self {
-        let checkpoint = Checkpoint::open(dir).unwrap();
+        Self::with(dir, &WeightSettings::default(), cpu)
+    }
+
+    pub(crate) fn with(dir: &Path, settings: &WeightSettings, cpu: Cpu) -> Self {
+        let checkpoint = Checkpoint::open_with(dir, settings).unwrap();
         let cpu = Arc::new(cpu);
         let experts = LocalExperts::load(&checkpoint, cpu.clone()).unwrap();
         let model = Model::load(&checkpoint, cpu, |_, _| {}).unwrap();
