@@ -111,7 +111,8 @@ fn check(name: &str, expert: WeightFormat, attention: WeightFormat, bound: f32) 
     assert_eq!(bits(&cut.logits), bits(&whole.logits), "{name}");
 }
 
-const BF16_INPUTS: f32 = 0.015;
+/// What the rounding of inputs, keys, values and probabilities to bfloat16 may cost, of the largest logit.
+const BF16_INPUTS: f32 = 0.03;
 
 #[test]
 fn float16() {
