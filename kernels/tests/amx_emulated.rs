@@ -22,7 +22,9 @@ use std::cell::UnsafeCell;
 use std::sync::Once;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use foregate_kernels::{Cpu, Dtype, ExpertFfn, ExpertGroup, MatMul, Matrix, Ops, Path};
+use foregate_kernels::{
+    Cpu, Dtype, ExpertFfn, ExpertGroup, MatMul, Matrix, Ops, Path, quantize,
+};
 use instruction::Instruction;
 use tiles::TileFile;
 
@@ -174,6 +176,28 @@ fn products_have_the_bits_of_the_definition() {
                 &got,
                 &format!("{rows} x {n} x {k}, {threads} threads"),
             );
+        }
+    }
+    assert_ran_and_released();
+}
+
+#[test]
+fn codes_have_the_bits_of_the_definition() {
+    let judge = Cpu::with_tiles_in_software(1);
+    for (dtype, k) in [
+        (Dtype::Int8, 270),
+        (Dtype::Int4 { group: 64 }, 141),
+        (Dtype::Int4 { group: 6 }, 20),
+        (Dtype::Mxfp4, 100),
+    ] {
+        let (rows, n) = (21, 75);
+        let x = numbers(500, rows * k);
+        let canonical = quantize(dtype, n, k, &numbers(501, n * k)).unwrap();
+        let w = Matrix::pack(dtype, n, k, &canonical).unwrap();
+        for rows in [1, rows] {
+            let x = &x[..rows * k];
+            let want = product(&judge, x, &w, None);
+            assert_same(&want, &product(&amx(2), x, &w, None), &format!("{dtype}"));
         }
     }
     assert_ran_and_released();

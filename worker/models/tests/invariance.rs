@@ -136,6 +136,25 @@ fn threads_do_not_change_a_bit() {
     }
 }
 
+/// The sums of tiles are others, but their law is the same.
+#[test]
+fn threads_and_chunks_do_not_change_a_bit_of_tiles() {
+    for tiny in variants() {
+        let dir = tempfile::tempdir().unwrap();
+        tiny.write(dir.path()).unwrap();
+        let walk = |threads, chunks: &[usize]| {
+            let mut rig = Rig::on(dir.path(), Cpu::with_tiles_in_software(threads));
+            rig.walk(&prompt(3, 33), chunks, &table(0, 33))
+        };
+        let one = walk(1, &[33]);
+        for (threads, chunks) in [(1, &[1][..]), (3, &[33]), (2, &[5, 17])] {
+            let other = walk(threads, chunks);
+            assert_eq!(bits(&other.logits), bits(&one.logits), "{tiny:?}");
+            assert_eq!(other.routes, one.routes);
+        }
+    }
+}
+
 #[test]
 fn a_token_changes_nothing_before_it_and_something_from_it_on() {
     for tiny in variants() {
