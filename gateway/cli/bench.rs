@@ -32,6 +32,9 @@ enum What {
     Migrate(migrate::MigrateArgs),
     /// Decode and prefill speed of the engine alone, in this process.
     Engine(engine::EngineArgs),
+    /// A worker of `bench engine --workers`, which starts it.
+    #[command(hide = true)]
+    EngineWorker(engine::ChildArgs),
 }
 
 /// Runs a benchmark.
@@ -48,5 +51,6 @@ pub(crate) async fn run(
         What::Rebalance(args) => Box::pin(rebalance::run(&args, progress, drain)).await,
         What::Migrate(args) => Box::pin(migrate::run(&args, progress, &drain)).await,
         What::Engine(args) => Box::pin(engine::run(&args, progress)).await,
+        What::EngineWorker(args) => Box::pin(engine::run_worker(&args)).await,
     }
 }

@@ -71,8 +71,9 @@ impl Decode {
         } = self.step_time_ms;
         [
             format!(
-                "decode, batch {}: {:.1} tokens/s; a step reads {:.1} MB, so that is {:.2} of the limit {:.1}",
+                "decode, batch {}, context {}: {:.1} tokens/s; a step reads {:.1} MB, so that is {:.2} of the limit {:.1}",
                 self.batch,
+                self.context,
                 self.tokens_per_second,
                 self.bytes_per_step / 1e6,
                 self.limit_share,

@@ -19,6 +19,8 @@ pub(super) struct Step {
     pub(super) time: Option<Duration>,
     /// Bytes of weights, keys and values that its ops had to read from memory; zero without an audit.
     pub(super) bytes: u64,
+    /// Products of weights and activations; zero without an audit.
+    pub(super) multiply_adds: u64,
     /// Where the time went; zero without an audit.
     pub(super) parts: Parts,
 }
@@ -37,6 +39,15 @@ pub(super) struct Parts {
     pub(super) attention: Duration,
 }
 
+/// What steps do, whatever time it takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Work {
+    /// Bytes that have to be read from memory.
+    pub(super) bytes: u64,
+    /// Products of weights and activations.
+    pub(super) multiply_adds: u64,
+}
+
 /// The steps of one engine.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Ledger(Arc<Mutex<Vec<Step>>>);
@@ -50,6 +61,15 @@ impl Ledger {
     pub(super) fn note(&self, change: impl FnOnce(&mut Step)) {
         if let Some(step) = self.lock().last_mut() {
             change(step);
+        }
+    }
+
+    /// What all steps read and multiplied.
+    pub(super) fn work(&self) -> Work {
+        let steps = self.lock();
+        Work {
+            bytes: steps.iter().map(|step| step.bytes).sum(),
+            multiply_adds: steps.iter().map(|step| step.multiply_adds).sum(),
         }
     }
 

@@ -36,6 +36,10 @@ fn figures() -> Figures {
             prompts: 32,
             tokens: 512,
             tokens_per_second: 4000.0,
+            bytes_per_token: 4e6,
+            multiply_adds_per_token: 2e8,
+            limit_tokens_per_second: Some(5000.0),
+            matrix_limit_tokens_per_second: None,
         }],
     }
 }
@@ -93,7 +97,7 @@ fn people_read_the_same_figures() {
         "2 threads, avx2 path, 20.0 GB/s; loaded in 1.50 s",
         "memory: at most 230.0 MB, 1.15 times the weights' 150.0 MB and the keys' and values' 50.0 MB",
         "prefill, 32 × 512 tokens: 4000.0 tokens/s",
-        "decode, batch 8: 1200.0 tokens/s; a step reads 100.0 MB, so that is 0.75 of the limit 1600.0",
+        "decode, batch 8, context 64: 1200.0 tokens/s; a step reads 100.0 MB, so that is 0.75 of the limit 1600.0",
         "step 6.00 ms: gate 0.50, exchange 0.25, experts 3.00, attention 1.25, rest 1.00",
     ] {
         assert!(text.contains(part), "{part:?} in\n{text}");
