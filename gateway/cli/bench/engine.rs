@@ -14,6 +14,7 @@ mod hold;
 mod lockstep;
 mod median;
 mod memory;
+mod mixed;
 mod node;
 mod rig;
 mod shares;
@@ -33,7 +34,7 @@ pub(super) use self::child::run as run_worker;
 use self::cluster::FabricName;
 use self::figures::{Decode, Figures};
 use self::rig::{Load, Rig};
-use self::speed::{Cost, Prefill};
+use self::speed::{Cost, Prefill, Speed};
 use self::telemetry::Telemetry;
 use super::serve::write_json;
 use crate::error::{CliError, print};
@@ -77,6 +78,15 @@ pub(crate) struct EngineArgs {
     /// Most turns per figure; the best speed counts, and all pairs of steps with and without telemetry.
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000))]
     turns: u32,
+    /// Measure gaps between tokens of so many streams while long prompts arrive, for each of `--mixed-step-tokens`.
+    #[arg(long, conflicts_with_all = ["workers", "svg"], value_parser = clap::value_parser!(u32).range(1..=MOST))]
+    mixed: Option<u32>,
+    /// Tokens of each arriving prompt.
+    #[arg(long, requires = "mixed", default_value_t = 2048, value_parser = clap::value_parser!(u32).range(1..=LONGEST))]
+    mixed_prompt: u32,
+    /// Most tokens in a step, as `spec.workers.maxNumBatchedTokens`.
+    #[arg(long, requires = "mixed", value_delimiter = ',', default_value = "64,128,256,512", value_parser = clap::value_parser!(u32).range(2..=65_536))]
+    mixed_step_tokens: Vec<u32>,
     /// Compare a cluster of so many workers, which share the threads, with one process, in turn.
     #[arg(long, value_parser = clap::value_parser!(u32).range(2..=64))]
     workers: Option<u32>,
@@ -113,13 +123,14 @@ impl EngineArgs {
             })
         });
         let first = self.context.iter().take(1);
-        let by_batch = first.flat_map(|context| self.batch.iter().map(|batch| (*batch, *context)));
+        let by_batch =
+            first.flat_map(|context| self.batch.iter().map(|batch| (*batch, *context)));
         let others = self.context.iter().skip(1);
-        let by_context =
-            others.flat_map(|context| self.batch.iter().take(1).map(|batch| (*batch, *context)));
-        let decode = by_batch
-            .chain(by_context)
-            .map(|(batch, context)| Load::decode(batch, context, self.decode, self.step_tokens));
+        let by_context = others
+            .flat_map(|context| self.batch.iter().take(1).map(|batch| (*batch, *context)));
+        let decode = by_batch.chain(by_context).map(|(batch, context)| {
+            Load::decode(batch, context, self.decode, self.step_tokens)
+        });
         let loads = Loads {
             prefill: prefill.collect(),
             decode: decode.collect(),
@@ -184,6 +195,9 @@ pub(super) async fn run(args: &EngineArgs, progress: &Progress) -> Result<(), Cl
         return versus::run(args, &checkpoint, &rig, &loads, workers, progress).await;
     }
     drop(checkpoint);
+    if let Some(streams) = args.mixed {
+        return mixed::run(args, &rig, streams, progress).await;
+    }
     let bench = Bench {
         args,
         loads,
@@ -274,7 +288,7 @@ impl Bench<'_> {
     }
 
     /// Tokens per second, and the cost of a step.
-    async fn speed(&self, load: &Load) -> Result<(f64, Cost), CliError> {
+    async fn speed(&self, load: &Load) -> Result<(Speed, Cost), CliError> {
         let turns = self.args.turns;
         let name = format!("decode, batch {}, context {}", load.sequences, load.prompt);
         let task = self.progress.steps(&name, u64::from(turns) + 1);

@@ -163,9 +163,7 @@ impl Ops for Audited {
     }
 
     fn expert_ffn(&self, op: ExpertFfn<'_>) -> Result<(), ShapeError> {
-        self.timed(Purpose::Experts, expert_work(&op), |ops| {
-            ops.expert_ffn(op)
-        })
+        self.timed(Purpose::Experts, expert_work(&op), |ops| ops.expert_ffn(op))
     }
 
     /// Its time is that of the exchange, which is measured around all of it.

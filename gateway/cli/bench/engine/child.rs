@@ -61,7 +61,8 @@ pub(in crate::bench) async fn run(args: &ChildArgs) -> Result<(), CliError> {
     let mut node = open(args)?;
     answer(&Answer::Ready(node.address()))?;
     while let Some(line) = next_line().await? {
-        let order = serde_json::from_str(&line).map_err(|e| CliError::runtime("an order", &e))?;
+        let order =
+            serde_json::from_str(&line).map_err(|e| CliError::runtime("an order", &e))?;
         answer(&obey(&mut node, order).await?)?;
     }
     node.end().await;
@@ -71,7 +72,9 @@ pub(in crate::bench) async fn run(args: &ChildArgs) -> Result<(), CliError> {
 /// The next line of stdin, `None` at its end.
 async fn next_line() -> Result<Option<String>, CliError> {
     let read = tokio::task::spawn_blocking(|| std::io::stdin().lines().next().transpose());
-    let line = read.await.map_err(|error| CliError::runtime("orders", &error))?;
+    let line = read
+        .await
+        .map_err(|error| CliError::runtime("orders", &error))?;
     line.map_err(|error| CliError::runtime("orders", &error))
 }
 
@@ -123,7 +126,9 @@ impl Remote {
     pub(super) fn spawn(model: &Path, seat: Seat) -> Result<Self, CliError> {
         let failed = |error| CliError::runtime("a worker's process", &error);
         let mut command = Command::new(std::env::current_exe().map_err(failed)?);
-        command.args(["bench", "engine-worker", "--model"]).arg(model);
+        command
+            .args(["bench", "engine-worker", "--model"])
+            .arg(model);
         for (name, value) in [
             ("--rank", seat.rank.0),
             ("--workers", seat.workers),
@@ -137,8 +142,11 @@ impl Remote {
             .kill_on_drop(true)
             .spawn()
             .map_err(failed)?;
-        let (Some(orders), Some(answers)) = (process.stdin.take(), process.stdout.take()) else {
-            return Err(CliError::Runtime("a worker's process has no pipes".to_owned()));
+        let (Some(orders), Some(answers)) = (process.stdin.take(), process.stdout.take())
+        else {
+            return Err(CliError::Runtime(
+                "a worker's process has no pipes".to_owned(),
+            ));
         };
         Ok(Self {
             rank: seat.rank,
@@ -189,7 +197,8 @@ impl Remote {
     }
 
     async fn tell(&mut self, order: &Order) -> Result<(), CliError> {
-        let mut line = serde_json::to_vec(order).map_err(|e| CliError::runtime("an order", &e))?;
+        let mut line =
+            serde_json::to_vec(order).map_err(|e| CliError::runtime("an order", &e))?;
         line.push(b'\n');
         let told = self.orders.write_all(&line).await;
         told.map_err(|_| self.lost())

@@ -37,7 +37,10 @@ struct Panel {
 impl Panel {
     /// Highest value of all lines, with room above.
     fn top(&self) -> f64 {
-        let values = self.points.iter().flat_map(|point| [Some(point.measured), point.limit]);
+        let values = self
+            .points
+            .iter()
+            .flat_map(|point| [Some(point.measured), point.limit]);
         values.flatten().fold(1.0, f64::max) * 1.08
     }
 
@@ -53,7 +56,9 @@ impl Panel {
 /// What a run can show; a plot of fewer than two sizes is left out.
 fn panels(figures: &Figures) -> Vec<Panel> {
     let decode = &figures.decode;
-    let (context, batch) = decode.first().map_or((0, 0), |first| (first.context, first.batch));
+    let (context, batch) = decode
+        .first()
+        .map_or((0, 0), |first| (first.context, first.batch));
     let of = |decode: &super::figures::Decode, at| Point {
         at,
         measured: decode.tokens_per_second,
@@ -124,10 +129,7 @@ fn draw(svg: &mut String, panels: &[Panel]) -> Result<(), String> {
     area.present().map_err(|e| failed(&e))
 }
 
-fn draw_panel(
-    area: &DrawingArea<SVGBackend<'_>, Shift>,
-    panel: &Panel,
-) -> Result<(), String> {
+fn draw_panel(area: &DrawingArea<SVGBackend<'_>, Shift>, panel: &Panel) -> Result<(), String> {
     let failed = |error: &dyn std::fmt::Display| error.to_string();
     let ((low, high), top) = (panel.ends(), panel.top());
     let mut chart = ChartBuilder::on(area)
@@ -190,6 +192,9 @@ mod tests {
         assert_eq!((panel.ends(), panel.top()), ((0.0, 6.0), 108.0));
         let mut svg = String::new();
         draw(&mut svg, &[panel]).unwrap();
-        assert!(svg.matches("<circle").count() == 2 && svg.contains("<polyline"), "{svg}");
+        assert!(
+            svg.matches("<circle").count() == 2 && svg.contains("<polyline"),
+            "{svg}"
+        );
     }
 }

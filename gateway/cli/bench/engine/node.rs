@@ -125,7 +125,13 @@ impl Node {
             .filter(|(rank, _)| *rank != self.seat.rank)
             .map(|(rank, exchange)| {
                 let exchange = exchange.clone();
-                (rank, PeerAddress { exchange, incarnation: 1 })
+                (
+                    rank,
+                    PeerAddress {
+                        exchange,
+                        incarnation: 1,
+                    },
+                )
             })
             .collect();
         self.endpoint.set_peers(&peers);

@@ -219,7 +219,7 @@ pub(super) fn start_engine(
 
 /// An engine that can be held back.
 pub(super) struct Running {
-    engine: EngineHandle,
+    pub(super) engine: EngineHandle,
     hold: Hold,
 }
 

@@ -41,7 +41,8 @@ mod tests {
             workers: 3,
             rank,
         };
-        let numbers: Vec<Vec<u32>> = (0..3).map(|rank| share(rank).numbers().collect()).collect();
+        let numbers: Vec<Vec<u32>> =
+            (0..3).map(|rank| share(rank).numbers().collect()).collect();
         assert_eq!(numbers, [vec![0, 3, 6], vec![1, 4], vec![2, 5]]);
         assert_eq!(share(0).load().sequences, 3);
         assert_eq!(share(2).load().answer, share(2).whole.answer);

@@ -9,6 +9,7 @@ use serde::Serialize;
 use tokio::time::Instant;
 
 use super::audit::Audited;
+use super::median::median;
 use super::rig::{Load, Rig, drive};
 use super::steps::{Kept, Ledger, Step};
 use crate::error::CliError;
@@ -100,25 +101,49 @@ pub(super) async fn prefill(
     })
 }
 
-/// Tokens per second of decode steps, best of up to `turns` runs; the task is told each.
+/// Speed of decode steps.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Speed {
+    pub(super) tokens_per_second: f64,
+    /// What a step spends after the forward pass: median of all steps, and its share of the median step.
+    pub(super) outside_ms: f64,
+    pub(super) outside_share: f64,
+}
+
+/// Best of up to `turns` runs; the task is told each.
 pub(super) async fn decode(
     rig: &Rig,
     load: &Load,
     turns: u32,
     task: &Task,
-) -> Result<f64, CliError> {
+) -> Result<Speed, CliError> {
     let ledger = Ledger::default();
     let experts = Kept::new(Alone(rig.experts.clone()), &ledger);
     let engine = rig.start(load, true, &rig.model, experts)?;
     let mut best = 0.0_f64;
+    let mut all = Vec::new();
     for turn in until_enough(turns) {
         drive(&engine, load.requests(turn, rig.spec().vocab)).await?;
-        let (time, steps) = total(&steps(&ledger, load)?);
-        best = best.max(f64::from(load.sequences) * steps / time.as_secs_f64());
+        let steps = steps(&ledger, load)?;
+        let (time, count) = total(&steps);
+        best = best.max(f64::from(load.sequences) * count / time.as_secs_f64());
+        all.extend(steps);
         task.add(1);
     }
     engine.stop().await;
-    Ok(best)
+    let middle = |part: fn(&Step) -> Option<Duration>| {
+        let times = all
+            .iter()
+            .filter_map(part)
+            .map(|time| time.as_secs_f64() * 1000.0);
+        median(times.collect()).0
+    };
+    let outside_ms = middle(|step| step.outside);
+    Ok(Speed {
+        tokens_per_second: best,
+        outside_ms,
+        outside_share: outside_ms / middle(|step| step.time),
+    })
 }
 
 /// Numbers of turns: at least one, then until there are `most` of them or time is up.
@@ -197,6 +222,7 @@ mod tests {
         let step = |time: Option<u64>, bytes| Step {
             rows: 2,
             time: time.map(ms),
+            outside: None,
             bytes,
             multiply_adds: 0,
             parts: Parts {

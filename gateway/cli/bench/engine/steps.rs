@@ -17,6 +17,8 @@ pub(super) struct Step {
     pub(super) rows: usize,
     /// From its begin until the engine wants to begin the next; the last step has none.
     pub(super) time: Option<Duration>,
+    /// Of its time what came after the forward pass: results taken, tokens chosen and sent, the next step planned.
+    pub(super) outside: Option<Duration>,
     /// Bytes of weights, keys and values that its ops had to read from memory; zero without an audit.
     pub(super) bytes: u64,
     /// Products of weights and activations; zero without an audit.
@@ -97,6 +99,7 @@ pub(super) struct Kept<E> {
     inner: E,
     ledger: Ledger,
     begun: Option<Instant>,
+    ended: Option<Instant>,
 }
 
 impl<E> Kept<E> {
@@ -105,6 +108,7 @@ impl<E> Kept<E> {
             inner,
             ledger: ledger.clone(),
             begun: None,
+            ended: None,
         }
     }
 }
@@ -132,7 +136,11 @@ impl<E: StepExperts> StepExperts for Kept<E> {
     /// What `inner` does before its step is no part of a step's time: it may wait there for its turn.
     fn begin_step(&mut self, trace: Option<TraceContext>) -> Epoch {
         let time = self.begun.take().map(|begun| begun.elapsed());
-        self.ledger.note(|step| step.time = time);
+        let outside = self.ended.take().map(|ended| ended.elapsed());
+        self.ledger.note(|step| {
+            step.time = time;
+            step.outside = outside;
+        });
         let epoch = self.inner.begin_step(trace);
         self.ledger.lock().push(Step::default());
         self.begun = Some(Instant::now());
@@ -141,6 +149,7 @@ impl<E: StepExperts> StepExperts for Kept<E> {
 
     fn end_step(&mut self) {
         self.inner.end_step();
+        self.ended = Some(Instant::now());
     }
 }
 

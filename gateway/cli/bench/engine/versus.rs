@@ -69,7 +69,15 @@ pub(super) async fn run(
     let mut prefill = Vec::new();
     for load in &loads.prefill {
         let what = format!("prefill, {} × {} tokens", load.sequences, load.prompt);
-        let compared = turns(args, rig, &mut cluster, (load, Phase::Prefill), progress, &what).await?;
+        let compared = turns(
+            args,
+            rig,
+            &mut cluster,
+            (load, Phase::Prefill),
+            progress,
+            &what,
+        )
+        .await?;
         prefill.push(Prefill {
             prompts: load.sequences,
             tokens: load.prompt,
@@ -79,13 +87,22 @@ pub(super) async fn run(
     let mut decode = Vec::new();
     for load in &loads.decode {
         let what = format!("decode, batch {}, context {}", load.sequences, load.prompt);
-        let compared = turns(args, rig, &mut cluster, (load, Phase::Decode), progress, &what).await?;
+        let compared = turns(
+            args,
+            rig,
+            &mut cluster,
+            (load, Phase::Decode),
+            progress,
+            &what,
+        )
+        .await?;
         let bytes_per_step = speed::cost(rig, load).await?.bytes;
         decode.push(Decode {
             batch: load.sequences,
             context: load.prompt,
             bytes_per_step,
-            limit_share: compared.tokens_per_second * bytes_per_step / f64::from(load.sequences),
+            limit_share: compared.tokens_per_second * bytes_per_step
+                / f64::from(load.sequences),
             compared,
         });
     }
