@@ -7,7 +7,7 @@
 //!    (recompute); that may be the one that asked.
 //! 2. **Prefill with what is left** of `max_batched_tokens`, the oldest first, in chunks. So a stream that decodes
 //!    has a token in every step, however many prompts wait, and the setting bounds how long a step takes: lower
-//!    means steadier streams and slower prompts (docs/bench/engine.md has both sides).
+//!    means steadier streams and slower prompts (`foregate bench engine --mixed` shows both).
 //! 3. **Admit** from the queue in order of age, while there is room in the batch and pages for *all*
 //!    tokens of the sequence plus one for each running one (so that an admission does not cause a
 //!    preemption at once). The head of the queue is never overtaken.

@@ -75,14 +75,14 @@ impl Queue {
     }
 
     /// Takes a call; gives it back when there is no room.
-    pub(super) fn push(&self, job: Job) -> Result<(), Job> {
+    pub(super) fn push(&self, job: Job) -> Option<Job> {
         let bytes = bytes_of(&job.call);
         let mut state = self.lock();
         let full = state.jobs.len() >= self.limits.calls
             || (!state.jobs.is_empty()
                 && state.bytes.saturating_add(bytes) > self.limits.bytes);
         if state.closed || full {
-            return Err(job);
+            return Some(job);
         }
         state.routes += job.call.routes.len();
         state.bytes += bytes;
@@ -97,7 +97,7 @@ impl Queue {
         if wake_thread {
             self.arrived.notify_one();
         }
-        Ok(())
+        None
     }
 
     /// An engine begins a step; it waits at `inbox`.

@@ -237,7 +237,7 @@ impl Inner {
             call,
             responder,
         };
-        if let Err(job) = self.queue.push(job) {
+        if let Some(job) = self.queue.push(job) {
             self.refuse(job.responder, RefuseReason::Busy);
         }
     }

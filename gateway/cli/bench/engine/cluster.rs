@@ -16,7 +16,7 @@ use serde::Serialize;
 use super::child::Remote;
 use super::median::median;
 use super::node::{Node, Seat, Turn};
-use super::rig::{Load, Rig, Running, drive};
+use super::rig::{Load, Rig, Running, drive, start_engine};
 use super::shares::Share;
 use super::steps::{Kept, Ledger};
 use crate::error::CliError;
@@ -197,7 +197,7 @@ pub(super) async fn compare(
 ) -> Result<Compared, CliError> {
     let ledger = Ledger::default();
     let experts = Kept::new(Alone(rig.experts.clone()), &ledger);
-    let engine = rig.start(&load, true, &rig.model, experts)?;
+    let engine = start_engine(&load, true, &rig.model, experts)?;
     cluster.prepare(load).await?;
     let (mut pairs, mut late_rows) = (Vec::new(), 0);
     for turn in 0..=turns {

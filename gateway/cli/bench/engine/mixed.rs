@@ -12,7 +12,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 
 use super::EngineArgs;
-use super::rig::{Load, Rig, Running};
+use super::rig::{Load, Rig, Running, start_engine};
 use crate::bench::report::Spread;
 use crate::error::{CliError, print};
 use crate::progress::Progress;
@@ -113,7 +113,7 @@ async fn measure(
         answer: most - most / 2,
         step_tokens,
     };
-    let engine = rig.start(&room, true, &rig.model, Alone(rig.experts.clone()))?;
+    let engine = start_engine(&room, true, &rig.model, Alone(rig.experts.clone()))?;
     let vocab = rig.spec().vocab;
     let mut watched = JoinSet::new();
     let stop = tokio_util::sync::CancellationToken::new();

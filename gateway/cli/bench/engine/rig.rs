@@ -168,24 +168,13 @@ impl Rig {
         let shape = kv_shape(&self.model, load);
         shape.page_bytes().unwrap_or(0) as u64 * shape.pages as u64
     }
-
-    /// A fresh engine.
-    pub(super) fn start(
-        &self,
-        load: &Load,
-        telemetry: bool,
-        model: &Model,
-        experts: impl StepExperts + 'static,
-    ) -> Result<Running, CliError> {
-        start_engine(load, telemetry, model, experts)
-    }
 }
 
 fn kv_shape(model: &Model, load: &Load) -> KvShape {
     model.kv_shape(load.pages(), PAGE_TOKENS)
 }
 
-/// An engine with room for a load's sequences.
+/// A fresh engine with room for a load's sequences.
 pub(super) fn start_engine(
     load: &Load,
     telemetry: bool,

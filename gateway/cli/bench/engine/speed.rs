@@ -10,7 +10,7 @@ use tokio::time::Instant;
 
 use super::audit::Audited;
 use super::median::median;
-use super::rig::{Load, Rig, drive};
+use super::rig::{Load, Rig, drive, start_engine};
 use super::steps::{Kept, Ledger, Step};
 use crate::error::CliError;
 use crate::progress::Task;
@@ -81,7 +81,7 @@ pub(super) async fn prefill(
     task: &Task,
 ) -> Result<Prefill, CliError> {
     let experts = Alone(rig.experts.clone());
-    let engine = rig.start(load, true, &rig.model, experts)?;
+    let engine = start_engine(load, true, &rig.model, experts)?;
     let mut best = Duration::MAX;
     for turn in until_enough(turns) {
         best = best.min(drive(&engine, load.requests(turn, rig.spec().vocab)).await?);
@@ -119,7 +119,7 @@ pub(super) async fn decode(
 ) -> Result<Speed, CliError> {
     let ledger = Ledger::default();
     let experts = Kept::new(Alone(rig.experts.clone()), &ledger);
-    let engine = rig.start(load, true, &rig.model, experts)?;
+    let engine = start_engine(load, true, &rig.model, experts)?;
     let mut best = 0.0_f64;
     let mut all = Vec::new();
     for turn in until_enough(turns) {
@@ -163,7 +163,7 @@ async fn audited(rig: &Rig, load: &Load) -> Result<Ledger, CliError> {
     let ops: Arc<dyn Ops> = Arc::new(Audited::new(rig.cpu.clone(), &ledger));
     let model = rig.model.with_ops(Arc::clone(&ops));
     let experts = Kept::new(Alone(rig.experts.with_ops(ops)), &ledger);
-    let engine = rig.start(load, true, &model, experts)?;
+    let engine = start_engine(load, true, &model, experts)?;
     drive(&engine, load.requests(0, rig.spec().vocab)).await?;
     engine.stop().await;
     Ok(ledger)

@@ -12,7 +12,7 @@ use serde::Serialize;
 use super::before::Before;
 use super::lockstep::Turnstile;
 use super::median::median;
-use super::rig::{Load, Rig, Running, drive};
+use super::rig::{Load, Rig, Running, drive, start_engine};
 use super::steps::{Kept, Ledger};
 use crate::error::CliError;
 use crate::progress::Task;
@@ -93,7 +93,7 @@ async fn in_turn(rig: &Rig, load: &Load, with: usize) -> Result<Vec<Pair>, CliEr
             wait: move || turnstile.pass(side),
         };
         let experts = Kept::new(experts, &ledgers[side]);
-        rig.start(load, side == with, &rig.model, experts)
+        start_engine(load, side == with, &rig.model, experts)
     };
     let engines = [engine(0)?, engine(1)?];
     let run = async |engine: &Running| {
