@@ -41,6 +41,9 @@ enum What {
     Model(model::ModelArgs),
     /// How well a model predicts a text, with its weights in any format.
     Perplexity(perplexity::PerplexityArgs),
+    /// A worker of `bench engine --workers`, which starts it.
+    #[command(hide = true)]
+    EngineWorker(engine::ChildArgs),
 }
 
 /// Runs a benchmark.
@@ -60,5 +63,6 @@ pub(crate) async fn run(
         What::Kernels(args) => kernels::run(&args, progress),
         What::Model(args) => model::run(&args, progress),
         What::Perplexity(args) => Box::pin(perplexity::run(args, progress)).await,
+        What::EngineWorker(args) => Box::pin(engine::run_worker(&args)).await,
     }
 }

@@ -234,9 +234,10 @@ impl Engine {
 
     fn run(&mut self) {
         let mut wake_at = None;
+        let mut plan = Plan::default();
         while self.take_commands(wake_at) {
             self.end_overdue();
-            let plan = self.scheduler.schedule(self.clock());
+            self.scheduler.schedule(self.clock(), &mut plan);
             self.note(&plan);
             wake_at = plan
                 .chunks

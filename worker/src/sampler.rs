@@ -24,6 +24,7 @@ pub mod transcendental;
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
 
+use foregate_kernels::argmax;
 use transcendental::exp;
 
 /// Temperatures below this mean greedy; dividing by less would leave the range of float32.
@@ -227,10 +228,15 @@ fn check(logits: &[f32]) -> Result<(), SamplerError> {
     if logits.is_empty() {
         return Err(SamplerError::Empty);
     }
-    match logits.iter().position(|logit| !logit.is_finite()) {
-        Some(at) => Err(SamplerError::NotFinite(at as u32)),
-        None => Ok(()),
+    // All of them in one pass without a branch; which one it is matters to an error only.
+    if logits
+        .iter()
+        .fold(true, |all, logit| all & logit.is_finite())
+    {
+        return Ok(());
     }
+    let at = logits.iter().position(|logit| !logit.is_finite());
+    Err(SamplerError::NotFinite(at.unwrap_or(0) as u32))
 }
 
 fn is_plain(turn: &Turn<'_>) -> bool {
@@ -280,16 +286,6 @@ fn penalise(row: &mut [f32], sampling: &Sampling, history: &History) {
 /// Most likely first, ties to the lower id.
 fn by_rank(row: &[f32], a: u32, b: u32) -> Ordering {
     row[b as usize].total_cmp(&row[a as usize]).then(a.cmp(&b))
-}
-
-fn argmax(row: &[f32]) -> u32 {
-    let mut best = 0;
-    for (id, logit) in row.iter().enumerate() {
-        if *logit > row[best] {
-            best = id;
-        }
-    }
-    best as u32
 }
 
 fn keep_top_k(candidates: &mut Vec<u32>, row: &[f32], k: usize) {

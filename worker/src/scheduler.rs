@@ -5,7 +5,9 @@
 //! 1. **Decode first.** Every decoding sequence gets its one row, the oldest first. If it needs a
 //!    page and none is left, the youngest running sequence loses its pages and waits again
 //!    (recompute); that may be the one that asked.
-//! 2. **Prefill with what is left** of `max_batched_tokens`, the oldest first, in chunks.
+//! 2. **Prefill with what is left** of `max_batched_tokens`, the oldest first, in chunks. So a stream that decodes
+//!    has a token in every step, however many prompts wait, and the setting bounds how long a step takes: lower
+//!    means steadier streams and slower prompts (`foregate bench engine --mixed` shows both).
 //! 3. **Admit** from the queue in order of age, while there is room in the batch and pages for *all*
 //!    tokens of the sequence plus one for each running one (so that an admission does not cause a
 //!    preemption at once). The head of the queue is never overtaken.
@@ -60,6 +62,15 @@ pub struct Plan {
     pub wake_at: Option<u64>,
 }
 
+impl Plan {
+    fn clear(&mut self) {
+        self.chunks.clear();
+        self.admitted.clear();
+        self.preempted.clear();
+        self.wake_at = None;
+    }
+}
+
 /// A request that could never run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error(
@@ -86,6 +97,8 @@ pub struct Scheduler {
     waiting: BTreeSet<SequenceId>,
     running: BTreeSet<SequenceId>,
     preemptions: u64,
+    /// Running sequences as a step found them.
+    found: Vec<SequenceId>,
 }
 
 struct Budget {
@@ -110,6 +123,7 @@ impl Scheduler {
             waiting: BTreeSet::new(),
             running: BTreeSet::new(),
             preemptions: 0,
+            found: Vec::new(),
         }
     }
 
@@ -183,21 +197,30 @@ impl Scheduler {
         Some(sequence)
     }
 
-    /// What the step at `now` (microseconds of the engine's clock) computes.
-    pub fn schedule(&mut self, now: u64) -> Plan {
-        let mut plan = Plan::default();
+    /// What the step at `now` (microseconds of the engine's clock) computes, in the memory of an older plan.
+    pub fn schedule(&mut self, now: u64, plan: &mut Plan) {
+        plan.clear();
         let mut budget = Budget {
             tokens: self.limits.max_batched_tokens,
             logits: self.limits.max_logit_rows,
         };
-        self.decode(now, &mut budget, &mut plan);
-        self.prefill(now, &mut budget, &mut plan);
-        self.admit(&mut budget, &mut plan);
-        plan
+        let mut found = std::mem::take(&mut self.found);
+        found.clear();
+        found.extend(&self.running);
+        self.decode(now, &found, &mut budget, plan);
+        self.prefill(now, &found, &mut budget, plan);
+        self.found = found;
+        self.admit(&mut budget, plan);
     }
 
-    fn decode(&mut self, now: u64, budget: &mut Budget, plan: &mut Plan) {
-        for id in self.running.iter().copied().collect::<Vec<_>>() {
+    fn decode(
+        &mut self,
+        now: u64,
+        running: &[SequenceId],
+        budget: &mut Budget,
+        plan: &mut Plan,
+    ) {
+        for id in running.iter().copied() {
             // An older sequence may have taken this one's pages.
             if !self.is_ready(id, State::Decoding, now, plan) || !self.grow(id, plan) {
                 continue;
@@ -206,8 +229,9 @@ impl Scheduler {
         }
     }
 
-    fn prefill(&mut self, now: u64, budget: &mut Budget, plan: &mut Plan) {
-        for id in self.running.iter().copied().collect::<Vec<_>>() {
+    /// A sequence that gave way meanwhile is not ready.
+    fn prefill(&self, now: u64, running: &[SequenceId], budget: &mut Budget, plan: &mut Plan) {
+        for id in running.iter().copied() {
             if self.is_ready(id, State::Prefilling, now, plan) {
                 self.add_chunk(id, budget, plan);
             }

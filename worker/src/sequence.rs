@@ -139,9 +139,12 @@ impl Sequence {
     /// A new sequence, waiting. `signature_len` is layers × experts.
     #[must_use]
     pub fn new(id: SequenceId, request: Request, signature_len: usize) -> Self {
+        // Room for the whole answer, so that no step of it has to ask for memory.
+        let mut tokens = Vec::with_capacity(request.most_positions() + 1);
+        tokens.extend_from_slice(&request.tokens);
         Self {
             id,
-            tokens: request.tokens.clone(),
+            tokens,
             history: if request.sampling.has_penalties() {
                 History::new(&request.tokens, request.prompt_len)
             } else {
@@ -226,6 +229,9 @@ impl Sequence {
         }
         self.pages = pages;
         self.names = names;
+        let most = self.request.most_positions().div_ceil(page_tokens.max(1));
+        self.pages.reserve(most.saturating_sub(self.pages.len()));
+        self.names.reserve(most.saturating_sub(self.names.len()));
         self.settle();
     }
 

@@ -6,14 +6,22 @@
 
 mod audit;
 mod before;
+mod child;
+mod cluster;
 mod figures;
+mod growth;
 mod hold;
 mod lockstep;
+mod median;
 mod memory;
+mod mixed;
+mod node;
 mod rig;
+mod shares;
 mod speed;
 mod steps;
 mod telemetry;
+mod versus;
 
 use std::path::{Path, PathBuf};
 
@@ -21,11 +29,15 @@ use foregate_api::cpu::CpuPath;
 use foregate_api::model::ModelSpec;
 use foregate_api::weights::WeightSettings;
 use foregate_checkpoint::Checkpoint;
+use serde::Serialize;
 
+pub(crate) use self::child::ChildArgs;
+pub(super) use self::child::run as run_worker;
+use self::cluster::FabricName;
 use self::figures::{Decode, Figures};
 pub(super) use self::memory::bandwidth;
 use self::rig::{Load, Rig};
-use self::speed::{Cost, Prefill};
+use self::speed::{Cost, Prefill, Speed};
 use self::telemetry::Telemetry;
 use super::serve::write_json;
 use crate::error::{CliError, print};
@@ -59,12 +71,13 @@ pub(crate) struct EngineArgs {
     /// Tokens to decode per sequence.
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(3..=LONGEST))]
     decode: u32,
-    /// Tokens of a sequence's prompt before it decodes.
-    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=LONGEST))]
-    context: u32,
+    /// Tokens of a sequence's prompt before it decodes. Every batch decodes at the first, the first batch also
+    /// at the others.
+    #[arg(long, value_delimiter = ',', default_value = "64", value_parser = clap::value_parser!(u32).range(1..=LONGEST))]
+    context: Vec<u32>,
     /// Tokens of a prompt where prefill is measured; default: 512, or as many as the model holds.
-    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=LONGEST))]
-    prefill: Option<u32>,
+    #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=LONGEST))]
+    prefill: Vec<u32>,
     /// Prompts that are read together.
     #[arg(long, value_delimiter = ',', default_value = "1,32", value_parser = clap::value_parser!(u32).range(1..=MOST))]
     prompts: Vec<u32>,
@@ -74,6 +87,27 @@ pub(crate) struct EngineArgs {
     /// Most turns per figure; the best speed counts, and all pairs of steps with and without telemetry.
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000))]
     turns: u32,
+    /// Measure gaps between tokens of so many streams while long prompts arrive, for each of `--mixed-step-tokens`.
+    #[arg(long, conflicts_with_all = ["workers", "svg"], value_parser = clap::value_parser!(u32).range(1..=MOST))]
+    mixed: Option<u32>,
+    /// Tokens of each arriving prompt.
+    #[arg(long, requires = "mixed", default_value_t = 2048, value_parser = clap::value_parser!(u32).range(1..=LONGEST))]
+    mixed_prompt: u32,
+    /// Most tokens in a step, as `spec.workers.maxNumBatchedTokens`.
+    #[arg(long, requires = "mixed", value_delimiter = ',', default_value = "64,128,256,512", value_parser = clap::value_parser!(u32).range(2..=65_536))]
+    mixed_step_tokens: Vec<u32>,
+    /// Compare a cluster of so many workers, which share the threads, with one process, in turn.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(2..=64))]
+    workers: Option<u32>,
+    /// How the cluster's rows travel: `local`, its workers are threads of this process; `tcp`, each is a process.
+    #[arg(long, value_enum, requires = "workers", default_value = "local")]
+    fabric: FabricName,
+    /// Draw decode against batch and context, and prefill against prompt length, with their limits.
+    #[arg(long, value_name = "FILE", conflicts_with = "workers")]
+    svg: Option<PathBuf>,
+    /// Leave out what telemetry costs, which takes longest.
+    #[arg(long)]
+    no_telemetry: bool,
     /// Give the figures as JSON: to this file, or to stdout in place of the text.
     #[arg(long, value_name = "FILE")]
     json: Option<Option<PathBuf>>,
@@ -83,21 +117,29 @@ impl EngineArgs {
     /// The loads to measure, unless the model cannot hold their sequences.
     fn loads(&self, spec: &ModelSpec) -> Result<Loads, CliError> {
         let most = spec.max_positions;
-        let prefill = self.prefill.unwrap_or_else(|| {
-            let longest = u32::try_from(most.saturating_sub(1)).unwrap_or(u32::MAX);
-            PREFILL.min(longest)
+        let longest = u32::try_from(most.saturating_sub(1)).unwrap_or(u32::MAX);
+        let lengths = match self.prefill.as_slice() {
+            [] => vec![PREFILL.min(longest)],
+            given => given.to_vec(),
+        };
+        let prefill = self.prompts.iter().flat_map(|prompts| {
+            lengths.iter().map(|prompt| Load {
+                sequences: *prompts,
+                prompt: *prompt,
+                answer: 1,
+                // Each sequence needs its row in a step.
+                step_tokens: self.step_tokens.max(*prompts),
+            })
         });
-        let prefill = self.prompts.iter().map(|prompts| Load {
-            sequences: *prompts,
-            prompt: prefill,
-            answer: 1,
-            // Each sequence needs its row in a step.
-            step_tokens: self.step_tokens.max(*prompts),
+        let first = self.context.iter().take(1);
+        let by_batch =
+            first.flat_map(|context| self.batch.iter().map(|batch| (*batch, *context)));
+        let others = self.context.iter().skip(1);
+        let by_context = others
+            .flat_map(|context| self.batch.iter().take(1).map(|batch| (*batch, *context)));
+        let decode = by_batch.chain(by_context).map(|(batch, context)| {
+            Load::decode(batch, context, self.decode, self.step_tokens)
         });
-        let decode = self
-            .batch
-            .iter()
-            .map(|batch| Load::decode(*batch, self.context, self.decode, self.step_tokens));
         let loads = Loads {
             prefill: prefill.collect(),
             decode: decode.collect(),
@@ -111,13 +153,32 @@ impl EngineArgs {
         if let Some(load) = loads.decode.iter().find(|load| load.length() > most) {
             return Err(CliError::Usage(format!(
                 "--context {} and --decode {} with --batch {}: a sequence grows to {} tokens, this model holds {most}; lower one of them",
-                self.context,
+                load.prompt,
                 self.decode,
                 load.sequences,
                 load.length()
             )));
         }
         Ok(loads)
+    }
+
+    /// Whether people read the figures.
+    const fn is_text(&self) -> bool {
+        !matches!(self.json, Some(None))
+    }
+
+    /// Writes the figures as JSON, if and where that is wanted.
+    fn give(&self, figures: &impl Serialize) -> Result<(), CliError> {
+        match &self.json {
+            None => Ok(()),
+            Some(Some(path)) => write_json(path, figures),
+            Some(None) => {
+                let text = serde_json::to_string_pretty(figures)
+                    .map_err(|error| CliError::runtime("--json", &error))?;
+                print(&text);
+                Ok(())
+            }
+        }
     }
 }
 
@@ -140,8 +201,14 @@ pub(super) async fn run(args: &EngineArgs, progress: &Progress) -> Result<(), Cl
         .map_err(|error| CliError::Usage(format!("--cpu-path: {error}")))?;
     let task = progress.steps("load", 1);
     let rig = Rig::load(&checkpoint, cpu)?;
-    drop(checkpoint);
     task.finish("done");
+    if let Some(workers) = args.workers {
+        return versus::run(args, &checkpoint, &rig, &loads, workers, progress).await;
+    }
+    drop(checkpoint);
+    if let Some(streams) = args.mixed {
+        return mixed::run(args, &rig, streams, progress).await;
+    }
     let bench = Bench {
         args,
         loads,
@@ -149,28 +216,25 @@ pub(super) async fn run(args: &EngineArgs, progress: &Progress) -> Result<(), Cl
         progress,
     };
     let mut figures = bench.figures().await?;
-    let text = !matches!(args.json, Some(None));
+    let text = args.is_text();
     // The rest takes longest: who stops it has the figures so far.
     if text {
         print(&figures.text());
     }
+    if let Some(path) = &args.svg {
+        growth::write(path, &figures)?;
+    }
     for (load, decode) in bench.loads.decode.iter().zip(&mut figures.decode) {
+        if args.no_telemetry {
+            break;
+        }
         let telemetry = bench.telemetry(load).await?;
         if text {
             print(&telemetry.line(load.sequences));
         }
         decode.telemetry = Some(telemetry);
     }
-    match &args.json {
-        None => Ok(()),
-        Some(Some(path)) => write_json(path, &figures),
-        Some(None) => {
-            let text = serde_json::to_string_pretty(&figures)
-                .map_err(|error| CliError::runtime("--json", &error))?;
-            print(&text);
-            Ok(())
-        }
-    }
+    args.give(&figures)
 }
 
 pub(super) fn open(dir: &Path, weights: WeightSettings) -> Result<Checkpoint, CliError> {
@@ -219,7 +283,7 @@ impl Bench<'_> {
             kv_bytes,
             peak_rss_ratio: peak.map(|peak| peak as f64 / need as f64),
             decode: decode.collect(),
-            prefill,
+            prefill: prefill.into_iter().map(|p| p.limited(bandwidth)).collect(),
         })
     }
 
@@ -235,9 +299,9 @@ impl Bench<'_> {
     }
 
     /// Tokens per second, and the cost of a step.
-    async fn speed(&self, load: &Load) -> Result<(f64, Cost), CliError> {
+    async fn speed(&self, load: &Load) -> Result<(Speed, Cost), CliError> {
         let turns = self.args.turns;
-        let name = format!("decode, batch {}", load.sequences);
+        let name = format!("decode, batch {}, context {}", load.sequences, load.prompt);
         let task = self.progress.steps(&name, u64::from(turns) + 1);
         let speed = speed::decode(&self.rig, load, turns, &task).await?;
         let cost = speed::cost(&self.rig, load).await?;

@@ -10,6 +10,7 @@ use foregate_checkpoint::{Checkpoint, ExpertHash, ExpertParts, dtype};
 use foregate_kernels::{Combine, ExpertFfn, ExpertGroup, Matrix, Ops, ShapeError};
 
 use crate::error::ModelError;
+use crate::reuse::emptied;
 
 /// An expert packed for matrix products.
 #[derive(Debug)]
@@ -113,6 +114,10 @@ pub struct ExpertRows<'a> {
     pub rows: &'a [u32],
 }
 
+/// Memory of grouped products, used again.
+#[derive(Debug, Default)]
+pub struct GroupMemory(Vec<ExpertGroup<'static>>);
+
 /// Sends rows of `input` (`any × hidden`) through their experts. The results stand one after the other
 /// in the order of `calls` and of the rows in each, so `out` has as many rows of `hidden` as the calls
 /// have together. A row's result does not depend on the other rows or calls.
@@ -126,21 +131,42 @@ pub fn run_expert_rows(
     calls: &[ExpertRows<'_>],
     out: &mut [f32],
 ) -> Result<(), ShapeError> {
+    let calls = calls.iter().map(|call| (&*call.expert, call.rows));
+    run_experts(
+        ops,
+        (input, hidden),
+        calls,
+        &mut GroupMemory::default(),
+        out,
+    )
+}
+
+/// As [`run_expert_rows`], for calls that come one after the other, in memory that is kept.
+///
+/// # Errors
+/// When a size or a row index does not fit.
+pub fn run_experts<'a>(
+    ops: &dyn Ops,
+    (input, hidden): (&'a [f32], usize),
+    calls: impl Iterator<Item = (&'a ExpertWeights, &'a [u32])>,
+    memory: &mut GroupMemory,
+    out: &mut [f32],
+) -> Result<(), ShapeError> {
+    let mut groups: Vec<ExpertGroup<'a>> = emptied(std::mem::take(&mut memory.0));
     let mut offset = 0;
-    let groups: Vec<ExpertGroup<'_>> = calls
-        .iter()
-        .map(|call| {
-            let group = call.expert.group(call.rows, offset);
-            offset += call.rows.len();
-            group
-        })
-        .collect();
-    ops.expert_ffn(ExpertFfn {
+    groups.extend(calls.map(|(expert, rows)| {
+        let group = expert.group(rows, offset);
+        offset += rows.len();
+        group
+    }));
+    let done = ops.expert_ffn(ExpertFfn {
         x: input,
         hidden,
         groups: &groups,
         out,
-    })
+    });
+    memory.0 = emptied(groups);
+    done
 }
 
 /// `out[row] = Σ weight · part` over a row's parts in ascending order of expert, each added with one

@@ -21,10 +21,14 @@ mod load;
 pub mod local;
 mod mixture;
 mod model;
+mod reuse;
 mod scratch;
 
 pub use batch::{StepBatch, StepOutput};
 pub use error::ModelError;
-pub use expert::{ExpertRows, ExpertWeights, combine, run_expert_rows};
+pub use expert::{
+    ExpertRows, ExpertWeights, GroupMemory, combine, run_expert_rows, run_experts,
+};
 pub use local::{ExpertGroups, LocalExperts};
 pub use model::Model;
+pub use reuse::emptied;

@@ -9,8 +9,9 @@ use foregate_checkpoint::Checkpoint;
 use foregate_kernels::{Cpu, Ops};
 
 use crate::error::ModelError;
-use crate::expert::{ExpertRows, ExpertWeights, combine, run_expert_rows};
+use crate::expert::{ExpertWeights, GroupMemory, combine, run_experts};
 use crate::experts::{ExpertBatch, Experts, ExpertsError, LateRows};
+use crate::reuse::emptied;
 
 /// A batch's (row, choice) pairs, sorted by expert.
 ///
@@ -24,6 +25,8 @@ pub struct ExpertGroups {
     pub rows: Vec<u32>,
     /// For each row and choice its place, or [`ExpertGroups::NOWHERE`] for a dead row.
     pub place: Vec<u32>,
+    /// While sorting, the next place of each expert.
+    next: Vec<usize>,
 }
 
 impl ExpertGroups {
@@ -37,7 +40,9 @@ impl ExpertGroups {
             let dead = batch.dead.get(row).copied().unwrap_or(false);
             !dead && (batch.experts[pair] as usize) < experts
         };
-        let mut next = vec![0_usize; experts + 1];
+        let next = &mut self.next;
+        next.clear();
+        next.resize(experts + 1, 0);
         for (pair, expert) in batch.experts.iter().enumerate() {
             if alive(pair) {
                 next[*expert as usize + 1] += 1;
@@ -85,8 +90,16 @@ const fn id(number: usize) -> u32 {
 pub struct LocalExperts {
     ops: Arc<dyn Ops>,
     layers: Vec<Vec<Arc<ExpertWeights>>>,
+    memory: Memory,
+}
+
+/// What a step keeps for the next.
+#[derive(Debug, Default)]
+struct Memory {
     groups: ExpertGroups,
+    calls: GroupMemory,
     results: Vec<f32>,
+    parts: Vec<&'static [f32]>,
 }
 
 impl Clone for LocalExperts {
@@ -94,8 +107,7 @@ impl Clone for LocalExperts {
         Self {
             ops: Arc::clone(&self.ops),
             layers: self.layers.clone(),
-            groups: ExpertGroups::default(),
-            results: Vec::new(),
+            memory: Memory::default(),
         }
     }
 }
@@ -123,8 +135,7 @@ impl LocalExperts {
         Ok(Self {
             ops: cpu,
             layers,
-            groups: ExpertGroups::default(),
-            results: Vec::new(),
+            memory: Memory::default(),
         })
     }
 
@@ -191,32 +202,30 @@ impl Experts for LocalExperts {
             .layers
             .get(batch.layer.index())
             .ok_or_else(|| failed("no such layer".to_owned()))?;
-        let groups = &mut self.groups;
+        let Memory {
+            groups,
+            calls,
+            results,
+            parts: kept,
+        } = &mut self.memory;
         groups.sort(batch, experts.len());
-        let calls: Vec<ExpertRows<'_>> = groups
-            .groups
-            .iter()
-            .map(|(expert, range)| ExpertRows {
-                expert: Arc::clone(&experts[expert.index()]),
-                rows: &groups.rows[range.clone()],
-            })
-            .collect();
+        let rows = groups.groups.iter().map(|(expert, range)| {
+            let weights = &*experts[expert.index()];
+            (weights, &groups.rows[range.clone()])
+        });
         let hidden = batch.hidden;
-        self.results.resize(groups.places() * hidden, 0.0);
+        results.resize(groups.places() * hidden, 0.0);
         let ops = self.ops.as_ref();
-        run_expert_rows(ops, batch.input, hidden, &calls, &mut self.results)
+        run_experts(ops, (batch.input, hidden), rows, calls, results)
             .map_err(|error| failed(error.to_string()))?;
-        let results = &self.results;
-        let parts: Vec<&[f32]> = groups
-            .place
-            .iter()
-            .map(|place| match *place {
-                ExpertGroups::NOWHERE => &[],
-                place => &results[place as usize * hidden..(place as usize + 1) * hidden],
-            })
-            .collect();
-        combine(ops, &parts, batch.weights, batch.top_k, hidden, out)
-            .map_err(|error| failed(error.to_string()))?;
+        let mut parts: Vec<&[f32]> = emptied(std::mem::take(kept));
+        parts.extend(groups.place.iter().map(|place| match *place {
+            ExpertGroups::NOWHERE => &[],
+            place => &results[place as usize * hidden..(place as usize + 1) * hidden],
+        }));
+        let done = combine(ops, &parts, batch.weights, batch.top_k, hidden, out);
+        *kept = emptied(parts);
+        done.map_err(|error| failed(error.to_string()))?;
         Ok(LateRows::new())
     }
 }

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use foregate_models::{ModelError, StepBatch, StepOutput};
+use foregate_models::{ModelError, StepBatch, StepOutput, emptied};
 
 use super::Engine;
 use super::handle::StreamError;
@@ -18,6 +18,8 @@ pub(super) struct Buffers {
     positions: Vec<u32>,
     sequence_of_row: Vec<u32>,
     logit_rows: Vec<u32>,
+    /// Empty between steps.
+    tables: Vec<&'static [u32]>,
     pub(super) output: StepOutput,
     /// Where each chunk's rows and logits are, in the order of the plan.
     pub(super) places: Vec<Place>,
@@ -84,11 +86,9 @@ impl Engine {
     fn forward(&mut self, plan: &Plan) -> Result<(), ModelError> {
         self.buffers.fill(plan, &self.scheduler);
         let buffers = &mut self.buffers;
-        let tables: Vec<&[u32]> = plan
-            .chunks
-            .iter()
-            .map(|chunk| self.scheduler.get(chunk.id).map_or(&[][..], |s| &s.pages))
-            .collect();
+        let pages = |id| self.scheduler.get(id).map_or(&[][..], |s| &s.pages);
+        let mut tables: Vec<&[u32]> = emptied(std::mem::take(&mut buffers.tables));
+        tables.extend(plan.chunks.iter().map(|chunk| pages(chunk.id)));
         let batch = StepBatch {
             tokens: &buffers.tokens,
             positions: &buffers.positions,
@@ -97,8 +97,11 @@ impl Engine {
             logit_rows: &buffers.logit_rows,
         };
         let output = &mut buffers.output;
-        self.model
-            .forward(&batch, &mut self.kv, &mut *self.experts, output)
+        let done = self
+            .model
+            .forward(&batch, &mut self.kv, &mut *self.experts, output);
+        buffers.tables = emptied(tables);
+        done
     }
 
     /// A step that failed as a whole: its chunks are scheduled again after a pause, up to a number of

@@ -1,18 +1,19 @@
 //! One layer's calls, from the first send to the last answer or the deadline.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use foregate_api::ids::{Epoch, Rank};
 use foregate_kernels::ShapeError;
 use foregate_models::experts::{ExpertBatch, LateRows};
-use foregate_models::{ExpertRows, run_expert_rows};
 use foregate_planner::split::SplitTable;
-use foregate_wire::frame::{Call, Reply, TraceContext};
+use foregate_wire::frame::{Call, Reply, Route, TraceContext};
 
 use super::ExchangeParts;
 use super::loads::PeerLoads;
 use super::plan::{Shipment, replan};
+use super::serve::Desk;
+use super::workbench::Own;
 use crate::fabric::{Completion, Outcome};
 use crate::metrics::Where;
 
@@ -21,12 +22,35 @@ pub(super) struct FlightParts<'a> {
     pub(super) exchange: &'a ExchangeParts,
     pub(super) loads: &'a mut PeerLoads,
     pub(super) next_call: &'a mut u64,
+    pub(super) company: &'a mut Company,
+    pub(super) desk: &'a mut Desk,
     pub(super) epoch: Epoch,
     pub(super) trace: Option<TraceContext>,
     pub(super) table: &'a SplitTable,
     pub(super) batch: &'a ExpertBatch<'a>,
     pub(super) most: usize,
 }
+
+/// Peers that step with this worker: in the layer before they called while it ran its own rows.
+///
+/// Their calls of this layer are about to come. Run together with own rows they cost little more than own rows
+/// alone, so it pays to wait for them for a part of the time that own rows take.
+#[derive(Debug, Default)]
+pub(super) struct Company {
+    ranks: Vec<Rank>,
+    /// How long the last own rows took.
+    product: Duration,
+}
+
+impl Company {
+    /// Longest wait for it.
+    fn patience(&self) -> Duration {
+        (self.product / 4).min(MOST_PATIENCE)
+    }
+}
+
+/// Longest wait for calls of company.
+const MOST_PATIENCE: Duration = Duration::from_millis(2);
 
 /// A call that was sent.
 #[derive(Debug)]
@@ -47,6 +71,8 @@ pub(super) struct Flight<'a> {
     results: Results,
     soft: Instant,
     hard: Instant,
+    /// Whether calls of company have been waited for.
+    waited: bool,
 }
 
 /// Rows that came back, by pair.
@@ -71,12 +97,14 @@ impl<'a> Flight<'a> {
         let now = Instant::now();
         let deadline = parts.exchange.deadline;
         let results = Results::new(parts.batch);
+        parts.desk.layer = Some(parts.batch.layer);
         Self {
             parts,
             outstanding: BTreeMap::new(),
             results,
             soft: now + deadline / 2,
             hard: now + deadline,
+            waited: false,
         }
     }
 
@@ -90,19 +118,69 @@ impl<'a> Flight<'a> {
         // Remote first: the peers work while the local rows are computed.
         waiting.sort_by_key(|(shipment, _)| shipment.rank == own);
         self.launch(waiting)?;
+        self.collect()?;
+        // Peers that are still in this layer wait for these.
+        self.serve_peers()?;
+        let desk = &mut *self.parts.desk;
+        std::mem::swap(&mut self.parts.company.ranks, &mut desk.company);
+        desk.company.clear();
+        Ok(())
+    }
+
+    /// Waits for answers, and runs calls of peers meanwhile: a peer waits for its answer as this worker does.
+    fn collect(&mut self) -> Result<(), ShapeError> {
+        let exchange = self.parts.exchange;
         while !self.outstanding.is_empty() && self.results.missing > 0 {
+            let seen = exchange.inbox.events();
+            self.serve_peers()?;
+            if let Some(completion) = exchange.inbox.take() {
+                self.land(completion)?;
+                continue;
+            }
             let until = if self.can_hedge() {
                 self.soft
             } else {
                 self.hard
             };
-            match self.parts.exchange.inbox.take_until(until) {
-                Some(completion) => self.land(completion)?,
-                None if until == self.soft => self.hedge()?,
-                None => break,
+            if !exchange.inbox.wait_past(seen, until) {
+                match until == self.soft {
+                    true => self.hedge()?,
+                    false => break,
+                }
             }
         }
         Ok(())
+    }
+
+    fn serve_peers(&mut self) -> Result<(), ShapeError> {
+        let exchange = self.parts.exchange;
+        let ops = exchange.ops.as_ref();
+        exchange.server.serve(ops, None, self.parts.desk).map(drop)
+    }
+
+    /// Waits a little for the calls of peers that step with this worker.
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "the engine thread waits on the wall clock"
+    )]
+    fn wait_for_company(&mut self) {
+        if std::mem::replace(&mut self.waited, true) || self.outstanding.is_empty() {
+            return;
+        }
+        let (exchange, company) = (self.parts.exchange, &*self.parts.company);
+        if company.ranks.is_empty() {
+            return;
+        }
+        let until = Instant::now() + company.patience();
+        loop {
+            let seen = exchange.inbox.events();
+            let here = exchange
+                .server
+                .has_calls(&company.ranks, self.parts.batch.layer);
+            if here || !exchange.inbox.wait_past(seen, until) {
+                return;
+            }
+        }
     }
 
     /// Rows with a pair that came from nobody, ascending; dead rows are not among them.
@@ -172,40 +250,35 @@ impl<'a> Flight<'a> {
         }
     }
 
-    /// Runs a shipment on this worker's experts; gives back what is not resident.
+    /// Runs a shipment on this worker's experts, together with calls of peers that are there; gives it back if
+    /// an expert is not resident.
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "the engine thread measures on the wall clock"
+    )]
     fn run_here(&mut self, shipment: Shipment) -> Result<Option<Shipment>, ShapeError> {
         let exchange = self.parts.exchange;
         let batch = self.parts.batch;
         let table = exchange.residency.snapshot();
-        let order = shipment.by_expert();
-        let rows: Vec<u32> = order
-            .iter()
-            .map(|(_, route)| {
-                let row = shipment.routes[*route as usize].row;
-                shipment.rows[row as usize]
-            })
-            .collect();
-        let mut calls = Vec::new();
-        let mut start = 0;
-        for group in order.chunk_by(|a, b| a.0 == b.0) {
-            let Some(expert) = table.get(batch.layer, group[0].0) else {
-                tracing::warn!(layer = %batch.layer, expert = %group[0].0, "expert_not_resident");
-                return Ok(Some(shipment));
-            };
-            calls.push(ExpertRows {
-                expert: std::sync::Arc::clone(expert),
-                rows: &rows[start..start + group.len()],
-            });
-            start += group.len();
+        let missing = |route: &&Route| table.get(batch.layer, route.expert).is_none();
+        if let Some(route) = shipment.routes.iter().find(missing) {
+            tracing::warn!(layer = %batch.layer, expert = %route.expert, "expert_not_resident");
+            return Ok(Some(shipment));
         }
-        let mut results = vec![0.0; rows.len() * batch.hidden];
-        let ops = exchange.ops.as_ref();
-        run_expert_rows(ops, batch.input, batch.hidden, &calls, &mut results)?;
-        exchange.server.ran_here(batch.layer, rows.len());
-        let pairs = order
-            .iter()
-            .map(|(_, route)| shipment.pairs[*route as usize]);
-        self.results.add(results, pairs);
+        self.wait_for_company();
+        let own = Own {
+            layer: batch.layer,
+            input: batch.input,
+            shipment: &shipment,
+        };
+        let (ops, desk) = (exchange.ops.as_ref(), &mut *self.parts.desk);
+        let begun = Instant::now();
+        let results = exchange.server.serve(ops, Some(own), desk)?;
+        self.parts.company.product = begun.elapsed();
+        exchange.server.ran_here(batch.layer, shipment.routes.len());
+        let rows = desk.place.iter().copied();
+        self.results
+            .add(results, shipment.pairs.iter().copied().zip(rows));
         Ok(None)
     }
 
@@ -219,7 +292,7 @@ impl<'a> Flight<'a> {
             Outcome::Reply(reply) if self.fits(&reply, &call.shipment) => {
                 self.parts.loads.report(completion.peer, reply.queued);
                 self.results
-                    .add(reply.rows, call.shipment.pairs.iter().copied());
+                    .add(reply.rows, call.shipment.pairs.iter().copied().zip(0..));
                 return Ok(());
             }
             Outcome::Reply(_) => {
@@ -297,10 +370,10 @@ impl Results {
         }
     }
 
-    /// Takes an answer with one row for each of `pairs`. A pair that has its row already keeps it.
-    fn add(&mut self, rows: Vec<f32>, pairs: impl Iterator<Item = u32>) {
+    /// Takes an answer with a row for each of `pairs`, given with it. A pair that has its row already keeps it.
+    fn add(&mut self, rows: Vec<f32>, pairs: impl Iterator<Item = (u32, u32)>) {
         let answer = count(self.rows.len());
-        for (pair, row) in pairs.zip(0_u32..) {
+        for (pair, row) in pairs {
             if let Some(place) = self.place.get_mut(pair as usize)
                 && *place == NOWHERE
             {
@@ -309,6 +382,12 @@ impl Results {
             }
         }
         self.rows.push(rows);
+    }
+
+    /// The largest of the answers' memory, to be used again.
+    pub(super) fn into_largest(self) -> Vec<f32> {
+        let rows = self.rows.into_iter();
+        rows.max_by_key(Vec::capacity).unwrap_or_default()
     }
 
     fn is_missing(&self, pair: u32) -> bool {

@@ -3,7 +3,8 @@
 //!
 //! ```text
 //!  run(batch) ── plan.rs ──► shipments ──┬── remote: Fabric::send ──► peers' serve.rs
-//!                                        └── local: run while the remote ones are on their way
+//!                                        └── local: run while the remote ones are on their way,
+//!                                                   together with what peers call for (`queue.rs`)
 //!  answers, in any order ──► results ──► combine, in ascending order of expert ──► out
 //! ```
 //!
@@ -39,8 +40,10 @@ pub mod endpoint;
 mod flight;
 mod loads;
 pub mod plan;
+mod queue;
 pub mod serve;
 pub(crate) mod trace;
+mod workbench;
 
 pub use endpoint::{Endpoint, EndpointParts, Way};
 
@@ -84,6 +87,8 @@ pub struct Exchange {
     loads: loads::PeerLoads,
     step: Step,
     next_call: u64,
+    company: flight::Company,
+    desk: serve::Desk,
 }
 
 /// What holds for the running step.
@@ -112,6 +117,8 @@ impl Exchange {
             loads: loads::PeerLoads::default(),
             step: Step::default(),
             next_call: 1,
+            company: flight::Company::default(),
+            desk: serve::Desk::default(),
         }
     }
 
@@ -148,6 +155,8 @@ impl Exchange {
             exchange: &self.parts,
             loads: &mut self.loads,
             next_call: &mut self.next_call,
+            company: &mut self.company,
+            desk: &mut self.desk,
             epoch: routing.epoch(),
             trace: span.as_ref().and_then(trace::context_of),
             table,
@@ -168,6 +177,7 @@ impl Exchange {
             out,
         )
         .map_err(|error| failed(error.to_string()))?;
+        self.desk.bench.give_back(parts.into_largest());
         self.parts.metrics.late(late.len());
         Ok(late)
     }
@@ -225,6 +235,7 @@ impl Experts for Exchange {
 
 impl StepExperts for Exchange {
     fn begin_step(&mut self, trace: Option<TraceContext>) -> Epoch {
+        self.parts.server.begin_step(&self.parts.inbox);
         let begun = self.parts.gate.begin();
         let epoch = begun
             .routing
@@ -244,6 +255,7 @@ impl StepExperts for Exchange {
     fn end_step(&mut self) {
         self.step = Step::default();
         self.parts.gate.end();
+        self.parts.server.end_step();
     }
 }
 

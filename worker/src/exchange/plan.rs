@@ -44,19 +44,6 @@ impl Shipment {
         });
         self.pairs.push(pair);
     }
-
-    /// The routes in order of expert, as `(expert, index of route)`.
-    #[must_use]
-    pub fn by_expert(&self) -> Vec<(ExpertId, u32)> {
-        let mut order: Vec<(ExpertId, u32)> = self
-            .routes
-            .iter()
-            .zip(0_u32..)
-            .map(|(route, at)| (route.expert, at))
-            .collect();
-        order.sort_unstable();
-        order
-    }
 }
 
 /// Shipments under construction, at most `most` routes in each.

@@ -1,31 +1,32 @@
 //! The callee: runs resident experts for whoever asks.
 //!
-//! Calls wait in one bounded queue. The compute thread takes everything that is pending, brings the rows of
-//! one (layer, expert) together across calls, runs them in one grouped product and answers each call in the
-//! order of its routes. Bringing rows together does not change their bits.
+//! Calls wait in one bounded queue (`queue.rs`). Whoever runs them, this worker's engine between its own rows or
+//! the compute thread here, takes everything that is pending, brings the rows of one (layer, expert) together
+//! across calls, runs them in one grouped product (`workbench.rs`) and answers each call in the order of its
+//! routes. Bringing rows together does not change their bits.
 //!
 //! When the queue is full a call is refused as busy, at once: its caller may have another copy.
 
-use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use foregate_api::ids::{ExpertId, LayerId, Rank};
+use foregate_api::ids::{LayerId, Rank};
 use foregate_api::model::ModelSpec;
-use foregate_kernels::Ops;
-use foregate_models::{ExpertRows, ExpertWeights, run_expert_rows};
-use foregate_wire::frame::{Call, RefuseReason};
+use foregate_kernels::{Ops, ShapeError};
+use foregate_wire::frame::{Call, RefuseReason, Route};
 use tokio_util::sync::CancellationToken;
 
+use super::queue::{Job, Queue};
 use super::trace;
-use crate::fabric::{CallHandler, Responder};
+use super::workbench::{Own, Workbench};
+use crate::fabric::{CallHandler, Inbox, Responder};
 use crate::load::LoadCounters;
 use crate::metrics::{Where, WorkerMetrics};
-use crate::residency::{EpochGate, Residency};
+use crate::residency::{EpochGate, Residency, Resident};
 
 /// What the callee works with.
 pub struct ServerParts {
@@ -79,27 +80,10 @@ pub struct Server {
 
 struct Inner {
     parts: ServerParts,
-    queue: Mutex<Queue>,
-    arrived: Condvar,
+    queue: Queue,
     calls: AtomicU64,
     /// Cancelled when the compute thread has ended, however it ended.
     ended: CancellationToken,
-}
-
-#[derive(Debug, Default)]
-struct Queue {
-    jobs: VecDeque<Job>,
-    routes: usize,
-    bytes: usize,
-    closed: bool,
-}
-
-#[derive(Debug)]
-struct Job {
-    from: Rank,
-    call: Call,
-    deadline: Instant,
-    responder: Responder,
 }
 
 impl fmt::Debug for Server {
@@ -115,9 +99,8 @@ impl Server {
     /// When the system has no thread left.
     pub fn start(parts: ServerParts) -> io::Result<Arc<Self>> {
         let inner = Arc::new(Inner {
+            queue: Queue::new(parts.limits),
             parts,
-            queue: Mutex::default(),
-            arrived: Condvar::new(),
             calls: AtomicU64::new(0),
             ended: CancellationToken::new(),
         });
@@ -137,13 +120,43 @@ impl Server {
     /// Routes that wait to be run.
     #[must_use]
     pub fn queued(&self) -> usize {
-        self.inner.lock().routes
+        self.inner.queue.routes()
     }
 
     /// Counts rows that this worker's experts ran for its own sequences, beside those run for peers.
     pub(super) fn ran_here(&self, layer: LayerId, rows: usize) {
         self.inner.parts.metrics.rows(Where::Local, rows);
         self.inner.parts.load.count_served(layer, rows as u64);
+    }
+
+    /// This worker's engine begins a step: calls are left to it for a while. It waits at `inbox`.
+    pub(super) fn begin_step(&self, inbox: &Arc<Inbox>) {
+        self.inner.queue.begin_step(inbox);
+    }
+
+    /// The engine's step is over.
+    pub(super) fn end_step(&self) {
+        self.inner.queue.end_step();
+    }
+
+    /// Whether each of these ranks has a call of this layer waiting here.
+    pub(super) fn has_calls(&self, ranks: &[Rank], layer: LayerId) -> bool {
+        self.inner.queue.has_calls(ranks, layer)
+    }
+
+    /// Runs what waits on the calling thread, `own` rows together with calls of their layer. Callers of the
+    /// desk's layer are added to its company. Gives the results of own rows: as many as own routes, at `place`.
+    ///
+    /// # Errors
+    /// When own rows do not fit the experts.
+    pub(super) fn serve(
+        &self,
+        ops: &dyn Ops,
+        own: Option<Own<'_>>,
+        desk: &mut Desk,
+    ) -> Result<Vec<f32>, ShapeError> {
+        self.inner.queue.take(&mut desk.jobs);
+        self.inner.serve(ops, own, desk)
     }
 
     /// Calls that peers made since start, refused ones included.
@@ -165,13 +178,7 @@ impl Server {
 
     /// Refuses what waits and ends the thread.
     pub fn close(&self) {
-        let jobs = {
-            let mut queue = self.inner.lock();
-            queue.closed = true;
-            std::mem::take(&mut queue.jobs)
-        };
-        self.inner.arrived.notify_all();
-        drop(jobs);
+        self.inner.queue.close();
         if let Some(thread) = lock(&self.thread).take()
             && thread.join().is_err()
         {
@@ -222,26 +229,17 @@ impl Inner {
         reason = "deadlines of calls run on the wall clock, without a tokio runtime"
     )]
     fn push(&self, from: Rank, call: Call, responder: Responder) {
-        let bytes = bytes_of(&call);
-        let limits = self.parts.limits;
-        let mut queue = self.lock();
-        let full = queue.jobs.len() >= limits.calls
-            || (!queue.jobs.is_empty() && queue.bytes.saturating_add(bytes) > limits.bytes);
-        if queue.closed || full {
-            drop(queue);
-            return self.refuse(responder, RefuseReason::Busy);
-        }
-        queue.routes += call.routes.len();
-        queue.bytes += bytes;
-        let deadline = Instant::now() + Duration::from_micros(u64::from(call.deadline_us));
-        queue.jobs.push_back(Job {
+        let arrived = Instant::now();
+        let job = Job {
             from,
+            arrived,
+            deadline: arrived + Duration::from_micros(u64::from(call.deadline_us)),
             call,
-            deadline,
             responder,
-        });
-        drop(queue);
-        self.arrived.notify_one();
+        };
+        if let Some(job) = self.queue.push(job) {
+            self.refuse(job.responder, RefuseReason::Busy);
+        }
     }
 
     fn refuse(&self, responder: Responder, reason: RefuseReason) {
@@ -250,200 +248,128 @@ impl Inner {
     }
 
     fn run(&self) {
-        let mut scratch = Scratch::default();
-        while let Some(jobs) = self.take() {
-            for (layer, jobs) in by_layer(self.in_time(jobs)) {
-                self.run_layer(layer, jobs, &mut scratch);
+        let mut desk = Desk::default();
+        while self.queue.take_due(&mut desk.jobs) {
+            if let Err(error) = self.serve(self.parts.ops.as_ref(), None, &mut desk) {
+                tracing::error!(%error, "experts_run_failed");
             }
         }
     }
 
-    /// Everything that is pending; waits for the first. `None` after `close`.
-    fn take(&self) -> Option<VecDeque<Job>> {
-        let mut queue = self.lock();
+    /// Runs the desk's calls layer by layer, that of the own rows first, and answers them.
+    fn serve(
+        &self,
+        ops: &dyn Ops,
+        mut own: Option<Own<'_>>,
+        desk: &mut Desk,
+    ) -> Result<Vec<f32>, ShapeError> {
+        let table = self.parts.residency.snapshot();
+        self.refuse_some(&table, &mut desk.jobs);
+        let first = own.map(|own| own.layer);
+        desk.jobs.sort_unstable_by_key(|job| {
+            let layer = job.call.layer;
+            (first != Some(layer), layer, job.from, job.call.call)
+        });
+        let mut results = Vec::new();
         loop {
-            if queue.closed {
-                return None;
+            let layer = match (own, desk.jobs.first()) {
+                (Some(own), _) => own.layer,
+                (None, Some(job)) => job.call.layer,
+                (None, None) => return Ok(results),
+            };
+            let with = desk.jobs.iter();
+            let with = with.take_while(|job| job.call.layer == layer).count();
+            let mine = own.take();
+            let ran = self.run_layer(ops, (layer, &table), with, mine, desk);
+            if let Err(error) = ran {
+                for job in desk.jobs.drain(..) {
+                    self.refuse(job.responder, RefuseReason::BadRequest);
+                }
+                return Err(error);
             }
-            if !queue.jobs.is_empty() {
-                queue.routes = 0;
-                queue.bytes = 0;
-                return Some(std::mem::take(&mut queue.jobs));
+            if let Some(own) = mine {
+                let routes = own.shipment.routes.len();
+                results = desk.bench.take_results(routes, &mut desk.place);
             }
-            queue = self
-                .arrived
-                .wait(queue)
-                .unwrap_or_else(PoisonError::into_inner);
         }
     }
 
+    /// Refuses calls that nobody waits for any more, or whose experts are not all here.
     #[expect(
         clippy::disallowed_methods,
         reason = "deadlines of calls run on the wall clock, without a tokio runtime"
     )]
-    fn in_time(&self, jobs: VecDeque<Job>) -> Vec<Job> {
-        let now = Instant::now();
-        let (kept, late): (Vec<Job>, Vec<Job>) =
-            jobs.into_iter().partition(|job| job.deadline > now);
-        for job in late {
-            self.refuse(job.responder, RefuseReason::Deadline);
-        }
-        kept
-    }
-
-    fn run_layer(&self, layer: LayerId, jobs: Vec<Job>, scratch: &mut Scratch) {
-        let (jobs, weights) = self.resident(layer, jobs);
+    fn refuse_some(&self, table: &Resident, jobs: &mut Vec<Job>) {
         if jobs.is_empty() {
             return;
         }
+        let now = Instant::now();
+        let wrong = |job: &Job| {
+            let layer = job.call.layer;
+            let here = |route: &Route| table.get(layer, route.expert).is_some();
+            if job.deadline <= now {
+                Some(RefuseReason::Deadline)
+            } else if job.call.routes.iter().all(here) {
+                None
+            } else {
+                Some(RefuseReason::NotResident)
+            }
+        };
+        let mut at = 0;
+        while let Some(job) = jobs.get(at) {
+            match wrong(job) {
+                Some(reason) => self.refuse(jobs.swap_remove(at).responder, reason),
+                None => at += 1,
+            }
+        }
+    }
+
+    /// Runs the first `with` calls of the desk, which are of this layer, and answers them.
+    fn run_layer(
+        &self,
+        ops: &dyn Ops,
+        of: (LayerId, &Resident),
+        with: usize,
+        own: Option<Own<'_>>,
+        desk: &mut Desk,
+    ) -> Result<(), ShapeError> {
+        let jobs = &desk.jobs[..with];
         let spans: Vec<tracing::Span> = jobs.iter().filter_map(span_of).collect();
         let hidden = self.parts.spec.hidden;
-        let result = scratch.compute(self.parts.ops.as_ref(), hidden, &jobs, &weights);
+        let result = desk.bench.run(ops, hidden, of, jobs, own);
         drop(spans);
-        match result {
-            Ok(()) => self.answer(layer, jobs, scratch),
-            Err(error) => {
-                tracing::error!(%layer, %error, "experts_run_failed");
-                for job in jobs {
-                    self.refuse(job.responder, RefuseReason::BadRequest);
-                }
-            }
+        if desk.layer == Some(of.0) {
+            desk.company.extend(jobs.iter().map(|job| job.from));
         }
-    }
-
-    /// The calls whose experts are all here, and those experts.
-    fn resident(
-        &self,
-        layer: LayerId,
-        jobs: Vec<Job>,
-    ) -> (Vec<Job>, BTreeMap<ExpertId, Arc<ExpertWeights>>) {
-        let table = self.parts.residency.snapshot();
-        let mut weights = BTreeMap::new();
-        let mut kept = Vec::with_capacity(jobs.len());
-        for job in jobs {
-            let mut complete = true;
-            for route in &job.call.routes {
-                if weights.contains_key(&route.expert) {
-                    continue;
-                }
-                match table.get(layer, route.expert) {
-                    Some(found) => drop(weights.insert(route.expert, Arc::clone(found))),
-                    None => complete = false,
-                }
+        let mut first = own.map_or(0, |own| own.shipment.routes.len());
+        let queued = u32::try_from(self.queue.routes()).unwrap_or(u32::MAX);
+        for job in desk.jobs.drain(..with) {
+            if result.is_err() {
+                self.refuse(job.responder, RefuseReason::BadRequest);
+                continue;
             }
-            if complete {
-                kept.push(job);
-            } else {
-                self.refuse(job.responder, RefuseReason::NotResident);
-            }
-        }
-        (kept, weights)
-    }
-
-    fn answer(&self, layer: LayerId, jobs: Vec<Job>, scratch: &Scratch) {
-        let hidden = self.parts.spec.hidden;
-        let queued = u32::try_from(self.lock().routes).unwrap_or(u32::MAX);
-        let mut first = 0;
-        for job in jobs {
             let routes = job.call.routes.len();
-            let rows = scratch.rows_of(first..first + routes, hidden);
+            let rows = desk.bench.rows_of(first..first + routes, hidden);
             first += routes;
             self.parts.metrics.rows(Where::Served, routes);
-            self.parts.load.count_served(layer, routes as u64);
+            self.parts.load.count_served(of.0, routes as u64);
             job.responder.reply(rows, queued);
         }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Queue> {
-        lock(&self.queue)
+        result
     }
 }
 
-/// Buffers of the compute thread.
+/// What a thread that runs experts keeps from one time to the next.
 #[derive(Debug, Default)]
-struct Scratch {
-    /// Rows of all calls, one call after the other; unused for a single call.
-    input: Vec<f32>,
-    /// `(expert, row of the input, number of the route over all calls)`, by expert.
-    order: Vec<(ExpertId, u32, u32)>,
-    rows: Vec<u32>,
-    results: Vec<f32>,
-    /// For each route over all calls, the row of `results` that is its.
-    place: Vec<u32>,
-}
-
-impl Scratch {
-    fn compute(
-        &mut self,
-        ops: &dyn Ops,
-        hidden: usize,
-        jobs: &[Job],
-        weights: &BTreeMap<ExpertId, Arc<ExpertWeights>>,
-    ) -> Result<(), foregate_kernels::ShapeError> {
-        self.gather(hidden, jobs);
-        let input = match jobs {
-            [one] => &one.call.rows,
-            _ => &self.input,
-        };
-        self.rows.clear();
-        self.rows.extend(self.order.iter().map(|(_, row, _)| *row));
-        let mut calls = Vec::with_capacity(weights.len());
-        let mut start = 0;
-        for group in self.order.chunk_by(|a, b| a.0 == b.0) {
-            let rows = &self.rows[start..start + group.len()];
-            start += group.len();
-            if let Some(expert) = weights.get(&group[0].0) {
-                calls.push(ExpertRows {
-                    expert: Arc::clone(expert),
-                    rows,
-                });
-            }
-        }
-        self.results.resize(self.order.len() * hidden, 0.0);
-        run_expert_rows(ops, input, hidden, &calls, &mut self.results)
-    }
-
-    /// Brings the rows of all calls together and sorts their routes by expert.
-    fn gather(&mut self, hidden: usize, jobs: &[Job]) {
-        self.input.clear();
-        self.order.clear();
-        let (mut first_row, mut route) = (0_u32, 0_u32);
-        for job in jobs {
-            for wanted in &job.call.routes {
-                self.order
-                    .push((wanted.expert, first_row + wanted.row, route));
-                route += 1;
-            }
-            if jobs.len() > 1 {
-                self.input.extend_from_slice(&job.call.rows);
-                first_row += count(job.call.rows.len() / hidden.max(1));
-            }
-        }
-        self.order.sort_unstable();
-        self.place.clear();
-        self.place.resize(self.order.len(), 0);
-        for ((_, _, route), place) in self.order.iter().zip(0_u32..) {
-            self.place[*route as usize] = place;
-        }
-    }
-
-    /// The results of some routes, in their order.
-    fn rows_of(&self, routes: std::ops::Range<usize>, hidden: usize) -> Vec<f32> {
-        let mut rows = Vec::with_capacity(routes.len() * hidden);
-        for place in &self.place[routes] {
-            let at = *place as usize * hidden;
-            rows.extend_from_slice(&self.results[at..at + hidden]);
-        }
-        rows
-    }
-}
-
-fn by_layer(jobs: Vec<Job>) -> BTreeMap<LayerId, Vec<Job>> {
-    let mut layers: BTreeMap<LayerId, Vec<Job>> = BTreeMap::new();
-    for job in jobs {
-        layers.entry(job.call.layer).or_default().push(job);
-    }
-    layers
+pub(super) struct Desk {
+    jobs: Vec<Job>,
+    pub(super) bench: Workbench,
+    /// For each own route its row in the results.
+    pub(super) place: Vec<u32>,
+    /// The layer that an engine is in; `None` for the callee's thread.
+    pub(super) layer: Option<LayerId>,
+    /// Who called in this layer.
+    pub(super) company: Vec<Rank>,
 }
 
 /// The span of one call, if its caller's trace is recorded. It lasts as long as the batch it is part of.
@@ -458,17 +384,6 @@ fn span_of(job: &Job) -> Option<tracing::Span> {
     );
     trace::adopt(&span, &parent);
     Some(span)
-}
-
-/// Memory that a call and its answer take.
-fn bytes_of(call: &Call) -> usize {
-    let answer = call.routes.len() * call.hidden as usize * size_of::<f32>();
-    size_of_val(call.rows.as_slice()) + answer
-}
-
-/// Rows of a queue fit 32 bits: [`ServerLimits::bytes`] bounds them.
-const fn count(number: usize) -> u32 {
-    number as u32
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -20,4 +20,4 @@ pub mod serve;
 pub mod table;
 
 pub use gate::{EpochGate, Routing};
-pub use table::Residency;
+pub use table::{Residency, Resident};

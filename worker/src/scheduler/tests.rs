@@ -39,6 +39,12 @@ fn play(s: &mut Scheduler, plan: &Plan) -> Vec<(SequenceId, Finish)> {
     ended
 }
 
+fn plan_of(s: &mut Scheduler, now: u64) -> Plan {
+    let mut plan = Plan::default();
+    s.schedule(now, &mut plan);
+    plan
+}
+
 fn spans(plan: &Plan) -> Vec<(u64, usize, usize)> {
     plan.chunks
         .iter()
@@ -50,13 +56,13 @@ fn spans(plan: &Plan) -> Vec<(u64, usize, usize)> {
 fn decode_goes_first_and_prefill_takes_the_rest() {
     let mut s = scheduler(4, 6, 32);
     submit(&mut s, 1, request(vec![1, 2], 9));
-    let plan = s.schedule(0);
+    let plan = plan_of(&mut s, 0);
     play(&mut s, &plan);
     submit(&mut s, 2, request((0..20).collect(), 9));
-    let plan = s.schedule(0);
+    let plan = plan_of(&mut s, 0);
     assert_eq!(spans(&plan), [(1, 2, 1), (2, 0, 5)]);
     play(&mut s, &plan);
-    assert_eq!(spans(&s.schedule(0)), [(1, 3, 1), (2, 5, 5)]);
+    assert_eq!(spans(&plan_of(&mut s, 0)), [(1, 3, 1), (2, 5, 5)]);
 }
 
 #[test]
@@ -67,7 +73,7 @@ fn the_youngest_gives_way_and_keeps_its_place_in_the_queue() {
     submit(&mut s, 3, request(vec![3; 4], 12));
     let mut order = Vec::new();
     for _ in 0..100 {
-        let plan = s.schedule(0);
+        let plan = plan_of(&mut s, 0);
         assert!(!plan.preempted.contains(&SequenceId(1)));
         order.extend(play(&mut s, &plan).into_iter().map(|(id, _)| id.0));
         if s.is_empty() {
@@ -95,16 +101,16 @@ fn a_set_back_pauses_longer_each_time() {
     let mut now = 0;
     let mut pauses = Vec::new();
     for _ in 0..9 {
-        let plan = s.schedule(now);
+        let plan = plan_of(&mut s, now);
         assert_eq!(spans(&plan), [(1, 0, 4)]);
         s.set_back(SequenceId(1), now);
-        let plan = s.schedule(now);
+        let plan = plan_of(&mut s, now);
         assert!(plan.chunks.is_empty());
         pauses.push((plan.wake_at.unwrap() - now) / 1000);
         now = plan.wake_at.unwrap();
     }
     assert_eq!(pauses, [2, 4, 8, 16, 32, 64, 128, 256, 256]);
-    let plan = s.schedule(now);
+    let plan = plan_of(&mut s, now);
     play(&mut s, &plan);
     assert_eq!(s.get(SequenceId(1)).unwrap().setbacks, 0);
 }
@@ -117,7 +123,7 @@ fn prompt_logprobs_bound_the_chunk_and_cover_every_position_once() {
     submit(&mut s, 1, asked);
     let mut seen = Vec::new();
     for _ in 0..20 {
-        let plan = s.schedule(0);
+        let plan = plan_of(&mut s, 0);
         for chunk in &plan.chunks {
             assert!(chunk.prompt_logits.len() <= 3);
             seen.extend(chunk.prompt_logits.clone());
@@ -136,16 +142,16 @@ fn prompt_logprobs_bound_the_chunk_and_cover_every_position_once() {
 fn a_shared_prefix_is_computed_once() {
     let mut s = scheduler(4, 64, 32);
     submit(&mut s, 1, request((0..12).collect(), 4));
-    let plan = s.schedule(0);
+    let plan = plan_of(&mut s, 0);
     play(&mut s, &plan);
     submit(&mut s, 2, request((0..13).collect(), 4));
-    let plan = s.schedule(0);
+    let plan = plan_of(&mut s, 0);
     assert_eq!(spans(&plan), [(1, 12, 1), (2, 12, 1)]);
     assert_eq!((s.pool().stats().queries, s.pool().stats().hits), (25, 12));
     let mut whole = request((0..13).collect(), 4);
     whole.routed_experts = true;
     submit(&mut s, 3, whole);
-    assert_eq!(s.schedule(0).chunks.last().unwrap().start, 0);
+    assert_eq!(plan_of(&mut s, 0).chunks.last().unwrap().start, 0);
 }
 
 /// A page that a chunk writes belongs to that sequence alone, and no page is in two places of a table.
@@ -204,7 +210,7 @@ proptest! {
                 }
             }
             let oldest = s.sequences().next().map(|q| q.id);
-            let mut plan = s.schedule(now);
+            let mut plan = plan_of(&mut s, now);
             check_pages(&s, &plan);
             prop_assert!(s.running() <= seqs.min(tokens));
             prop_assert!(plan.chunks.iter().map(|c| c.len).sum::<usize>() <= tokens);

@@ -14,7 +14,7 @@ use foregate_api::node::{FabricKind, WorkerConfig};
 use foregate_api::weights::WeightSettings;
 use foregate_checkpoint::Checkpoint;
 use foregate_checkpoint::tiny::Tiny;
-use foregate_kernels::{Cpu, KvCache};
+use foregate_kernels::{Cpu, KvCache, Ops};
 use foregate_models::experts::{ExpertBatch, Experts, ExpertsError, LateRows};
 use foregate_models::{LocalExperts, Model};
 use foregate_wire::frame::TraceContext;
@@ -81,6 +81,11 @@ impl Rig {
 
     pub fn spec(&self) -> &ModelSpec {
         self.checkpoint.spec()
+    }
+
+    /// Lets the model compute with other ops that give the same results.
+    pub fn compute_with(&mut self, ops: &Arc<dyn Ops>) {
+        self.model = self.model.with_ops(Arc::clone(ops));
     }
 
     pub fn local(&self) -> LocalExperts {

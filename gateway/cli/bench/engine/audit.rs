@@ -24,6 +24,22 @@ enum Purpose {
     Rest,
 }
 
+/// What an op reads and multiplies.
+#[derive(Debug, Clone, Copy)]
+struct Spent {
+    bytes: usize,
+    multiply_adds: usize,
+}
+
+impl From<usize> for Spent {
+    fn from(bytes: usize) -> Self {
+        Self {
+            bytes,
+            multiply_adds: 0,
+        }
+    }
+}
+
 /// Another implementation's ops, each written down in a ledger: bytes of weights, and of keys and values,
 /// that it has to read from memory, and its time. Activations count as nothing, they stay in the cache.
 pub(super) struct Audited {
@@ -45,7 +61,7 @@ impl Audited {
     fn timed(
         &self,
         purpose: Purpose,
-        bytes: usize,
+        work: impl Into<Spent>,
         op: impl FnOnce(&dyn Ops) -> Result<(), ShapeError>,
     ) -> Result<(), ShapeError> {
         let since = Instant::now();
@@ -58,8 +74,10 @@ impl Audited {
         if let Purpose::Next = purpose {
             *undecided += time;
         }
+        let spent = work.into();
         self.ledger.note(|step| {
-            step.bytes += bytes as u64;
+            step.bytes += spent.bytes as u64;
+            step.multiply_adds += spent.multiply_adds as u64;
             spend(step, purpose, time, &mut undecided);
         });
         Ok(())
@@ -92,17 +110,27 @@ fn context_bytes(op: &Attention<'_>) -> usize {
     tokens.iter().sum::<usize>() * 2 * shape.kv_heads * shape.head_dim * shape.dtype.bytes()
 }
 
-/// Weights of the experts that have a row.
-fn expert_bytes(op: &ExpertFfn<'_>) -> usize {
+/// Weights of the experts that have a row, and the products of all rows.
+fn expert_work(op: &ExpertFfn<'_>) -> Spent {
     let used = op.groups.iter().filter(|group| !group.rows.is_empty());
-    used.map(|group| group.gate.bytes() + group.up.bytes() + group.down.bytes())
-        .sum()
+    let mut spent = Spent::from(0);
+    for group in used {
+        for part in [group.gate, group.up, group.down] {
+            spent.bytes += part.bytes();
+            spent.multiply_adds += group.rows.len() * part.n() * part.k();
+        }
+    }
+    spent
 }
 
 impl Ops for Audited {
     fn matmul(&self, op: MatMul<'_>) -> Result<(), ShapeError> {
         let bias = op.bias.map_or(0, size_of_val);
-        self.timed(Purpose::Next, op.w.bytes() + bias, |ops| ops.matmul(op))
+        let spent = Spent {
+            bytes: op.w.bytes() + bias,
+            multiply_adds: op.rows * op.w.n() * op.w.k(),
+        };
+        self.timed(Purpose::Next, spent, |ops| ops.matmul(op))
     }
 
     fn embed(&self, op: Embed<'_>) -> Result<(), ShapeError> {
@@ -136,9 +164,7 @@ impl Ops for Audited {
     }
 
     fn expert_ffn(&self, op: ExpertFfn<'_>) -> Result<(), ShapeError> {
-        self.timed(Purpose::Experts, expert_bytes(&op), |ops| {
-            ops.expert_ffn(op)
-        })
+        self.timed(Purpose::Experts, expert_work(&op), |ops| ops.expert_ffn(op))
     }
 
     /// Its time is that of the exchange, which is measured around all of it.

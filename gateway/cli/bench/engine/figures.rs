@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use super::rig::Load;
-use super::speed::{Cost, Prefill, Times};
+use super::speed::{Cost, Prefill, Speed, Times};
 use super::telemetry::Telemetry;
 
 /// One run.
@@ -40,22 +40,27 @@ pub(super) struct Decode {
     pub(super) limit_tokens_per_second: f64,
     pub(super) limit_share: f64,
     pub(super) step_time_ms: Times,
+    /// What a step spends after the forward pass, median, and its share of the median step.
+    pub(super) outside_ms: f64,
+    pub(super) outside_share: f64,
     /// Absent until it is measured, which takes longest.
     pub(super) telemetry: Option<Telemetry>,
 }
 
 impl Decode {
     /// `bandwidth` in bytes per second.
-    pub(super) fn new(load: &Load, tokens_per_second: f64, cost: Cost, bandwidth: f64) -> Self {
+    pub(super) fn new(load: &Load, speed: Speed, cost: Cost, bandwidth: f64) -> Self {
         let limit = bandwidth / cost.bytes * f64::from(load.sequences);
         Self {
             batch: load.sequences,
             context: load.prompt,
-            tokens_per_second,
+            tokens_per_second: speed.tokens_per_second,
             bytes_per_step: cost.bytes,
             limit_tokens_per_second: limit,
-            limit_share: tokens_per_second / limit,
+            limit_share: speed.tokens_per_second / limit,
             step_time_ms: cost.times,
+            outside_ms: speed.outside_ms,
+            outside_share: speed.outside_share,
             telemetry: None,
         }
     }
@@ -71,15 +76,18 @@ impl Decode {
         } = self.step_time_ms;
         [
             format!(
-                "decode, batch {}: {:.1} tokens/s; a step reads {:.1} MB, so that is {:.2} of the limit {:.1}",
+                "decode, batch {}, context {}: {:.1} tokens/s; a step reads {:.1} MB, so that is {:.2} of the limit {:.1}",
                 self.batch,
+                self.context,
                 self.tokens_per_second,
                 self.bytes_per_step / 1e6,
                 self.limit_share,
                 self.limit_tokens_per_second,
             ),
             format!(
-                "  step {step:.2} ms: gate {gate:.2}, exchange {exchange:.2}, experts {experts:.2}, attention {attention:.2}, rest {rest:.2}"
+                "  step {step:.2} ms: gate {gate:.2}, exchange {exchange:.2}, experts {experts:.2}, attention {attention:.2}, rest {rest:.2}; after the forward pass {:.3} ms, {:.2} % of a step",
+                self.outside_ms,
+                self.outside_share * 100.0
             ),
         ]
     }

@@ -18,6 +18,7 @@ use foregate_worker::engine::{self, EngineHandle, EngineParts, StepExperts};
 use foregate_worker::load::LoadCounters;
 use foregate_worker::sampler::Sampling;
 use foregate_worker::sequence::Request;
+use serde::{Deserialize, Serialize};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
@@ -30,7 +31,7 @@ use crate::error::CliError;
 const PAGE_TOKENS: usize = 16;
 
 /// Sequences that begin together.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub(super) struct Load {
     /// How many.
     pub(super) sequences: u32,
@@ -96,8 +97,15 @@ impl Load {
         }
     }
 
+    /// All requests of a turn; each turn has prompts of its own, so that none is in the prefix cache.
+    pub(super) fn requests(&self, turn: u32, vocab: usize) -> Vec<Request> {
+        (0..self.sequences)
+            .map(|number| self.request(turn, number, vocab))
+            .collect()
+    }
+
     /// Random tokens, others for each number and turn, the same in each run.
-    fn request(&self, turn: u32, number: u32, vocab: usize) -> Request {
+    pub(super) fn request(&self, turn: u32, number: u32, vocab: usize) -> Request {
         let seed = u64::from(turn) * u64::from(self.sequences) + u64::from(number);
         let mut draw = Draw::new(seed);
         let mut token = || u32::try_from(draw.below(vocab)).unwrap_or(0);
@@ -156,53 +164,52 @@ impl Rig {
         self.model.spec()
     }
 
-    fn kv_shape(&self, load: &Load) -> KvShape {
-        self.model.kv_shape(load.pages(), PAGE_TOKENS)
-    }
-
     /// Bytes of keys and values that a load has room for.
     pub(super) fn kv_bytes(&self, load: &Load) -> u64 {
-        let shape = self.kv_shape(load);
+        let shape = kv_shape(&self.model, load);
         shape.page_bytes().unwrap_or(0) as u64 * shape.pages as u64
     }
+}
 
-    /// A fresh engine.
-    pub(super) fn start(
-        &self,
-        load: &Load,
-        telemetry: bool,
-        model: &Model,
-        experts: impl StepExperts + 'static,
-    ) -> Result<Running, CliError> {
-        let hold = Hold::default();
-        let held = hold.clone();
-        let experts = Before {
-            inner: experts,
-            wait: move || held.wait(),
-        };
-        let kv = KvCache::new(self.kv_shape(load))
-            .map_err(|error| CliError::runtime("KV cache", &error))?;
-        let spec = self.spec();
-        // Counters without layers count nothing: that is the engine without telemetry.
-        let counters = match telemetry {
-            true => LoadCounters::new(spec.moe_layers(), spec.experts),
-            false => LoadCounters::new(0, 0),
-        };
-        let engine = engine::start(EngineParts {
-            model: model.clone(),
-            kv,
-            experts: Box::new(experts),
-            config: load.config(),
-            load: Arc::new(counters),
-        })
-        .map_err(|error| CliError::runtime("engine", &error))?;
-        Ok(Running { engine, hold })
-    }
+fn kv_shape(model: &Model, load: &Load) -> KvShape {
+    model.kv_shape(load.pages(), PAGE_TOKENS)
+}
+
+/// A fresh engine with room for a load's sequences.
+pub(super) fn start_engine(
+    load: &Load,
+    telemetry: bool,
+    model: &Model,
+    experts: impl StepExperts + 'static,
+) -> Result<Running, CliError> {
+    let hold = Hold::default();
+    let held = hold.clone();
+    let experts = Before {
+        inner: experts,
+        wait: move || held.wait(),
+    };
+    let kv = KvCache::new(kv_shape(model, load))
+        .map_err(|error| CliError::runtime("KV cache", &error))?;
+    let spec = model.spec();
+    // Counters without layers count nothing: that is the engine without telemetry.
+    let counters = match telemetry {
+        true => LoadCounters::new(spec.moe_layers(), spec.experts),
+        false => LoadCounters::new(0, 0),
+    };
+    let engine = engine::start(EngineParts {
+        model: model.clone(),
+        kv,
+        experts: Box::new(experts),
+        config: load.config(),
+        load: Arc::new(counters),
+    })
+    .map_err(|error| CliError::runtime("engine", &error))?;
+    Ok(Running { engine, hold })
 }
 
 /// An engine that can be held back.
 pub(super) struct Running {
-    engine: EngineHandle,
+    pub(super) engine: EngineHandle,
     hold: Hold,
 }
 
@@ -211,19 +218,19 @@ impl Running {
     pub(super) async fn stop(self) {
         self.engine.stop().await;
     }
+
+    /// Rows that came late since it started.
+    pub(super) fn late_rows(&self) -> u64 {
+        self.engine.load().late_rows
+    }
 }
 
-/// Runs a load to its end; each turn of an engine has prompts of its own, so that none is in the prefix
-/// cache. Gives the time until every sequence had its first token.
+/// Runs requests to their end, all of them from the same step on. Gives the time until every sequence had
+/// its first token.
 pub(super) async fn drive(
     running: &Running,
-    load: &Load,
-    vocab: usize,
-    turn: u32,
+    requests: Vec<Request>,
 ) -> Result<Duration, CliError> {
-    let requests: Vec<Request> = (0..load.sequences)
-        .map(|number| load.request(turn, number, vocab))
-        .collect();
     let since = Instant::now();
     running.hold.set(true);
     let streams: Result<Vec<_>, _> = requests

@@ -9,7 +9,8 @@ use serde::Serialize;
 use tokio::time::Instant;
 
 use super::audit::Audited;
-use super::rig::{Load, Rig, drive};
+use super::median::median;
+use super::rig::{Load, Rig, drive, start_engine};
 use super::steps::{Kept, Ledger, Step};
 use crate::error::CliError;
 use crate::progress::Task;
@@ -26,6 +27,24 @@ pub(super) struct Prefill {
     pub(super) tokens: u32,
     /// Of all prompts together, until the last of them has its first token.
     pub(super) tokens_per_second: f64,
+    /// Bytes of weights, keys and values that reading one prompt token costs, mean over all steps.
+    pub(super) bytes_per_token: f64,
+    /// Products of weights and activations per prompt token; attention's own are not counted.
+    pub(super) multiply_adds_per_token: f64,
+    /// Tokens per second if a step did nothing but read its bytes; known once the bandwidth is.
+    pub(super) limit_tokens_per_second: Option<f64>,
+    /// Tokens per second if a step did nothing but multiply; absent where the matrix rate is not measured.
+    pub(super) matrix_limit_tokens_per_second: Option<f64>,
+}
+
+impl Prefill {
+    /// With the limit that a bandwidth in bytes per second sets.
+    pub(super) fn limited(self, bandwidth: f64) -> Self {
+        Self {
+            limit_tokens_per_second: Some(bandwidth / self.bytes_per_token),
+            ..self
+        }
+    }
 }
 
 /// A decode step of a full batch.
@@ -62,40 +81,69 @@ pub(super) async fn prefill(
     task: &Task,
 ) -> Result<Prefill, CliError> {
     let experts = Alone(rig.experts.clone());
-    let engine = rig.start(load, true, &rig.model, experts)?;
+    let engine = start_engine(load, true, &rig.model, experts)?;
     let mut best = Duration::MAX;
     for turn in until_enough(turns) {
-        best = best.min(drive(&engine, load, rig.spec().vocab, turn).await?);
+        best = best.min(drive(&engine, load.requests(turn, rig.spec().vocab)).await?);
         task.add(1);
     }
     engine.stop().await;
     let tokens = f64::from(load.sequences) * f64::from(load.prompt);
+    let work = audited(rig, load).await?.work();
     Ok(Prefill {
         prompts: load.sequences,
         tokens: load.prompt,
         tokens_per_second: tokens / best.as_secs_f64(),
+        bytes_per_token: work.bytes as f64 / tokens,
+        multiply_adds_per_token: work.multiply_adds as f64 / tokens,
+        limit_tokens_per_second: None,
+        matrix_limit_tokens_per_second: None,
     })
 }
 
-/// Tokens per second of decode steps, best of up to `turns` runs; the task is told each.
+/// Speed of decode steps.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Speed {
+    pub(super) tokens_per_second: f64,
+    /// What a step spends after the forward pass: median of all steps, and its share of the median step.
+    pub(super) outside_ms: f64,
+    pub(super) outside_share: f64,
+}
+
+/// Best of up to `turns` runs; the task is told each.
 pub(super) async fn decode(
     rig: &Rig,
     load: &Load,
     turns: u32,
     task: &Task,
-) -> Result<f64, CliError> {
+) -> Result<Speed, CliError> {
     let ledger = Ledger::default();
     let experts = Kept::new(Alone(rig.experts.clone()), &ledger);
-    let engine = rig.start(load, true, &rig.model, experts)?;
+    let engine = start_engine(load, true, &rig.model, experts)?;
     let mut best = 0.0_f64;
+    let mut all = Vec::new();
     for turn in until_enough(turns) {
-        drive(&engine, load, rig.spec().vocab, turn).await?;
-        let (time, steps) = total(&steps(&ledger, load)?);
-        best = best.max(f64::from(load.sequences) * steps / time.as_secs_f64());
+        drive(&engine, load.requests(turn, rig.spec().vocab)).await?;
+        let steps = steps(&ledger, load)?;
+        let (time, count) = total(&steps);
+        best = best.max(f64::from(load.sequences) * count / time.as_secs_f64());
+        all.extend(steps);
         task.add(1);
     }
     engine.stop().await;
-    Ok(best)
+    let middle = |part: fn(&Step) -> Option<Duration>| {
+        let times = all
+            .iter()
+            .filter_map(part)
+            .map(|time| time.as_secs_f64() * 1000.0);
+        median(times.collect()).0
+    };
+    let outside_ms = middle(|step| step.outside);
+    Ok(Speed {
+        tokens_per_second: best,
+        outside_ms,
+        outside_share: outside_ms / middle(|step| step.time),
+    })
 }
 
 /// Numbers of turns: at least one, then until there are `most` of them or time is up.
@@ -106,14 +154,19 @@ fn until_enough(most: u32) -> impl Iterator<Item = u32> {
 
 /// One run of decode steps, audited.
 pub(super) async fn cost(rig: &Rig, load: &Load) -> Result<Cost, CliError> {
+    Ok(Cost::of(&steps(&audited(rig, load).await?, load)?))
+}
+
+/// One run in which every op is written down.
+async fn audited(rig: &Rig, load: &Load) -> Result<Ledger, CliError> {
     let ledger = Ledger::default();
     let ops: Arc<dyn Ops> = Arc::new(Audited::new(rig.cpu.clone(), &ledger));
     let model = rig.model.with_ops(Arc::clone(&ops));
     let experts = Kept::new(Alone(rig.experts.with_ops(ops)), &ledger);
-    let engine = rig.start(load, true, &model, experts)?;
-    drive(&engine, load, rig.spec().vocab, 0).await?;
+    let engine = start_engine(load, true, &model, experts)?;
+    drive(&engine, load.requests(0, rig.spec().vocab)).await?;
     engine.stop().await;
-    Ok(Cost::of(&steps(&ledger, load)?))
+    Ok(ledger)
 }
 
 /// Decode steps of the full batch, at least one of them with a time.
@@ -169,7 +222,9 @@ mod tests {
         let step = |time: Option<u64>, bytes| Step {
             rows: 2,
             time: time.map(ms),
+            outside: None,
             bytes,
+            multiply_adds: 0,
             parts: Parts {
                 gate: ms(1),
                 exchange: ms(2),

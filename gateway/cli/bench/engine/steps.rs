@@ -17,8 +17,12 @@ pub(super) struct Step {
     pub(super) rows: usize,
     /// From its begin until the engine wants to begin the next; the last step has none.
     pub(super) time: Option<Duration>,
+    /// Of its time what came after the forward pass: results taken, tokens chosen and sent, the next step planned.
+    pub(super) outside: Option<Duration>,
     /// Bytes of weights, keys and values that its ops had to read from memory; zero without an audit.
     pub(super) bytes: u64,
+    /// Products of weights and activations; zero without an audit.
+    pub(super) multiply_adds: u64,
     /// Where the time went; zero without an audit.
     pub(super) parts: Parts,
 }
@@ -37,6 +41,15 @@ pub(super) struct Parts {
     pub(super) attention: Duration,
 }
 
+/// What steps do, whatever time it takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Work {
+    /// Bytes that have to be read from memory.
+    pub(super) bytes: u64,
+    /// Products of weights and activations.
+    pub(super) multiply_adds: u64,
+}
+
 /// The steps of one engine.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Ledger(Arc<Mutex<Vec<Step>>>);
@@ -50,6 +63,15 @@ impl Ledger {
     pub(super) fn note(&self, change: impl FnOnce(&mut Step)) {
         if let Some(step) = self.lock().last_mut() {
             change(step);
+        }
+    }
+
+    /// What all steps read and multiplied.
+    pub(super) fn work(&self) -> Work {
+        let steps = self.lock();
+        Work {
+            bytes: steps.iter().map(|step| step.bytes).sum(),
+            multiply_adds: steps.iter().map(|step| step.multiply_adds).sum(),
         }
     }
 
@@ -77,6 +99,7 @@ pub(super) struct Kept<E> {
     inner: E,
     ledger: Ledger,
     begun: Option<Instant>,
+    ended: Option<Instant>,
 }
 
 impl<E> Kept<E> {
@@ -85,6 +108,7 @@ impl<E> Kept<E> {
             inner,
             ledger: ledger.clone(),
             begun: None,
+            ended: None,
         }
     }
 }
@@ -112,7 +136,11 @@ impl<E: StepExperts> StepExperts for Kept<E> {
     /// What `inner` does before its step is no part of a step's time: it may wait there for its turn.
     fn begin_step(&mut self, trace: Option<TraceContext>) -> Epoch {
         let time = self.begun.take().map(|begun| begun.elapsed());
-        self.ledger.note(|step| step.time = time);
+        let outside = self.ended.take().map(|ended| ended.elapsed());
+        self.ledger.note(|step| {
+            step.time = time;
+            step.outside = outside;
+        });
         let epoch = self.inner.begin_step(trace);
         self.ledger.lock().push(Step::default());
         self.begun = Some(Instant::now());
@@ -121,6 +149,7 @@ impl<E: StepExperts> StepExperts for Kept<E> {
 
     fn end_step(&mut self) {
         self.inner.end_step();
+        self.ended = Some(Instant::now());
     }
 }
 

@@ -11,7 +11,8 @@ use serde::Serialize;
 
 use super::before::Before;
 use super::lockstep::Turnstile;
-use super::rig::{Load, Rig, Running, drive};
+use super::median::median;
+use super::rig::{Load, Rig, Running, drive, start_engine};
 use super::steps::{Kept, Ledger};
 use crate::error::CliError;
 use crate::progress::Task;
@@ -92,11 +93,11 @@ async fn in_turn(rig: &Rig, load: &Load, with: usize) -> Result<Vec<Pair>, CliEr
             wait: move || turnstile.pass(side),
         };
         let experts = Kept::new(experts, &ledgers[side]);
-        rig.start(load, side == with, &rig.model, experts)
+        start_engine(load, side == with, &rig.model, experts)
     };
     let engines = [engine(0)?, engine(1)?];
     let run = async |engine: &Running| {
-        let done = drive(engine, load, rig.spec().vocab, 0).await;
+        let done = drive(engine, load.requests(0, rig.spec().vocab)).await;
         turnstile.open();
         done
     };
@@ -119,19 +120,6 @@ async fn in_turn(rig: &Rig, load: &Load, with: usize) -> Result<Vec<Pair>, CliEr
         .collect())
 }
 
-/// Median, and the order statistics between which the true one lies with 95 of 100 chances: how many of n
-/// figures are below it is binomial with p = 1/2, here by its normal approximation.
-fn median(mut figures: Vec<f64>) -> (f64, (f64, f64)) {
-    figures.sort_by(f64::total_cmp);
-    let n = figures.len();
-    let Some(last) = n.checked_sub(1) else {
-        return (f64::NAN, (f64::NAN, f64::NAN));
-    };
-    let out = ((n as f64 - 1.96 * (n as f64).sqrt()) / 2.0).max(0.0) as usize;
-    let middle = f64::midpoint(figures[last / 2], figures[n / 2]);
-    (middle, (figures[out], figures[last - out]))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -149,15 +137,5 @@ mod tests {
             telemetry.line(8),
             "expert telemetry, batch 8: costs 1.50 % (between -0.50 and 2.00), 12 pairs of steps"
         );
-    }
-
-    #[test]
-    fn the_median_lies_in_its_interval() {
-        let figures = (1..=100).rev().map(f64::from).collect();
-        // Ranks 41 and 60 of 100.
-        assert_eq!(median(figures), (50.5, (41.0, 60.0)));
-        assert_eq!(median(vec![3.0]), (3.0, (3.0, 3.0)));
-        assert_eq!(median(vec![4.0, 1.0]), (2.5, (1.0, 4.0)));
-        assert!(median(Vec::new()).0.is_nan());
     }
 }

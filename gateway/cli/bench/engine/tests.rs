@@ -37,7 +37,15 @@ async fn wrong_arguments_are_named() {
         (FIXTURE, "--decode 2", "--decode"),
         (FIXTURE, "--threads 0", "--threads"),
         (FIXTURE, "--turns 0", "--turns"),
-        (FIXTURE, "--workers 2", "--workers"),
+        (FIXTURE, "--workers 1", "--workers"),
+        (FIXTURE, "--fabric tcp", "--workers"),
+        (FIXTURE, "--fabric nccl --workers 2", "--fabric"),
+        (FIXTURE, "--svg some.svg --workers 2", "--svg"),
+        (
+            FIXTURE,
+            "--workers 3 --threads 4",
+            "--threads 4 with --workers 3",
+        ),
         (
             FIXTURE,
             "--prefill 512",

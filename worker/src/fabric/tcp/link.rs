@@ -3,19 +3,22 @@
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread;
 use std::time::Duration;
 
 use foregate_wire::frame::{self, Frame, FrameError};
 
-/// Frames up to this many bytes are written by the thread that has them; a socket's buffer takes several.
-/// Larger ones go through the connection's own thread, so that the engine computes its local rows meanwhile.
-const DIRECT: usize = 64 << 10;
+/// Frames up to this many bytes are written by the thread that has them: copying one into the socket's buffer
+/// takes about as long as waking another thread. Larger ones go through the connection's own thread, so that
+/// the engine computes its local rows meanwhile.
+const DIRECT: usize = 512 << 10;
 /// Frames waiting for the connection's thread.
 const QUEUE: usize = 16;
-/// Buffers larger than this are given back after use.
-const KEEP: usize = 1 << 20;
+/// Buffers larger than this are given back after use. The rows of a step of 512 tokens fit.
+const KEEP: usize = 16 << 20;
+/// A frame's length alone costs at most so much memory.
+const TRUST: usize = 1 << 20;
 
 /// Why a frame was not written.
 #[derive(Debug, thiserror::Error)]
@@ -54,6 +57,8 @@ struct Socket {
     /// For shutting down without the lock.
     control: TcpStream,
     writing: Mutex<Writing>,
+    /// Memory of the last frame that the connection's thread wrote.
+    spare: Mutex<Vec<u8>>,
 }
 
 #[derive(Debug)]
@@ -73,6 +78,7 @@ impl Writer {
                 stream: writing,
                 scratch: Vec::new(),
             }),
+            spare: Mutex::default(),
         });
         let (queue, waiting) = sync_channel(QUEUE);
         let for_thread = Arc::clone(&socket);
@@ -92,7 +98,8 @@ impl Writer {
                 Err(TryLockError::WouldBlock) => {}
             }
         }
-        let mut bytes = Vec::new();
+        let mut bytes = std::mem::take(&mut *self.socket.spare());
+        bytes.clear();
         frame::encode(frame, &mut bytes)?;
         self.queue.try_send(bytes).map_err(|error| match error {
             TrySendError::Full(_) => WriteError::Full,
@@ -120,7 +127,15 @@ impl Socket {
                 shut(&self.control);
                 return;
             }
+            drop(writing);
+            if bytes.capacity() <= KEEP {
+                *self.spare() = bytes;
+            }
         }
+    }
+
+    fn spare(&self) -> MutexGuard<'_, Vec<u8>> {
+        self.spare.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -158,7 +173,7 @@ pub(super) fn read_frame(
     }
     // Grows with what arrives, so a length alone costs no memory.
     let payload = need - frame::HEADER;
-    buffer.reserve(payload.min(KEEP));
+    buffer.reserve(payload.min(TRUST));
     let read = stream.take(payload as u64).read_to_end(buffer)?;
     if read < payload {
         return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());

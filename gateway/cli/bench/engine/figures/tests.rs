@@ -17,7 +17,12 @@ fn decode() -> Decode {
             rest: 1.0,
         },
     };
-    Decode::new(&Load::decode(8, 64, 16, 512), 1200.0, cost, 20e9)
+    let speed = Speed {
+        tokens_per_second: 1200.0,
+        outside_ms: 0.03,
+        outside_share: 0.005,
+    };
+    Decode::new(&Load::decode(8, 64, 16, 512), speed, cost, 20e9)
 }
 
 fn figures() -> Figures {
@@ -36,6 +41,10 @@ fn figures() -> Figures {
             prompts: 32,
             tokens: 512,
             tokens_per_second: 4000.0,
+            bytes_per_token: 4e6,
+            multiply_adds_per_token: 2e8,
+            limit_tokens_per_second: Some(5000.0),
+            matrix_limit_tokens_per_second: None,
         }],
     }
 }
@@ -93,8 +102,8 @@ fn people_read_the_same_figures() {
         "2 threads, avx2 path, 20.0 GB/s; loaded in 1.50 s",
         "memory: at most 230.0 MB, 1.15 times the weights' 150.0 MB and the keys' and values' 50.0 MB",
         "prefill, 32 × 512 tokens: 4000.0 tokens/s",
-        "decode, batch 8: 1200.0 tokens/s; a step reads 100.0 MB, so that is 0.75 of the limit 1600.0",
-        "step 6.00 ms: gate 0.50, exchange 0.25, experts 3.00, attention 1.25, rest 1.00",
+        "decode, batch 8, context 64: 1200.0 tokens/s; a step reads 100.0 MB, so that is 0.75 of the limit 1600.0",
+        "step 6.00 ms: gate 0.50, exchange 0.25, experts 3.00, attention 1.25, rest 1.00; after the forward pass 0.030 ms, 0.50 % of a step",
     ] {
         assert!(text.contains(part), "{part:?} in\n{text}");
     }

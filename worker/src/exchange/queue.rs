@@ -1,0 +1,212 @@
+//! Calls of peers that wait to be run, and who runs them: the engine between its own rows, or the callee's thread.
+//!
+//! An engine in a step comes to its experts again and again. A call that waits for it there is run together with
+//! the engine's own rows of the same layer: weights are read once for both, and no second thread competes for the
+//! engine's cores. So while an engine steps, the callee's thread leaves a call alone for [`GRACE`]; a call that has
+//! waited longer, because the engine is deep in something else, is run by the thread after all.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use foregate_api::ids::{LayerId, Rank};
+use foregate_wire::frame::Call;
+
+use super::serve::ServerLimits;
+use crate::fabric::{Inbox, Responder};
+
+/// How long a call is left to a stepping engine, and how long an engine counts as stepping after a step.
+const GRACE: Duration = Duration::from_millis(2);
+/// How often the callee's thread looks for calls left too long, while nothing was there when it looked last.
+const LOOK: Duration = Duration::from_millis(4);
+
+/// One call.
+#[derive(Debug)]
+pub(super) struct Job {
+    pub(super) from: Rank,
+    pub(super) call: Call,
+    pub(super) arrived: Instant,
+    /// When its caller stops waiting.
+    pub(super) deadline: Instant,
+    pub(super) responder: Responder,
+}
+
+/// The waiting calls.
+#[derive(Debug)]
+pub(super) struct Queue {
+    limits: ServerLimits,
+    state: Mutex<State>,
+    arrived: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    jobs: Vec<Job>,
+    routes: usize,
+    bytes: usize,
+    closed: bool,
+    engine: Engine,
+    /// The callee's thread looks by itself; it need not be woken.
+    looking: bool,
+}
+
+/// What the queue knows about this worker's engine.
+#[derive(Debug, Default)]
+struct Engine {
+    /// Where it waits; `None` before its first step.
+    inbox: Option<Arc<Inbox>>,
+    in_step: bool,
+    last_step: Option<Instant>,
+}
+
+impl Engine {
+    fn steps(&self, now: Instant) -> bool {
+        let recent = |end: Instant| now.saturating_duration_since(end) < GRACE;
+        self.in_step || self.last_step.is_some_and(recent)
+    }
+}
+
+impl Queue {
+    pub(super) fn new(limits: ServerLimits) -> Self {
+        Self {
+            limits,
+            state: Mutex::default(),
+            arrived: Condvar::new(),
+        }
+    }
+
+    /// Takes a call; gives it back when there is no room.
+    pub(super) fn push(&self, job: Job) -> Option<Job> {
+        let bytes = bytes_of(&job.call);
+        let mut state = self.lock();
+        let full = state.jobs.len() >= self.limits.calls
+            || (!state.jobs.is_empty()
+                && state.bytes.saturating_add(bytes) > self.limits.bytes);
+        if state.closed || full {
+            return Some(job);
+        }
+        state.routes += job.call.routes.len();
+        state.bytes += bytes;
+        let left_to_engine = state.engine.steps(job.arrived);
+        state.jobs.push(job);
+        let wake_thread = !left_to_engine || !state.looking;
+        let inbox = state.engine.inbox.clone().filter(|_| left_to_engine);
+        drop(state);
+        if let Some(inbox) = inbox {
+            inbox.ring();
+        }
+        if wake_thread {
+            self.arrived.notify_one();
+        }
+        None
+    }
+
+    /// An engine begins a step; it waits at `inbox`.
+    pub(super) fn begin_step(&self, inbox: &Arc<Inbox>) {
+        let mut state = self.lock();
+        state.engine.in_step = true;
+        if !state
+            .engine
+            .inbox
+            .as_ref()
+            .is_some_and(|known| Arc::ptr_eq(known, inbox))
+        {
+            state.engine.inbox = Some(Arc::clone(inbox));
+        }
+    }
+
+    /// The engine's step is over.
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "threads outside any runtime, on the wall clock"
+    )]
+    pub(super) fn end_step(&self) {
+        let mut state = self.lock();
+        state.engine.in_step = false;
+        state.engine.last_step = Some(Instant::now());
+    }
+
+    /// Moves all that waits to `jobs`, which is empty.
+    pub(super) fn take(&self, jobs: &mut Vec<Job>) {
+        self.lock().take(jobs);
+    }
+
+    /// As [`Queue::take`], for the callee's thread: waits for calls that no engine comes for. False: closed.
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "a thread outside any runtime, on the wall clock"
+    )]
+    pub(super) fn take_due(&self, jobs: &mut Vec<Job>) -> bool {
+        let mut state = self.lock();
+        while !state.closed {
+            let now = Instant::now();
+            let steps = state.engine.steps(now);
+            let age = |job: &Job| now.saturating_duration_since(job.arrived);
+            let wait = match state.jobs.first().map(age) {
+                Some(age) if !steps || age >= GRACE => {
+                    state.take(jobs);
+                    return true;
+                }
+                Some(age) => Some(GRACE - age),
+                None => steps.then_some(LOOK),
+            };
+            state.looking = wait.is_some();
+            state = match wait {
+                Some(wait) => {
+                    let waited = self.arrived.wait_timeout(state, wait);
+                    waited.unwrap_or_else(PoisonError::into_inner).0
+                }
+                None => {
+                    let waited = self.arrived.wait(state);
+                    waited.unwrap_or_else(PoisonError::into_inner)
+                }
+            };
+        }
+        false
+    }
+
+    /// Whether each of these ranks has a call of this layer here.
+    pub(super) fn has_calls(&self, ranks: &[Rank], layer: LayerId) -> bool {
+        let state = self.lock();
+        let called = |rank| {
+            let of = |job: &Job| job.from == rank && job.call.layer == layer;
+            state.jobs.iter().any(of)
+        };
+        ranks.iter().all(|rank| called(*rank))
+    }
+
+    /// Routes that wait.
+    pub(super) fn routes(&self) -> usize {
+        self.lock().routes
+    }
+
+    /// Takes no more; what waited is dropped, which refuses it.
+    pub(super) fn close(&self) {
+        let jobs = {
+            let mut state = self.lock();
+            state.closed = true;
+            std::mem::take(&mut state.jobs)
+        };
+        self.arrived.notify_all();
+        drop(jobs);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// The vectors change places, so that the memory of both is used again.
+    fn take(&mut self, jobs: &mut Vec<Job>) {
+        debug_assert!(jobs.is_empty());
+        std::mem::swap(&mut self.jobs, jobs);
+        self.routes = 0;
+        self.bytes = 0;
+    }
+}
+
+/// Memory that a call and its answer take.
+fn bytes_of(call: &Call) -> usize {
+    let answer = call.routes.len() * call.hidden as usize * size_of::<f32>();
+    size_of_val(call.rows.as_slice()) + answer
+}
