@@ -35,10 +35,13 @@ pub(crate) use self::child::ChildArgs;
 pub(super) use self::child::run as run_worker;
 use self::cluster::FabricName;
 use self::figures::{Decode, Figures};
+use self::median::median;
+use self::memory::Memory;
 pub(super) use self::memory::bandwidth;
 use self::rig::{Load, Rig};
-use self::speed::{Cost, Prefill, Speed};
+use self::speed::{Prefill, Speed};
 use self::telemetry::Telemetry;
+use super::kernels::matrix_rate;
 use super::serve::write_json;
 use crate::error::{CliError, print};
 use crate::progress::Progress;
@@ -84,7 +87,7 @@ pub(crate) struct EngineArgs {
     /// Tokens in a step, as `spec.workers.maxNumBatchedTokens`.
     #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     step_tokens: u32,
-    /// Most turns per figure; the best speed counts, and all pairs of steps with and without telemetry.
+    /// Most turns per figure; the middle one counts, and all pairs of steps with and without telemetry.
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000))]
     turns: u32,
     /// Measure gaps between tokens of so many streams while long prompts arrive, for each of `--mixed-step-tokens`.
@@ -260,15 +263,19 @@ impl Bench<'_> {
     async fn figures(&self) -> Result<Figures, CliError> {
         let rig = &self.rig;
         let prefill = self.prefill().await?;
-        let mut speeds = Vec::new();
+        let mut costs = Vec::new();
         for load in &self.loads.decode {
-            speeds.push(self.speed(load).await?);
+            costs.push(speed::cost(rig, load).await?);
         }
         let peak = memory::peak_rss();
-        let bandwidth = bandwidth(&rig.cpu)?;
-        let decode = self.loads.decode.iter().zip(speeds);
-        let decode =
-            decode.map(|(load, (speed, cost))| Decode::new(load, speed, cost, bandwidth));
+        let memory = Memory::new(&rig.cpu)?;
+        let mut decode = Vec::new();
+        for (load, cost) in self.loads.decode.iter().zip(costs) {
+            decode.push(Decode::new(load, self.speed(load, &memory).await?, cost));
+        }
+        let bandwidths = decode.iter().map(|decode| decode.bandwidth_gb_s * 1e9);
+        let bandwidth = median(bandwidths.collect()).0;
+        let rate = matrix_rate(&rig.cpu, rig.spec().formats.expert)?;
         let loads = self.loads.prefill.iter().chain(&self.loads.decode);
         let kv_bytes = loads.map(|load| rig.kv_bytes(load)).max().unwrap_or(0);
         let need = rig.weight_bytes + kv_bytes;
@@ -277,13 +284,17 @@ impl Bench<'_> {
             path: rig.cpu.path().to_string(),
             threads: rig.cpu.threads(),
             bandwidth_gb_s: bandwidth / 1e9,
+            rate_gflop_s: rate / 1e9,
             load_seconds: rig.load_time.as_secs_f64(),
             peak_rss_bytes: peak,
             weight_bytes: rig.weight_bytes,
             kv_bytes,
             peak_rss_ratio: peak.map(|peak| peak as f64 / need as f64),
-            decode: decode.collect(),
-            prefill: prefill.into_iter().map(|p| p.limited(bandwidth)).collect(),
+            decode,
+            prefill: prefill
+                .into_iter()
+                .map(|p| p.limited(bandwidth, rate))
+                .collect(),
         })
     }
 
@@ -298,15 +309,13 @@ impl Bench<'_> {
         Ok(figures)
     }
 
-    /// Tokens per second, and the cost of a step.
-    async fn speed(&self, load: &Load) -> Result<(Speed, Cost), CliError> {
+    async fn speed(&self, load: &Load, memory: &Memory) -> Result<Speed, CliError> {
         let turns = self.args.turns;
         let name = format!("decode, batch {}, context {}", load.sequences, load.prompt);
-        let task = self.progress.steps(&name, u64::from(turns) + 1);
-        let speed = speed::decode(&self.rig, load, turns, &task).await?;
-        let cost = speed::cost(&self.rig, load).await?;
+        let task = self.progress.steps(&name, u64::from(turns));
+        let speed = speed::decode(&self.rig, load, turns, memory, &task).await?;
         task.finish("done");
-        Ok((speed, cost))
+        Ok(speed)
     }
 
     async fn telemetry(&self, load: &Load) -> Result<Telemetry, CliError> {

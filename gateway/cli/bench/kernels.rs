@@ -14,6 +14,7 @@ mod shape;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use foregate_api::weights::WeightFormat;
 use foregate_kernels::{Cpu, Dtype};
 
 use self::clock::Clock;
@@ -23,6 +24,22 @@ use super::engine::bandwidth;
 use super::serve::write_json;
 use crate::error::{CliError, print};
 use crate::progress::Progress;
+
+/// Milliseconds to find a rate of arithmetic in.
+const RATE_MILLISECONDS: u64 = 300;
+
+/// Additions and multiplications per second on cached weights, in the arithmetic of a format of weights.
+pub(super) fn matrix_rate(cpu: &Cpu, format: WeightFormat) -> Result<f64, CliError> {
+    let dtype = match format {
+        WeightFormat::Float32 | WeightFormat::Float16 => Dtype::F32,
+        WeightFormat::Bfloat16
+        | WeightFormat::Int8
+        | WeightFormat::Int4 { .. }
+        | WeightFormat::Fp8 { .. }
+        | WeightFormat::Mxfp4 => Dtype::Bf16,
+    };
+    products::cached_rate(cpu, dtype, Clock::new(RATE_MILLISECONDS))
+}
 
 /// Arguments of `foregate bench kernels`.
 #[derive(Debug, clap::Args)]
@@ -129,7 +146,7 @@ pub(super) fn run(args: &KernelsArgs, progress: &Progress) -> Result<(), CliErro
     let cpu = Arc::new(Cpu::new(threads));
     let clock = Clock::new(args.milliseconds);
     let bandwidth = bandwidth(&cpu)?;
-    let rate = products::cached_rate(&cpu, clock)?;
+    let rate = products::cached_rate(&cpu, Dtype::Bf16, clock)?;
     let mut bench = Bench {
         cpu,
         shape,

@@ -12,8 +12,10 @@ pub(super) struct Figures {
     pub(super) model: String,
     pub(super) path: String,
     pub(super) threads: usize,
-    /// Read bandwidth of all threads, 10⁹ bytes per second.
+    /// Read bandwidth of all threads, 10⁹ bytes per second: the median of those around the decode runs.
     pub(super) bandwidth_gb_s: f64,
+    /// Additions and multiplications on cached weights, 10⁹ per second.
+    pub(super) rate_gflop_s: f64,
     pub(super) load_seconds: f64,
     /// Absent where the system does not say.
     pub(super) peak_rss_bytes: Option<u64>,
@@ -33,8 +35,10 @@ pub(super) struct Decode {
     pub(super) batch: u32,
     /// Tokens of each prompt.
     pub(super) context: u32,
-    /// Of the best turn.
+    /// Of the middle turn, by its share of the limit.
     pub(super) tokens_per_second: f64,
+    /// What memory gave around that turn, 10⁹ bytes per second.
+    pub(super) bandwidth_gb_s: f64,
     pub(super) bytes_per_step: f64,
     /// Tokens per second if a step did nothing but read its bytes.
     pub(super) limit_tokens_per_second: f64,
@@ -48,13 +52,13 @@ pub(super) struct Decode {
 }
 
 impl Decode {
-    /// `bandwidth` in bytes per second.
-    pub(super) fn new(load: &Load, speed: Speed, cost: Cost, bandwidth: f64) -> Self {
-        let limit = bandwidth / cost.bytes * f64::from(load.sequences);
+    pub(super) fn new(load: &Load, speed: Speed, cost: Cost) -> Self {
+        let limit = speed.bandwidth / cost.bytes * f64::from(load.sequences);
         Self {
             batch: load.sequences,
             context: load.prompt,
             tokens_per_second: speed.tokens_per_second,
+            bandwidth_gb_s: speed.bandwidth / 1e9,
             bytes_per_step: cost.bytes,
             limit_tokens_per_second: limit,
             limit_share: speed.tokens_per_second / limit,
@@ -76,11 +80,12 @@ impl Decode {
         } = self.step_time_ms;
         [
             format!(
-                "decode, batch {}, context {}: {:.1} tokens/s; a step reads {:.1} MB, so that is {:.2} of the limit {:.1}",
+                "decode, batch {}, context {}: {:.1} tokens/s; a step reads {:.1} MB, which at {:.1} GB/s is {:.2} of the limit {:.1}",
                 self.batch,
                 self.context,
                 self.tokens_per_second,
                 self.bytes_per_step / 1e6,
+                self.bandwidth_gb_s,
                 self.limit_share,
                 self.limit_tokens_per_second,
             ),
@@ -97,8 +102,13 @@ impl Figures {
     /// For people; without telemetry.
     pub(super) fn text(&self) -> String {
         let mut lines = vec![format!(
-            "{}: {} threads, {} path, {:.1} GB/s; loaded in {:.2} s",
-            self.model, self.threads, self.path, self.bandwidth_gb_s, self.load_seconds
+            "{}: {} threads, {} path, {:.1} GB/s, {:.0} GFLOP/s; loaded in {:.2} s",
+            self.model,
+            self.threads,
+            self.path,
+            self.bandwidth_gb_s,
+            self.rate_gflop_s,
+            self.load_seconds
         )];
         if let (Some(peak), Some(ratio)) = (self.peak_rss_bytes, self.peak_rss_ratio) {
             lines.push(format!(
@@ -109,8 +119,14 @@ impl Figures {
             ));
         }
         lines.extend(self.prefill.iter().map(|figure| {
+            let limit = figure.limit().map_or_else(String::new, |limit| {
+                format!(
+                    ", {:.2} of the limit {limit:.1}",
+                    figure.tokens_per_second / limit
+                )
+            });
             format!(
-                "prefill, {} × {} tokens: {:.1} tokens/s",
+                "prefill, {} × {} tokens: {:.1} tokens/s{limit}",
                 figure.prompts, figure.tokens, figure.tokens_per_second
             )
         }));

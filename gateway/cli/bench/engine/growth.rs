@@ -86,7 +86,7 @@ fn panels(figures: &Figures) -> Vec<Panel> {
                 .map(|p| Point {
                     at: p.tokens,
                     measured: p.tokens_per_second,
-                    limit: p.limit_tokens_per_second,
+                    limit: p.limit(),
                 })
                 .collect(),
         });
@@ -162,7 +162,12 @@ fn words(panel: &Panel, number: u32) -> String {
     let mut texts = vec![
         text(left + 8.0, 18.0, "black", &panel.title),
         text(left + 8.0, 34.0, "blue", "measured"),
-        text(left + 70.0, 34.0, "red", "limit by bandwidth"),
+        text(
+            left + 70.0,
+            34.0,
+            "red",
+            "limit by memory, for prefill also by arithmetic",
+        ),
         text(left + 4.0, margin + 4.0, "black", &format!("{top:.0}")),
         text(left + 4.0, height - margin, "black", "0"),
     ];

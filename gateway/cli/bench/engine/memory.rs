@@ -9,20 +9,41 @@ use crate::error::CliError;
 
 /// Bytes to read: several times the last-level caches of most processors.
 const BYTES: usize = 1 << 30;
-/// The best of so many passes counts.
+/// The best of so many passes counts, where it is measured once.
 const PASSES: usize = 8;
+/// The same where it is measured again and again, beside what it is compared with.
+const FEW_PASSES: usize = 3;
+
+/// Memory to measure how fast a processor reads it.
+pub(super) struct Memory(ReadThrough);
+
+impl Memory {
+    pub(super) fn new(cpu: &Cpu) -> Result<Self, CliError> {
+        ReadThrough::new(cpu, BYTES)
+            .map(Self)
+            .map_err(|error| CliError::runtime("memory to measure bandwidth with", &error))
+    }
+
+    /// Bytes per second that all threads read together now. Neighbours of a machine share its memory, so this may be
+    /// twice as much a second later.
+    pub(super) fn bandwidth_now(&self) -> f64 {
+        self.best_of(FEW_PASSES)
+    }
+
+    fn best_of(&self, passes: usize) -> f64 {
+        let mut best = Duration::MAX;
+        for _ in 0..passes {
+            let since = Instant::now();
+            std::hint::black_box(self.0.read());
+            best = best.min(since.elapsed());
+        }
+        self.0.bytes() as f64 / best.as_secs_f64()
+    }
+}
 
 /// Bytes per second that all threads of `cpu` read together.
 pub(in crate::bench) fn bandwidth(cpu: &Cpu) -> Result<f64, CliError> {
-    let memory = ReadThrough::new(cpu, BYTES)
-        .map_err(|error| CliError::runtime("memory to measure bandwidth with", &error))?;
-    let mut best = Duration::MAX;
-    for _ in 0..PASSES {
-        let since = Instant::now();
-        std::hint::black_box(memory.read());
-        best = best.min(since.elapsed());
-    }
-    Ok(memory.bytes() as f64 / best.as_secs_f64())
+    Ok(Memory::new(cpu)?.best_of(PASSES))
 }
 
 /// Most bytes of memory that this process had at once, files it mapped included; `None` where the system

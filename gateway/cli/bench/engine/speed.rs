@@ -10,6 +10,7 @@ use tokio::time::Instant;
 
 use super::audit::Audited;
 use super::median::median;
+use super::memory::Memory;
 use super::rig::{Load, Rig, drive, start_engine};
 use super::steps::{Kept, Ledger, Step};
 use crate::error::CliError;
@@ -33,17 +34,31 @@ pub(super) struct Prefill {
     pub(super) multiply_adds_per_token: f64,
     /// Tokens per second if a step did nothing but read its bytes; known once the bandwidth is.
     pub(super) limit_tokens_per_second: Option<f64>,
-    /// Tokens per second if a step did nothing but multiply; absent where the matrix rate is not measured.
+    /// Tokens per second if a step did nothing but multiply at the rate that cached weights reach; known once that is.
     pub(super) matrix_limit_tokens_per_second: Option<f64>,
 }
 
 impl Prefill {
-    /// With the limit that a bandwidth in bytes per second sets.
-    pub(super) fn limited(self, bandwidth: f64) -> Self {
+    /// With the limits that a bandwidth in bytes per second and a rate in additions and multiplications per second set.
+    pub(super) fn limited(self, bandwidth: f64, rate: f64) -> Self {
         Self {
             limit_tokens_per_second: Some(bandwidth / self.bytes_per_token),
+            matrix_limit_tokens_per_second: Some(rate / (2.0 * self.multiply_adds_per_token)),
             ..self
         }
+    }
+}
+
+impl Prefill {
+    /// The lower one of the limits that are known.
+    pub(super) fn limit(&self) -> Option<f64> {
+        [
+            self.limit_tokens_per_second,
+            self.matrix_limit_tokens_per_second,
+        ]
+        .into_iter()
+        .flatten()
+        .reduce(f64::min)
     }
 }
 
@@ -105,32 +120,40 @@ pub(super) async fn prefill(
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Speed {
     pub(super) tokens_per_second: f64,
+    /// Bytes per second that memory gave just before and just after, mean.
+    pub(super) bandwidth: f64,
     /// What a step spends after the forward pass: median of all steps, and its share of the median step.
     pub(super) outside_ms: f64,
     pub(super) outside_share: f64,
 }
 
-/// Best of up to `turns` runs; the task is told each.
+/// The middle one of up to `turns` runs by what they make of the memory's speed at the time; the task is told each.
 pub(super) async fn decode(
     rig: &Rig,
     load: &Load,
     turns: u32,
+    memory: &Memory,
     task: &Task,
 ) -> Result<Speed, CliError> {
     let ledger = Ledger::default();
     let experts = Kept::new(Alone(rig.experts.clone()), &ledger);
     let engine = start_engine(load, true, &rig.model, experts)?;
-    let mut best = 0.0_f64;
+    let mut runs = Vec::new();
     let mut all = Vec::new();
+    let mut before = memory.bandwidth_now();
     for turn in until_enough(turns) {
         drive(&engine, load.requests(turn, rig.spec().vocab)).await?;
+        let after = memory.bandwidth_now();
         let steps = steps(&ledger, load)?;
         let (time, count) = total(&steps);
-        best = best.max(f64::from(load.sequences) * count / time.as_secs_f64());
+        let speed = f64::from(load.sequences) * count / time.as_secs_f64();
+        runs.push((speed, f64::midpoint(before, after)));
+        before = after;
         all.extend(steps);
         task.add(1);
     }
     engine.stop().await;
+    let (tokens_per_second, bandwidth) = middle_run(runs);
     let middle = |part: fn(&Step) -> Option<Duration>| {
         let times = all
             .iter()
@@ -140,10 +163,20 @@ pub(super) async fn decode(
     };
     let outside_ms = middle(|step| step.outside);
     Ok(Speed {
-        tokens_per_second: best,
+        tokens_per_second,
+        bandwidth,
         outside_ms,
         outside_share: outside_ms / middle(|step| step.time),
     })
+}
+
+/// Of runs of a speed and a bandwidth, the one whose speed for its bandwidth is the middle one (of an even number, the
+/// slower one of the two in the middle).
+fn middle_run(mut runs: Vec<(f64, f64)>) -> (f64, f64) {
+    let share = |run: &(f64, f64)| run.0 / run.1;
+    runs.sort_by(|a, b| share(a).total_cmp(&share(b)));
+    let middle = runs.len().saturating_sub(1) / 2;
+    runs.get(middle).copied().unwrap_or((f64::NAN, f64::NAN))
 }
 
 /// Numbers of turns: at least one, then until there are `most` of them or time is up.

@@ -108,7 +108,7 @@ async fn a_run_gives_all_figures_of_a_model() {
         assert_eq!(number(one, "batch"), batch);
         let bytes = number(one, "bytes_per_step");
         assert!(bytes < 2.0 * number(&json, "weight_bytes"));
-        let limit = number(&json, "bandwidth_gb_s") * 1e9 / bytes * batch;
+        let limit = number(one, "bandwidth_gb_s") * 1e9 / bytes * batch;
         let share = number(one, "tokens_per_second") / limit;
         assert!((number(one, "limit_share") - share).abs() < 1e-9 * share);
         let times = &one["step_time_ms"];

@@ -25,11 +25,11 @@ fn failed(error: &ShapeError) -> CliError {
 }
 
 /// Operations per second on weights that stay in the nearest caches.
-pub(super) fn cached_rate(cpu: &Cpu, clock: Clock) -> Result<f64, CliError> {
+pub(super) fn cached_rate(cpu: &Cpu, dtype: Dtype, clock: Clock) -> Result<f64, CliError> {
     let weights = noise(CACHED * CACHED, 1);
-    let bytes = cpu.quantize(Dtype::Bf16, CACHED, CACHED, &weights);
+    let bytes = cpu.quantize(dtype, CACHED, CACHED, &weights);
     let bytes = bytes.map_err(|error| failed(&error))?;
-    let matrix = cpu.pack(Dtype::Bf16, CACHED, CACHED, &bytes);
+    let matrix = cpu.pack(dtype, CACHED, CACHED, &bytes);
     let matrix = matrix.map_err(|error| failed(&error))?;
     let x = noise(CACHED_ROWS * CACHED, 2);
     let mut out = vec![0.0; CACHED_ROWS * CACHED];

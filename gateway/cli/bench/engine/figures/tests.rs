@@ -19,10 +19,11 @@ fn decode() -> Decode {
     };
     let speed = Speed {
         tokens_per_second: 1200.0,
+        bandwidth: 20e9,
         outside_ms: 0.03,
         outside_share: 0.005,
     };
-    Decode::new(&Load::decode(8, 64, 16, 512), speed, cost, 20e9)
+    Decode::new(&Load::decode(8, 64, 16, 512), speed, cost)
 }
 
 fn figures() -> Figures {
@@ -31,6 +32,7 @@ fn figures() -> Figures {
         path: "avx2".to_owned(),
         threads: 2,
         bandwidth_gb_s: 20.0,
+        rate_gflop_s: 400.0,
         load_seconds: 1.5,
         peak_rss_bytes: Some(230_000_000),
         weight_bytes: 150_000_000,
