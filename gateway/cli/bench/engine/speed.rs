@@ -275,4 +275,15 @@ mod tests {
             [4.0, 3.0, 15.0]
         );
     }
+
+    #[test]
+    fn the_middle_run_is_that_of_the_middle_share() {
+        // Shares 2, 1 and 4: the fastest run had the fastest memory.
+        assert_eq!(
+            middle_run(vec![(20.0, 10.0), (50.0, 50.0), (40.0, 10.0)]),
+            (20.0, 10.0)
+        );
+        assert_eq!(middle_run(vec![(3.0, 1.0), (1.0, 1.0)]), (1.0, 1.0));
+        assert!(middle_run(Vec::new()).0.is_nan());
+    }
 }

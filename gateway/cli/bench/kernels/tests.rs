@@ -45,8 +45,10 @@ fn every_operation_has_figures_in_every_format() {
         assert_eq!(count("matmul", format), 4);
         assert_eq!(count("experts", format), 2);
     }
-    assert_eq!(count("attention, decode", ""), 4);
-    assert_eq!(count("attention, prefill", ""), 2);
+    for format in ["float32", "bfloat16"] {
+        assert_eq!(count("attention, decode", format), 4);
+        assert_eq!(count("attention, prefill", format), 2);
+    }
     for op in ["norm", "rope", "gate", "combine"] {
         assert_eq!(count(op, ""), 2, "{op}");
     }

@@ -101,10 +101,10 @@ fn json_has_the_names_that_programs_read() {
 fn people_read_the_same_figures() {
     let text = figures().text();
     for part in [
-        "2 threads, avx2 path, 20.0 GB/s; loaded in 1.50 s",
+        "2 threads, avx2 path, 20.0 GB/s, 400 GFLOP/s; loaded in 1.50 s",
         "memory: at most 230.0 MB, 1.15 times the weights' 150.0 MB and the keys' and values' 50.0 MB",
-        "prefill, 32 × 512 tokens: 4000.0 tokens/s",
-        "decode, batch 8, context 64: 1200.0 tokens/s; a step reads 100.0 MB, so that is 0.75 of the limit 1600.0",
+        "prefill, 32 × 512 tokens: 4000.0 tokens/s, 0.80 of the limit 5000.0",
+        "decode, batch 8, context 64: 1200.0 tokens/s; a step reads 100.0 MB, which at 20.0 GB/s is 0.75 of the limit 1600.0",
         "step 6.00 ms: gate 0.50, exchange 0.25, experts 3.00, attention 1.25, rest 1.00; after the forward pass 0.030 ms, 0.50 % of a step",
     ] {
         assert!(text.contains(part), "{part:?} in\n{text}");
