@@ -106,9 +106,11 @@ pub struct KvWrite<'a> {
 /// Causal attention of each row over keys `0..=position` of its sequence, grouped: query head `h` reads
 /// key/value head `h / (heads / kv_heads)`.
 ///
-/// Per query: keys in ascending blocks of 32 (counted from position 0 of the sequence, whatever the page
-/// size); a score is one chain of fused multiply-adds over the head's dimensions, times `scale`; online
-/// softmax per block; each output dimension one chain over the keys.
+/// Per query: keys in ascending blocks of 32 and splits of 512 (counted from position 0 of the sequence, whatever
+/// the page size); a score is one chain of fused multiply-adds over the head's dimensions, times `scale`; online
+/// softmax per block; each output dimension one chain over the keys of a split; splits are merged in ascending
+/// order. With bfloat16 keys and values, queries and the numerators of probabilities are rounded to it, and chains
+/// take pairs as in [`MatMul`]: dimensions `2i + 1` and `2i`, tokens `2j + 1` and `2j`.
 #[derive(Debug)]
 pub struct Attention<'a> {
     /// `rows × heads × head_dim`.

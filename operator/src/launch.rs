@@ -242,12 +242,13 @@ fn slots(cluster: &ValidatedCluster, model: &ModelFacts, notes: &mut Vec<String>
     slots
 }
 
-/// Bytes of one page of the KV cache, as the kernels lay it out: keys come in blocks of [`KEY_BLOCK`]
-/// tokens, so that a shorter page still takes a whole block of them; values take what they need.
+/// Most bytes of one page of the KV cache, as the kernels lay it out: keys come in blocks of [`KEY_BLOCK`]
+/// tokens, so that a shorter page still takes a whole block of them; values, where they are bfloat16, in pairs.
 fn page_bytes(page_tokens: u32, model: &ModelFacts) -> u128 {
     let keys = u128::from(page_tokens.next_multiple_of(KEY_BLOCK));
+    let values = u128::from(page_tokens.next_multiple_of(2));
     // Keys and values are half of a token's bytes each.
-    (keys + u128::from(page_tokens)) * u128::from(model.kv_bytes_per_token) / 2
+    (keys + values) * u128::from(model.kv_bytes_per_token) / 2
 }
 
 /// The longest sequence, which must fit into one worker's KV cache.

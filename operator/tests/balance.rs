@@ -407,10 +407,10 @@ async fn placements_that_cannot_be_read_are_written_again() {
         tokio::time::sleep(Duration::from_secs(1)).await;
         assert!(rig.found(key).await.contains(&epoch), "{key}");
         // What a newer version wrote is its own affair: it is neither read nor replaced.
-        rig.spoil(key, b"{\"format\":2,\"value\":7}").await;
+        rig.spoil(key, b"{\"format\":3,\"value\":7}").await;
         rig.mix.send_replace(HEAVY_LOW);
         tokio::time::sleep(Duration::from_secs(20)).await;
-        assert!(rig.found(key).await.contains("\"format\":2"), "{key}");
+        assert!(rig.found(key).await.contains("\"format\":3"), "{key}");
         assert_eq!(rig.active().epoch, plan.epoch);
         rig.spoil(key, GARBAGE[0]).await;
         rig.until("it goes on", |state| {

@@ -322,7 +322,8 @@ mod tests {
         let formats = r#""formats":{"embedding":"bfloat16","attention":"int8","router":"bfloat16","expert":{"int4":{"group":64}},"dense":{"fp8":{"rows":128,"columns":128}},"output":"mxfp4"}"#;
         let two = text
             .replace("\"format\":1", "\"format\":2")
-            .replace("\"format\":\"bfloat16\"", formats);
+            .replace("\"format\":\"bfloat16\"", formats)
+            .replace("1e-6", "0.000001");
         let member = decode_member("/k", two.as_bytes()).unwrap();
         assert_eq!(encode(&member).unwrap(), two.as_bytes());
         let ack = br#"{"format":1,"value":{"prepared":2,"serving":1,"drained":0}}"#;
