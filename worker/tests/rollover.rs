@@ -97,6 +97,8 @@ struct Node {
     metrics: Arc<WorkerMetrics>,
     follower: tokio::task::JoinHandle<Result<(), Stranger>>,
     stop: CancellationToken,
+    /// Keeps the registration in the store when the follower has left.
+    _registered: watch::Sender<Wanted>,
 }
 
 /// Whether workers talk over channels or sockets.
@@ -211,6 +213,7 @@ impl Cluster {
         let (publisher, handle) =
             Publisher::new(self.coord.clone(), wanted, WINDOW, Box::new(close));
         let PublisherHandle { wanted, published } = handle;
+        let _registered = wanted.clone();
         let follower = Follower::new(FollowerParts {
             rank,
             cluster: self.coord.watch_cluster(stop.clone()),
@@ -239,6 +242,7 @@ impl Cluster {
             metrics,
             follower,
             stop,
+            _registered,
         }
     }
 
