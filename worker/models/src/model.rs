@@ -8,7 +8,7 @@ use foregate_api::model::{KvFormat, ModelSpec};
 use foregate_api::weights::Part;
 use foregate_checkpoint::{Checkpoint, names};
 use foregate_kernels::{
-    Cpu, Embed, KvCache, KvDtype, KvShape, MatMul, Matrix, Ops, RmsNorm, RopeTable, ShapeError,
+    Cpu, Embed, KvCache, KvDtype, KvShape, MatMul, Matrix, Ops, RmsNorm, ShapeError,
 };
 
 use crate::attention::Step;
@@ -137,23 +137,17 @@ impl Model {
         if rows == 0 {
             return Ok(());
         }
+        let mut angles = std::mem::take(&mut self.scratch.angles);
+        angles.fill(&weights.inverse_frequencies, batch.positions);
         let step = Step {
             ops: self.ops.as_ref(),
             spec,
             batch,
-            angles: &RopeTable::new(&weights.inverse_frequencies, batch.positions),
+            angles: &angles,
         };
-        let scratch = &mut self.scratch;
-        weights.embed(&step, scratch)?;
-        let mut notes = Notes {
-            routes: &mut out.routes,
-            dead: &mut out.dead,
-        };
-        for block in &weights.blocks {
-            block.run(&step, kv, experts, scratch, &mut notes)?;
-        }
-        weights.logits(&step, scratch, &mut out.logits)?;
-        Ok(())
+        let done = weights.run(&step, kv, experts, &mut self.scratch, out);
+        self.scratch.angles = angles;
+        done
     }
 }
 
@@ -184,6 +178,27 @@ impl Weights {
             inverse_frequencies: inverse_frequencies(spec),
             spec: spec.clone(),
         })
+    }
+
+    /// A step, from tokens to logits.
+    fn run(
+        &self,
+        step: &Step<'_>,
+        kv: &mut KvCache,
+        experts: &mut dyn Experts,
+        scratch: &mut Scratch,
+        out: &mut StepOutput,
+    ) -> Result<(), ModelError> {
+        self.embed(step, scratch)?;
+        let mut notes = Notes {
+            routes: &mut out.routes,
+            dead: &mut out.dead,
+        };
+        for block in &self.blocks {
+            block.run(step, kv, experts, scratch, &mut notes)?;
+        }
+        self.logits(step, scratch, &mut out.logits)?;
+        Ok(())
     }
 
     fn embed(&self, step: &Step<'_>, scratch: &mut Scratch) -> Result<(), ShapeError> {

@@ -1,5 +1,7 @@
 //! Memory of a step that the next step uses again.
 
+use foregate_kernels::RopeTable;
+
 /// Activations of one step, grown to the largest batch seen.
 #[derive(Debug, Default)]
 pub(crate) struct Scratch {
@@ -16,6 +18,8 @@ pub(crate) struct Scratch {
     pub(crate) key: Vec<f32>,
     pub(crate) value: Vec<f32>,
     pub(crate) attended: Vec<f32>,
+    /// Angles of the rows' positions; away while a step has them.
+    pub(crate) angles: RopeTable,
     /// Router logits, `rows × experts`.
     pub(crate) router: Vec<f32>,
     /// Shared expert's gate, one per row.

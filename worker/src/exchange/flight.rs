@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
-use foregate_api::ids::{Epoch, Rank};
+use foregate_api::ids::{Epoch, LayerId, Rank};
 use foregate_kernels::ShapeError;
 use foregate_models::experts::{ExpertBatch, LateRows};
 use foregate_planner::split::SplitTable;
@@ -31,26 +31,53 @@ pub(super) struct FlightParts<'a> {
     pub(super) most: usize,
 }
 
-/// Peers that step with this worker: in the layer before they called while it ran its own rows.
+/// Peers that step with this worker: they called in this layer or in the one before.
 ///
-/// Their calls of this layer are about to come. Run together with own rows they cost little more than own rows
-/// alone, so it pays to wait for them for a part of the time that own rows take.
+/// The call of one that is behind is about to come. Run together with own rows it costs little more than own rows
+/// alone; run after them it costs about as much again. So it pays to wait for it as long as own rows take, and who
+/// has waited once is in step from then on. One that is ahead is not waited for: it waits itself.
 #[derive(Debug, Default)]
 pub(super) struct Company {
-    ranks: Vec<Rank>,
+    /// For each peer the layer that it called for last, and in which flight.
+    seen: BTreeMap<Rank, (LayerId, u64)>,
+    flight: u64,
     /// How long the last own rows took.
     product: Duration,
+    /// Peers to wait for; kept for its memory.
+    awaited: Vec<Rank>,
 }
 
 impl Company {
     /// Longest wait for it.
     fn patience(&self) -> Duration {
-        (self.product / 4).min(MOST_PATIENCE)
+        self.product.min(MOST_PATIENCE)
+    }
+
+    fn note(&mut self, callers: &mut Vec<(Rank, LayerId)>) {
+        for (rank, layer) in callers.drain(..) {
+            self.seen.insert(rank, (layer, self.flight));
+        }
+    }
+
+    /// Peers of which a call for `layer` is to come soon: the last one was for a layer before it. Layers are
+    /// counted in a circle of `layers`, since a step follows the other.
+    fn await_at(&mut self, layer: LayerId, layers: usize) {
+        let flight = self.flight;
+        let behind = |last: &LayerId| {
+            let by = (layer.index() + layers - last.index()) % layers.max(1);
+            (1..=layers.div_ceil(2)).contains(&by)
+        };
+        let soon = self
+            .seen
+            .iter()
+            .filter(|(_, (last, when))| flight.saturating_sub(*when) <= 1 && behind(last));
+        self.awaited.clear();
+        self.awaited.extend(soon.map(|(rank, _)| *rank));
     }
 }
 
 /// Longest wait for calls of company.
-const MOST_PATIENCE: Duration = Duration::from_millis(2);
+const MOST_PATIENCE: Duration = Duration::from_millis(20);
 
 /// A call that was sent.
 #[derive(Debug)]
@@ -97,7 +124,7 @@ impl<'a> Flight<'a> {
         let now = Instant::now();
         let deadline = parts.exchange.deadline;
         let results = Results::new(parts.batch);
-        parts.desk.layer = Some(parts.batch.layer);
+        parts.company.flight += 1;
         Self {
             parts,
             outstanding: BTreeMap::new(),
@@ -121,9 +148,7 @@ impl<'a> Flight<'a> {
         self.collect()?;
         // Peers that are still in this layer wait for these.
         self.serve_peers()?;
-        let desk = &mut *self.parts.desk;
-        std::mem::swap(&mut self.parts.company.ranks, &mut desk.company);
-        desk.company.clear();
+        self.parts.company.note(&mut self.parts.desk.callers);
         Ok(())
     }
 
@@ -158,27 +183,35 @@ impl<'a> Flight<'a> {
         exchange.server.serve(ops, None, self.parts.desk).map(drop)
     }
 
-    /// Waits a little for the calls of peers that step with this worker.
+    /// Waits a little for the calls of peers that step with this worker. What they still call for of layers before
+    /// is run meanwhile, or they would never come here.
     #[expect(
         clippy::disallowed_methods,
         reason = "the engine thread waits on the wall clock"
     )]
-    fn wait_for_company(&mut self) {
+    fn wait_for_company(&mut self) -> Result<(), ShapeError> {
         if std::mem::replace(&mut self.waited, true) || self.outstanding.is_empty() {
-            return;
+            return Ok(());
         }
-        let (exchange, company) = (self.parts.exchange, &*self.parts.company);
-        if company.ranks.is_empty() {
-            return;
-        }
+        let FlightParts {
+            exchange,
+            company,
+            desk,
+            batch,
+            ..
+        } = &mut self.parts;
+        let (server, ops) = (&exchange.server, exchange.ops.as_ref());
         let until = Instant::now() + company.patience();
         loop {
             let seen = exchange.inbox.events();
-            let here = exchange
-                .server
-                .has_calls(&company.ranks, self.parts.batch.layer);
-            if here || !exchange.inbox.wait_past(seen, until) {
-                return;
+            company.await_at(batch.layer, exchange.spec.moe_layers());
+            if company.awaited.is_empty() || server.has_calls(&company.awaited, batch.layer) {
+                return Ok(());
+            }
+            server.serve_but(ops, batch.layer, desk)?;
+            company.note(&mut desk.callers);
+            if !exchange.inbox.wait_past(seen, until) {
+                return Ok(());
             }
         }
     }
@@ -265,7 +298,7 @@ impl<'a> Flight<'a> {
             tracing::warn!(layer = %batch.layer, expert = %route.expert, "expert_not_resident");
             return Ok(Some(shipment));
         }
-        self.wait_for_company();
+        self.wait_for_company()?;
         let own = Own {
             layer: batch.layer,
             input: batch.input,

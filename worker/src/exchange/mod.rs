@@ -118,7 +118,7 @@ impl Exchange {
             step: Step::default(),
             next_call: 1,
             company: flight::Company::default(),
-            desk: serve::Desk::default(),
+            desk: serve::Desk::of_engine(),
         }
     }
 

@@ -2,8 +2,9 @@
 //!
 //! An engine in a step comes to its experts again and again. A call that waits for it there is run together with
 //! the engine's own rows of the same layer: weights are read once for both, and no second thread competes for the
-//! engine's cores. So while an engine steps, the callee's thread leaves a call alone for [`GRACE`]; a call that has
-//! waited longer, because the engine is deep in something else, is run by the thread after all.
+//! engine's cores. So while an engine steps, the callee's thread leaves a call alone for as long as the engine
+//! usually needs to come by; a call that has waited longer, because the engine is deep in something else, is run by
+//! the thread after all.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -14,9 +15,12 @@ use foregate_wire::frame::Call;
 use super::serve::ServerLimits;
 use crate::fabric::{Inbox, Responder};
 
-/// How long a call is left to a stepping engine, and how long an engine counts as stepping after a step.
+/// How long a call is left to a stepping engine at least, and how long an engine counts as stepping after a step.
 const GRACE: Duration = Duration::from_millis(2);
-/// How often the callee's thread looks for calls left too long, while nothing was there when it looked last.
+/// How long a call is left to a stepping engine at most. One that came while a product began waits for its end,
+/// and a thread that ran it meanwhile would slow down both.
+const MOST_GRACE: Duration = Duration::from_millis(100);
+/// How often the callee's thread looks for calls left too long, and whether the engine still steps.
 const LOOK: Duration = Duration::from_millis(4);
 
 /// One call.
@@ -56,12 +60,31 @@ struct Engine {
     inbox: Option<Arc<Inbox>>,
     in_step: bool,
     last_step: Option<Instant>,
+    last_visit: Option<Instant>,
+    /// About the longest time from one visit of a step to the next.
+    pace: Duration,
 }
 
 impl Engine {
     fn steps(&self, now: Instant) -> bool {
         let recent = |end: Instant| now.saturating_duration_since(end) < GRACE;
         self.in_step || self.last_step.is_some_and(recent)
+    }
+
+    /// It comes for calls.
+    fn visits(&mut self, now: Instant) {
+        if let Some(last) = self.last_visit.replace(now) {
+            let since = now.saturating_duration_since(last);
+            // Long visits are rare (the one after the last layer) but come again: they are forgotten slowly.
+            self.pace = since.max(self.pace - self.pace / 32);
+        }
+    }
+
+    /// How long a call is left to it, of which nobody wants to hear after a time.
+    fn grace(&self, job: &Job) -> Duration {
+        let patience = job.deadline.saturating_duration_since(job.arrived) / 4;
+        let usual = (self.pace * 2).clamp(GRACE, MOST_GRACE);
+        usual.min(patience.max(GRACE))
     }
 }
 
@@ -104,6 +127,8 @@ impl Queue {
     pub(super) fn begin_step(&self, inbox: &Arc<Inbox>) {
         let mut state = self.lock();
         state.engine.in_step = true;
+        // A pause between steps is no measure of a step.
+        state.engine.last_visit = None;
         if !state
             .engine
             .inbox
@@ -125,9 +150,25 @@ impl Queue {
         state.engine.last_step = Some(Instant::now());
     }
 
-    /// Moves all that waits to `jobs`, which is empty.
+    /// Moves all that waits to `jobs`, which is empty; for the engine.
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "threads outside any runtime, on the wall clock"
+    )]
     pub(super) fn take(&self, jobs: &mut Vec<Job>) {
-        self.lock().take(jobs);
+        let mut state = self.lock();
+        state.engine.visits(Instant::now());
+        state.take(jobs);
+    }
+
+    /// As [`Queue::take`], but calls of this layer stay.
+    pub(super) fn take_but(&self, layer: LayerId, jobs: &mut Vec<Job>) {
+        let mut state = self.lock();
+        jobs.extend(state.jobs.extract_if(.., |job| job.call.layer != layer));
+        for job in &*jobs {
+            state.routes = state.routes.saturating_sub(job.call.routes.len());
+            state.bytes = state.bytes.saturating_sub(bytes_of(&job.call));
+        }
     }
 
     /// As [`Queue::take`], for the callee's thread: waits for calls that no engine comes for. False: closed.
@@ -140,13 +181,17 @@ impl Queue {
         while !state.closed {
             let now = Instant::now();
             let steps = state.engine.steps(now);
-            let age = |job: &Job| now.saturating_duration_since(job.arrived);
+            let age = |job: &Job| {
+                let age = now.saturating_duration_since(job.arrived);
+                (age, state.engine.grace(job))
+            };
             let wait = match state.jobs.first().map(age) {
-                Some(age) if !steps || age >= GRACE => {
+                Some((age, grace)) if !steps || age >= grace => {
                     state.take(jobs);
                     return true;
                 }
-                Some(age) => Some(GRACE - age),
+                // Looks again soon in case that the engine stops stepping.
+                Some((age, grace)) => Some((grace - age).min(LOOK)),
                 None => steps.then_some(LOOK),
             };
             state.looking = wait.is_some();

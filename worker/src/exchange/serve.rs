@@ -144,8 +144,8 @@ impl Server {
         self.inner.queue.has_calls(ranks, layer)
     }
 
-    /// Runs what waits on the calling thread, `own` rows together with calls of their layer. Callers of the
-    /// desk's layer are added to its company. Gives the results of own rows: as many as own routes, at `place`.
+    /// Runs what waits on the calling thread, `own` rows together with calls of their layer. Callers
+    /// are added to the desk's. Gives the results of own rows: as many as own routes, at `place`.
     ///
     /// # Errors
     /// When own rows do not fit the experts.
@@ -157,6 +157,20 @@ impl Server {
     ) -> Result<Vec<f32>, ShapeError> {
         self.inner.queue.take(&mut desk.jobs);
         self.inner.serve(ops, own, desk)
+    }
+
+    /// Runs what waits of other layers than this one on the calling thread: its callers are behind, or ahead.
+    ///
+    /// # Errors
+    /// When an op refuses its sizes.
+    pub(super) fn serve_but(
+        &self,
+        ops: &dyn Ops,
+        layer: LayerId,
+        desk: &mut Desk,
+    ) -> Result<(), ShapeError> {
+        self.inner.queue.take_but(layer, &mut desk.jobs);
+        self.inner.serve(ops, None, desk).map(drop)
     }
 
     /// Calls that peers made since start, refused ones included.
@@ -338,8 +352,8 @@ impl Inner {
         let hidden = self.parts.spec.hidden;
         let result = desk.bench.run(ops, hidden, of, jobs, own);
         drop(spans);
-        if desk.layer == Some(of.0) {
-            desk.company.extend(jobs.iter().map(|job| job.from));
+        if desk.notes_callers {
+            desk.callers.extend(jobs.iter().map(|job| (job.from, of.0)));
         }
         let mut first = own.map_or(0, |own| own.shipment.routes.len());
         let queued = u32::try_from(self.queue.routes()).unwrap_or(u32::MAX);
@@ -366,10 +380,20 @@ pub(super) struct Desk {
     pub(super) bench: Workbench,
     /// For each own route its row in the results.
     pub(super) place: Vec<u32>,
-    /// The layer that an engine is in; `None` for the callee's thread.
-    pub(super) layer: Option<LayerId>,
-    /// Who called in this layer.
-    pub(super) company: Vec<Rank>,
+    /// Whether somebody reads `callers`: the engine does, the callee's thread does not.
+    pub(super) notes_callers: bool,
+    /// Who called, and for which layer.
+    pub(super) callers: Vec<(Rank, LayerId)>,
+}
+
+impl Desk {
+    /// One whose callers are noted.
+    pub(super) fn of_engine() -> Self {
+        Self {
+            notes_callers: true,
+            ..Self::default()
+        }
+    }
 }
 
 /// The span of one call, if its caller's trace is recorded. It lasts as long as the batch it is part of.

@@ -14,8 +14,8 @@ use crate::matrix::{Matrix, PANEL};
 use crate::ops::{ExpertFfn, ExpertGroup};
 
 /// One piece of a phase.
-#[derive(Clone, Copy)]
-struct Piece {
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Piece {
     group: usize,
     rows: (usize, usize),
     panels: (usize, usize),
@@ -119,14 +119,15 @@ unsafe fn inner(isa: Isa, op: &Inner<'_>) {
     }
 }
 
-/// Cuts all groups' `panels(group)` × rows into pieces.
+/// Cuts all groups' `panels(group)` × rows into `pieces`, in place of those that are there.
 fn cut(
     isa: Isa,
     groups: &[ExpertGroup<'_>],
     panels: impl Fn(&ExpertGroup<'_>) -> usize,
     threads: usize,
-) -> Vec<Piece> {
-    let mut pieces = Vec::new();
+    pieces: &mut Vec<Piece>,
+) {
+    pieces.clear();
     let mut inner = 0;
     for (group, expert) in groups.iter().enumerate() {
         let (rows, all) = (expert.rows.len(), panels(expert));
@@ -144,7 +145,6 @@ fn cut(
         }
         inner += inner_words(isa, expert);
     }
-    pieces
 }
 
 /// Words of a group's inner activations.
@@ -152,14 +152,13 @@ fn inner_words(isa: Isa, group: &ExpertGroup<'_>) -> usize {
     group.rows.len() * width(isa, group.down.dtype(), group.gate.n())
 }
 
-/// For each row of results, the row of inputs it is made of; the first one where there is no result.
-fn sources(groups: &[ExpertGroup<'_>]) -> Vec<u32> {
-    let mut from = Vec::new();
+/// Writes for each row of results the row of inputs it is made of; the first one where there is no result.
+fn sources(groups: &[ExpertGroup<'_>], from: &mut Vec<u32>) {
+    from.clear();
     for group in groups.iter().filter(|group| !group.rows.is_empty()) {
         from.resize(group.out_offset, 0);
         from.extend_from_slice(group.rows);
     }
-    from
 }
 
 /// Runs checked groups; `scratch` grows to the inputs and the inner activations of all.
@@ -178,13 +177,16 @@ pub(in crate::cpu) fn expert_ffn(
     let Scratch {
         inputs: kept,
         inner: between,
+        pieces,
+        sources: from,
     } = scratch;
     let rounds = |g: &ExpertGroup<'_>| [g.gate, g.up].iter().any(|w| w.dtype().rounds_inputs());
     let to_round = if groups.iter().any(rounds) { x } else { &[] };
     let mut none = Vec::new();
     let gathered = isa.tiles().is_some() && groups.iter().any(rounds);
     let rounded = if gathered {
-        let from = sources(groups);
+        sources(groups, from);
+        let from = &*from;
         let order = |row: usize| from[row] as usize;
         let order = (from.len(), &order as &(dyn Fn(usize) -> usize + Sync));
         inputs::rows_in_order(isa, threads, Dtype::Bf16, (x, hidden), order, kept)
@@ -211,39 +213,35 @@ pub(in crate::cpu) fn expert_ffn(
     };
     let out = Parts::of(out);
     let between = Parts::of(between);
-    each(
-        &cut(isa, groups, |g| g.gate.panels(), threads.count()),
-        &|piece| {
-            let op = Inner {
-                x,
-                group: &groups[piece.group],
-                piece: *piece,
-                out: between,
-            };
-            // SAFETY: pieces do not overlap.
-            unsafe { inner(isa, &op) }
-        },
-    );
-    each(
-        &cut(isa, groups, |g| g.down.panels(), threads.count()),
-        &|piece| {
-            let group = &groups[piece.group];
-            // SAFETY: the first phase is over: nobody writes the inner activations.
-            let words = unsafe { between.part(piece.inner, inner_words(isa, group)).read() };
-            let part = Block {
-                x: Rows {
-                    words,
-                    width: width(isa, group.down.dtype(), group.down.k()),
-                    chosen: None,
-                },
-                rows: piece.rows,
-                w: group.down,
-                panels: piece.panels,
-                bias: None,
-                out: out.part(group.out_offset * hidden, group.rows.len() * hidden),
-            };
-            // SAFETY: pieces do not overlap.
-            unsafe { block(isa, &part) }
-        },
-    );
+    cut(isa, groups, |g| g.gate.panels(), threads.count(), pieces);
+    each(pieces, &|piece| {
+        let op = Inner {
+            x,
+            group: &groups[piece.group],
+            piece: *piece,
+            out: between,
+        };
+        // SAFETY: pieces do not overlap.
+        unsafe { inner(isa, &op) }
+    });
+    cut(isa, groups, |g| g.down.panels(), threads.count(), pieces);
+    each(pieces, &|piece| {
+        let group = &groups[piece.group];
+        // SAFETY: the first phase is over: nobody writes the inner activations.
+        let words = unsafe { between.part(piece.inner, inner_words(isa, group)).read() };
+        let part = Block {
+            x: Rows {
+                words,
+                width: width(isa, group.down.dtype(), group.down.k()),
+                chosen: None,
+            },
+            rows: piece.rows,
+            w: group.down,
+            panels: piece.panels,
+            bias: None,
+            out: out.part(group.out_offset * hidden, group.rows.len() * hidden),
+        };
+        // SAFETY: pieces do not overlap.
+        unsafe { block(isa, &part) }
+    });
 }

@@ -31,6 +31,10 @@ pub(super) struct Scratch {
     inputs: Vec<u32>,
     /// Prepared inner activations of experts.
     inner: Vec<u32>,
+    /// What the phase of experts that runs now is cut into.
+    pieces: Vec<expert::Piece>,
+    /// For each row of results of experts, its row of inputs.
+    sources: Vec<u32>,
 }
 
 /// Panels from `first` on.
