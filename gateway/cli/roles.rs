@@ -15,6 +15,7 @@ use foregate_api::node::{
 use foregate_store::etcd::EtcdStore;
 use foregate_store::kv::Store;
 use foregate_worker::Health;
+use foregate_worker::dense::DenseWeights;
 use foregate_worker::fabric::local::LocalHub;
 use prometheus::Registry;
 use tokio::net::TcpListener;
@@ -51,6 +52,8 @@ pub(crate) struct Seams {
     pub store: Arc<dyn Store>,
     /// Where local fabrics meet.
     pub hub: Arc<LocalHub>,
+    /// Dense weights of its workers.
+    pub dense: Arc<DenseWeights>,
 }
 
 /// One role, ready to run.
@@ -102,6 +105,7 @@ pub(crate) async fn run_alone(
     let seams = Seams {
         store: connect(&node).await?,
         hub: LocalHub::new(),
+        dense: DenseWeights::new(),
     };
     let listener = args.stdout_is_listener.then(inherited_listener);
     let role = Role {
@@ -256,6 +260,7 @@ async fn worker(role: &Role, config: WorkerConfig) -> Result<(), CliError> {
         config,
         store: Arc::clone(&role.seams.store),
         local_hub: Some(Arc::clone(&role.seams.hub)),
+        dense: Arc::clone(&role.seams.dense),
         rpc_listener,
         exchange_listener,
         registry: role.registry.clone(),

@@ -30,6 +30,7 @@ use prometheus::Registry;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
+use crate::dense::DenseWeights;
 use crate::engine::{EngineHandle, EngineParts, EngineState};
 use crate::exchange::{Endpoint, EndpointParts};
 use crate::fabric::Identity;
@@ -43,6 +44,7 @@ use crate::residency::migrate::Loader;
 use crate::residency::serve::ExpertsService;
 use crate::serve::GenerationService;
 
+pub mod dense;
 mod drain;
 pub mod engine;
 pub mod error;
@@ -81,6 +83,8 @@ pub struct Deps {
     pub store: Arc<dyn Store>,
     /// The hub of this process; needed by the local fabric only.
     pub local_hub: Option<Arc<LocalHub>>,
+    /// The dense weights of this process.
+    pub dense: Arc<DenseWeights>,
     /// Bound listener of the gRPC services.
     pub rpc_listener: tokio::net::TcpListener,
     /// Bound listener of the exchange; needed by the TCP fabric only.
@@ -118,7 +122,7 @@ pub async fn run(deps: Deps) -> Result<(), WorkerError> {
     )?);
     let loading = Loading::new(Arc::clone(&deps.progress), Arc::clone(&metrics));
     let loaded = tokio::select! {
-        loaded = start::load(&deps.config, loading.clone()) => loaded?,
+        loaded = start::load(&deps.config, Arc::clone(&deps.dense), loading.clone()) => loaded?,
         () = deps.shutdown.cancelled() => return Ok(()),
     };
     let health = deps.health.clone();
@@ -155,6 +159,7 @@ impl Worker {
             config,
             store,
             local_hub,
+            dense: _,
             rpc_listener,
             exchange_listener,
             registry: _,

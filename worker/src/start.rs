@@ -10,6 +10,7 @@ use foregate_checkpoint::Checkpoint;
 use foregate_kernels::{Cpu, KvCache, KvShape, PathError};
 use foregate_models::Model;
 
+use crate::dense::DenseWeights;
 use crate::error::WorkerError;
 use crate::exchange::Way;
 use crate::fabric::local::LocalHub;
@@ -115,14 +116,20 @@ fn refuse(field: &'static str, what: &str) -> WorkerError {
 /// Opens the checkpoint, packs the dense part and allocates the KV cache, off the runtime's threads.
 pub(crate) async fn load(
     config: &WorkerConfig,
+    dense: Arc<DenseWeights>,
     loading: Loading,
 ) -> Result<Loaded, WorkerError> {
     let config = config.clone();
-    tokio::task::spawn_blocking(move || load_now(&config, &loading)).await?
+    tokio::task::spawn_blocking(move || load_now(&config, &dense, &loading)).await?
 }
 
-fn load_now(config: &WorkerConfig, loading: &Loading) -> Result<Loaded, WorkerError> {
-    let checkpoint = Checkpoint::open_with(&PathBuf::from(&config.model_dir), &config.weights)?;
+fn load_now(
+    config: &WorkerConfig,
+    dense: &DenseWeights,
+    loading: &Loading,
+) -> Result<Loaded, WorkerError> {
+    let dir = PathBuf::from(&config.model_dir);
+    let checkpoint = Checkpoint::open_with(&dir, &config.weights)?;
     let cpu = cpu(config.cpu_path, config.threads as usize)
         .map_err(|error| refuse("cpu_path", &format!("{error}, or auto")))?;
     let cpu = Arc::new(cpu);
@@ -130,7 +137,7 @@ fn load_now(config: &WorkerConfig, loading: &Loading) -> Result<Loaded, WorkerEr
     let slots = (config.slots as usize).min(spec.experts) * spec.moe_layers();
     let expert_bytes = (slots * spec.expert_bytes()) as u64;
     let mut dense_bytes = 0;
-    let model = Model::load(&checkpoint, Arc::clone(&cpu), |done, total| {
+    let model = dense.model(&dir, &checkpoint, Arc::clone(&cpu), |done, total| {
         dense_bytes = total;
         loading.tell(done, total + expert_bytes);
     })?;

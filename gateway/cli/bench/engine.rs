@@ -205,10 +205,10 @@ pub(super) async fn run(args: &EngineArgs, progress: &Progress) -> Result<(), Cl
     let task = progress.steps("load", 1);
     let rig = Rig::load(&checkpoint, cpu)?;
     task.finish("done");
-    if let Some(workers) = args.workers {
-        return versus::run(args, &checkpoint, &rig, &loads, workers, progress).await;
-    }
     drop(checkpoint);
+    if let Some(workers) = args.workers {
+        return versus::run(args, &rig, &loads, workers, progress).await;
+    }
     if let Some(streams) = args.mixed {
         return mixed::run(args, &rig, streams, progress).await;
     }

@@ -7,6 +7,7 @@ use foregate_api::node::RoleConfig;
 use foregate_operator::launch::Form;
 use foregate_store::kv::Store;
 use foregate_store::memory::MemoryStore;
+use foregate_worker::dense::DenseWeights;
 use foregate_worker::fabric::local::LocalHub;
 use prometheus::Registry;
 use tokio::task::{JoinError, JoinSet};
@@ -39,6 +40,7 @@ pub(crate) async fn run(
     let seams = Seams {
         store: Arc::clone(&store),
         hub: LocalHub::new(),
+        dense: DenseWeights::new(),
     };
     let mut cluster = Tasks::default();
     let mut listener = Some(launch.listener);

@@ -263,8 +263,14 @@ impl fmt::Display for Quantization {
     }
 }
 
+impl fmt::Display for PlainFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(Self::NAMES[*self as usize])
+    }
+}
+
 impl PlainFormat {
-    /// What `--dtype` takes.
+    /// What `--dtype` takes, in the order of the variants.
     pub const NAMES: [&str; 4] = ["auto", "float32", "bfloat16", "float16"];
 
     /// The format to convert to, if any.
@@ -400,7 +406,7 @@ mod tests {
     #[test]
     fn names_are_what_is_parsed() {
         for name in PlainFormat::NAMES {
-            assert!(name.parse::<PlainFormat>().is_ok(), "{name}");
+            assert_eq!(name.parse::<PlainFormat>().unwrap().to_string(), name);
         }
         for name in Quantization::NAMES {
             assert_eq!(name.parse::<Quantization>().unwrap().to_string(), name);

@@ -1,7 +1,7 @@
 //! The whole model: embed → blocks → norm → logits.
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use foregate_api::ids::LayerId;
 use foregate_api::model::{KvFormat, ModelSpec};
@@ -38,6 +38,34 @@ struct Weights {
     output: Option<Matrix>,
     /// `theta^(-2i / head_dim)` for each pair `i` of a head.
     inverse_frequencies: Vec<f32>,
+}
+
+/// Weights that live as long as some [`Model`] uses them.
+pub struct WeakModel(Weak<Weights>);
+
+impl fmt::Debug for WeakModel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("WeakModel").field(&self.is_alive()).finish()
+    }
+}
+
+impl WeakModel {
+    /// Whether some model still uses them.
+    #[must_use]
+    pub fn is_alive(&self) -> bool {
+        self.0.strong_count() > 0
+    }
+
+    /// A model of these weights, unless nobody has them any more. `ops` must lay out matrices as those
+    /// ops did that packed them.
+    #[must_use]
+    pub fn upgrade(&self, ops: Arc<dyn Ops>) -> Option<Model> {
+        Some(Model {
+            ops,
+            weights: self.0.upgrade()?,
+            scratch: Scratch::default(),
+        })
+    }
 }
 
 impl Clone for Model {
@@ -84,6 +112,12 @@ impl Model {
             ops,
             ..self.clone()
         }
+    }
+
+    /// The weights, without keeping them.
+    #[must_use]
+    pub fn downgrade(&self) -> WeakModel {
+        WeakModel(Arc::downgrade(&self.weights))
     }
 
     /// The model's shape.

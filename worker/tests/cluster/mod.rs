@@ -19,6 +19,7 @@ use foregate_wire::connect::channel;
 use foregate_wire::generation::GenerateRequest;
 use foregate_wire::generation::generation_client::GenerationClient;
 use foregate_wire::tonic::transport::Channel;
+use foregate_worker::dense::DenseWeights;
 use foregate_worker::fabric::local::LocalHub;
 use foregate_worker::{Deps, Health, Progress, WorkerError};
 use prometheus::Registry;
@@ -69,6 +70,7 @@ impl Cluster {
         let coord = Coord::new(Arc::clone(&store), "test");
         let shutdown = CancellationToken::new();
         let hub = LocalHub::new();
+        let dense = DenseWeights::new();
         let slots = (spec.experts as u32).div_ceil(form.workers) + form.spare_slots;
         let mut cluster = Self {
             spec: spec.clone(),
@@ -93,6 +95,7 @@ impl Cluster {
                 config: config(dir, rank, slots, form),
                 store: Arc::clone(&store),
                 local_hub: Some(Arc::clone(&hub)),
+                dense: Arc::clone(&dense),
                 rpc_listener,
                 exchange_listener: Some(std::net::TcpListener::bind("127.0.0.1:0").unwrap()),
                 registry: Registry::new(),

@@ -8,9 +8,11 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::Arc;
 
+use foregate_api::cpu::CpuPath;
 use foregate_api::ids::Rank;
+use foregate_api::weights::WeightSettings;
 use foregate_checkpoint::Checkpoint;
-use foregate_models::ExpertWeights;
+use foregate_models::{ExpertWeights, Model};
 use foregate_worker::exchange::Way;
 use foregate_worker::fabric::tcp::TcpSettings;
 use serde::{Deserialize, Serialize};
@@ -20,18 +22,31 @@ use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 use super::node::{Node, Seat, Turn};
 use super::rig::Load;
 use crate::error::{CliError, print};
+use crate::weights::WeightArgs;
 
 /// Arguments of a child.
 #[derive(Debug, clap::Args)]
 pub(crate) struct ChildArgs {
     #[arg(long)]
     model: PathBuf,
+    #[command(flatten)]
+    weights: WeightArgs,
+    #[arg(long)]
+    cpu_path: CpuPath,
     #[arg(long)]
     rank: u32,
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=64))]
     workers: u32,
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1024))]
     threads: u32,
+}
+
+/// What all workers load, and how they compute it.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Source<'a> {
+    pub(super) model: &'a Path,
+    pub(super) weights: WeightSettings,
+    pub(super) cpu_path: CpuPath,
 }
 
 /// What a child is told.
@@ -79,8 +94,8 @@ async fn next_line() -> Result<Option<String>, CliError> {
 }
 
 fn open(args: &ChildArgs) -> Result<Node, CliError> {
-    let checkpoint =
-        Checkpoint::open(&args.model).map_err(|error| CliError::runtime("model", &error))?;
+    let checkpoint = Checkpoint::open_with(&args.model, &args.weights.settings())
+        .map_err(|error| CliError::runtime("model", &error))?;
     let listener = TcpListener::bind("127.0.0.1:0")
         .map_err(|error| CliError::runtime("a port of 127.0.0.1", &error))?;
     let seat = Seat {
@@ -89,7 +104,12 @@ fn open(args: &ChildArgs) -> Result<Node, CliError> {
         threads: args.threads,
     };
     let way = Way::Tcp(listener, TcpSettings::default());
-    Node::open(&checkpoint, seat, way, |layer, expert| {
+    let cpu = foregate_worker::cpu(args.cpu_path, seat.threads as usize)
+        .map_err(|error| CliError::Usage(format!("--cpu-path: {error}")))?;
+    let cpu = Arc::new(cpu);
+    let model = Model::load(&checkpoint, Arc::clone(&cpu), |_, _| {})
+        .map_err(|error| CliError::runtime("model", &error))?;
+    Node::open(model, cpu, seat, way, |layer, expert| {
         let loaded = ExpertWeights::load(&checkpoint, layer, expert);
         loaded
             .map(Arc::new)
@@ -123,12 +143,19 @@ pub(super) struct Remote {
 
 impl Remote {
     /// Starts a child; it loads while others start.
-    pub(super) fn spawn(model: &Path, seat: Seat) -> Result<Self, CliError> {
+    pub(super) fn spawn(source: Source<'_>, seat: Seat) -> Result<Self, CliError> {
         let failed = |error| CliError::runtime("a worker's process", &error);
         let mut command = Command::new(std::env::current_exe().map_err(failed)?);
         command
             .args(["bench", "engine-worker", "--model"])
-            .arg(model);
+            .arg(source.model);
+        for (name, value) in [
+            ("--dtype", source.weights.dtype.to_string()),
+            ("--quantization", source.weights.quantization.to_string()),
+            ("--cpu-path", source.cpu_path.name().to_owned()),
+        ] {
+            command.arg(name).arg(value);
+        }
         for (name, value) in [
             ("--rank", seat.rank.0),
             ("--workers", seat.workers),

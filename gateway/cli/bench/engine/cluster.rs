@@ -2,18 +2,17 @@
 //!
 //! Turns of both alternate, so that a drift of the machine hits both alike: what counts is the ratio of a pair.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use foregate_api::ids::Rank;
-use foregate_checkpoint::Checkpoint;
+use foregate_kernels::Cpu;
 use foregate_worker::engine::Alone;
 use foregate_worker::exchange::Way;
 use foregate_worker::fabric::local::LocalHub;
 use futures::future::{join_all, try_join_all};
 use serde::Serialize;
 
-use super::child::Remote;
+use super::child::{Remote, Source};
 use super::median::median;
 use super::node::{Node, Seat, Turn};
 use super::rig::{Load, Rig, Running, drive, start_engine};
@@ -48,10 +47,9 @@ pub(super) enum Cluster {
 }
 
 impl Cluster {
-    /// Loads and connects all workers. Those of this process share the weights of experts with `rig`.
+    /// Loads and connects all workers. Those of this process share all weights with `rig`.
     pub(super) async fn start(
-        dir: &Path,
-        checkpoint: &Checkpoint,
+        source: Source<'_>,
         rig: &Rig,
         shape: Shape,
     ) -> Result<Self, CliError> {
@@ -61,22 +59,22 @@ impl Cluster {
             threads: shape.threads_per_worker,
         });
         match shape.fabric {
-            FabricName::Local => Self::here(checkpoint, rig, seats).await,
-            FabricName::Tcp => Self::processes(dir, seats).await,
+            FabricName::Local => Self::here(rig, seats).await,
+            FabricName::Tcp => Self::processes(source, seats).await,
         }
     }
 
-    async fn here(
-        checkpoint: &Checkpoint,
-        rig: &Rig,
-        seats: impl Iterator<Item = Seat>,
-    ) -> Result<Self, CliError> {
+    async fn here(rig: &Rig, seats: impl Iterator<Item = Seat>) -> Result<Self, CliError> {
         let hub = LocalHub::new();
         let missing = || CliError::Runtime("an expert is not loaded".to_owned());
         let nodes: Vec<Node> = seats
             .map(|seat| {
                 let way = Way::Local(Arc::clone(&hub));
-                Node::open(checkpoint, seat, way, |layer, expert| {
+                let cpu = Cpu::with_path(rig.cpu.path(), seat.threads as usize)
+                    .map_err(|error| CliError::runtime("a worker", &error))?;
+                let cpu = Arc::new(cpu);
+                let model = rig.model.with_ops(Arc::<Cpu>::clone(&cpu));
+                Node::open(model, cpu, seat, way, |layer, expert| {
                     let weights = rig.experts.expert(layer, expert);
                     weights.map(Arc::clone).ok_or_else(missing)
                 })
@@ -90,11 +88,11 @@ impl Cluster {
     }
 
     async fn processes(
-        dir: &Path,
+        source: Source<'_>,
         seats: impl Iterator<Item = Seat>,
     ) -> Result<Self, CliError> {
         let mut workers: Vec<Remote> = seats
-            .map(|seat| Remote::spawn(dir, seat))
+            .map(|seat| Remote::spawn(source, seat))
             .collect::<Result<_, _>>()?;
         let addresses = try_join_all(workers.iter_mut().map(Remote::ready)).await?;
         try_join_all(workers.iter_mut().map(|worker| worker.join(&addresses))).await?;

@@ -8,7 +8,6 @@ use std::time::Duration;
 use foregate_api::ids::{Epoch, ExpertId, LayerId, Rank};
 use foregate_api::model::ModelSpec;
 use foregate_api::placement::{LayerPlacement, Placement, Reason};
-use foregate_checkpoint::Checkpoint;
 use foregate_kernels::Cpu;
 use foregate_models::{ExpertWeights, Model};
 use foregate_worker::exchange::{Endpoint, EndpointParts, Way};
@@ -68,18 +67,16 @@ struct Job {
 }
 
 impl Node {
-    /// Loads the dense part; the experts come from `expert`.
+    /// A worker that computes `model` with `cpu`; its experts come from `expert`.
     pub(super) fn open(
-        checkpoint: &Checkpoint,
+        model: Model,
+        cpu: Arc<Cpu>,
         seat: Seat,
         way: Way,
         expert: impl Fn(LayerId, ExpertId) -> Result<Arc<ExpertWeights>, CliError>,
     ) -> Result<Self, CliError> {
         let failed = |error: &dyn Error| CliError::runtime("a worker", &error);
-        let spec = Arc::new(checkpoint.spec().clone());
-        let cpu = Arc::new(Cpu::new(seat.threads as usize));
-        let model = Model::load(checkpoint, Arc::clone(&cpu), |_, _| {})
-            .map_err(|error| failed(&error))?;
+        let spec = Arc::new(model.spec().clone());
         let metrics = WorkerMetrics::register(&Registry::new(), "bench");
         let endpoint = Endpoint::open(EndpointParts {
             me: Identity {

@@ -1,8 +1,8 @@
 //! All loads on a cluster and on one process, as one run.
 
-use foregate_checkpoint::Checkpoint;
 use serde::Serialize;
 
+use super::child::Source;
 use super::cluster::{Cluster, Compared, Phase, Shape, compare};
 use super::rig::{Load, Rig};
 use super::speed;
@@ -52,7 +52,6 @@ struct Prefill {
 /// Measures and prints.
 pub(super) async fn run(
     args: &EngineArgs,
-    checkpoint: &Checkpoint,
     rig: &Rig,
     loads: &Loads,
     workers: u32,
@@ -64,7 +63,12 @@ pub(super) async fn run(
         fabric: args.fabric,
     };
     let task = progress.steps("load the workers", 1);
-    let mut cluster = Cluster::start(&args.model, checkpoint, rig, shape).await?;
+    let source = Source {
+        model: &args.model,
+        weights: args.weights.settings(),
+        cpu_path: args.cpu_path,
+    };
+    let mut cluster = Cluster::start(source, rig, shape).await?;
     task.finish("done");
     let mut prefill = Vec::new();
     for load in &loads.prefill {

@@ -18,6 +18,7 @@ use foregate_store::memory::MemoryStore;
 use foregate_wire::connect::channel;
 use foregate_wire::generation::generation_client::GenerationClient;
 use foregate_wire::tonic::transport::Channel;
+use foregate_worker::dense::DenseWeights;
 use foregate_worker::fabric::local::LocalHub;
 use foregate_worker::{Deps, Health, WorkerError};
 use prometheus::Registry;
@@ -90,8 +91,9 @@ impl Cluster {
             shape,
         };
         let hub = LocalHub::new();
+        let dense = DenseWeights::new();
         for rank in cluster.ranks.clone() {
-            let deps = cluster.worker(&path, rank, &store, &hub).await?;
+            let deps = cluster.worker(&path, rank, &store, (&hub, &dense)).await?;
             cluster.workers.spawn(foregate_worker::run(deps));
         }
         let all = cluster.ranks.len();
@@ -108,7 +110,7 @@ impl Cluster {
         path: &str,
         rank: Rank,
         store: &Arc<dyn Store>,
-        hub: &Arc<LocalHub>,
+        (hub, dense): (&Arc<LocalHub>, &Arc<DenseWeights>),
     ) -> Result<Deps, CliError> {
         let (rpc_listener, address) = status::bind("127.0.0.1:0")
             .await
@@ -123,6 +125,7 @@ impl Cluster {
             config: config(path, rank, &self.spec, self.shape),
             store: Arc::clone(store),
             local_hub: Some(Arc::clone(hub)),
+            dense: Arc::clone(dense),
             rpc_listener,
             exchange_listener: None,
             registry,
