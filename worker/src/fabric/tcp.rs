@@ -151,7 +151,7 @@ impl Fabric for TcpFabric {
             .ok_or(SendError::Down(peer))?;
         let number = call.call;
         link.pending.enter(number, deadline)?;
-        let sent = link.writer.write(&Frame::Call(call));
+        let sent = link.writer.write(Frame::Call(call));
         match sent {
             Ok(()) => Ok(()),
             Err(error) => {

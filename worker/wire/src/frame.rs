@@ -20,7 +20,11 @@
 //! The checksum covers header (its own field taken as zero) and payload. Decoding is a pure function that
 //! never panics; a field that a kind does not use must be zero, so each value has exactly one encoding.
 
+mod pieces;
+
 use foregate_api::ids::{Epoch, ExpertId, LayerId, Rank};
+
+pub use self::pieces::{Payload, Pieces, as_bytes_mut, join, payload, pieces};
 
 /// First bytes of every frame.
 pub const MAGIC: [u8; 4] = *b"FGXF";
@@ -37,8 +41,6 @@ pub const MAX_HELLO: usize = HEADER + MAX_CLUSTER;
 
 const FLAG_TRACE: u16 = 1;
 const CRC_AT: usize = 12;
-/// Values that are written at a time.
-const PIECE: usize = 2048;
 
 /// A W3C trace context as it travels between workers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -279,20 +281,16 @@ pub fn decode(bytes: &[u8]) -> Result<Frame, FrameError> {
     if bytes.len() > need {
         return Err(FrameError::Trailing(bytes.len() - need));
     }
-    let (header, payload) = bytes.split_at(HEADER);
-    let found = read_u32(header, CRC_AT);
-    let computed = checksum(header, payload);
-    if found != computed {
-        return Err(FrameError::Checksum { found, computed });
-    }
-    let fields = Fields::read(header)?;
-    match header[5] {
-        1 => fields.hello(payload).map(Frame::Hello),
-        2 => fields.call(payload).map(Frame::Call),
-        3 => fields.reply(payload).map(Frame::Reply),
-        4 => fields.refuse(payload).map(Frame::Refuse),
-        other => Err(FrameError::Kind(other)),
-    }
+    let Some((header, rest)) = bytes.split_first_chunk::<HEADER>() else {
+        return Err(FrameError::Short {
+            have: bytes.len(),
+            need,
+        });
+    };
+    let mut rows = vec![0.0; payload(header)?.values];
+    let (front, tail) = rest.split_at(size_of_val(rows.as_slice()));
+    as_bytes_mut(&mut rows).copy_from_slice(front);
+    join(header, rows, tail)
 }
 
 /// Appends the encoding of `frame` to `out`.
@@ -300,27 +298,18 @@ pub fn decode(bytes: &[u8]) -> Result<Frame, FrameError> {
 /// # Errors
 /// When the frame is larger than [`MAX_FRAME`] or one of its fields cannot be encoded. `out` is unchanged then.
 pub fn encode(frame: &Frame, out: &mut Vec<u8>) -> Result<(), FrameError> {
-    let fields = Fields::of(frame)?;
-    let payload = payload_bytes(frame, &fields)?;
-    let start = out.len();
-    out.reserve(HEADER + payload);
-    fields.write(out, payload);
-    match frame {
-        Frame::Hello(hello) => out.extend_from_slice(hello.cluster.as_bytes()),
-        Frame::Call(call) => {
-            write_rows(out, &call.rows);
-            for route in &call.routes {
-                out.extend_from_slice(&route.row.to_le_bytes());
-                out.extend_from_slice(&route.expert.0.to_le_bytes());
-            }
-        }
-        Frame::Reply(reply) => write_rows(out, &reply.rows),
-        Frame::Refuse(_) => {}
+    for piece in pieces(frame)?.slices() {
+        out.extend_from_slice(piece);
     }
-    let (header, payload) = out[start..].split_at(HEADER);
-    let crc = checksum(header, payload).to_le_bytes();
-    out[start + CRC_AT..start + CRC_AT + 4].copy_from_slice(&crc);
     Ok(())
+}
+
+/// Whether `frame` can be encoded.
+///
+/// # Errors
+/// As [`encode`].
+pub fn check(frame: &Frame) -> Result<(), FrameError> {
+    payload_bytes(frame, &Fields::of(frame)?).map(drop)
 }
 
 /// Header fields behind magic, version, length and checksum.
@@ -380,17 +369,23 @@ impl Fields {
         })
     }
 
-    fn write(&self, out: &mut Vec<u8>, payload: usize) {
-        out.extend_from_slice(&MAGIC);
-        out.push(VERSION);
-        out.push(self.kind);
+    /// The header of a frame, with a checksum of zero.
+    fn header(&self, payload: usize) -> [u8; HEADER] {
+        let mut header = [0; HEADER];
+        let mut at = 0;
+        let mut put = |bytes: &[u8]| {
+            header[at..at + bytes.len()].copy_from_slice(bytes);
+            at += bytes.len();
+        };
+        put(&MAGIC);
+        put(&[VERSION, self.kind]);
         let flags = if self.trace.is_some() { FLAG_TRACE } else { 0 };
-        out.extend_from_slice(&flags.to_le_bytes());
+        put(&flags.to_le_bytes());
         // Fits: `payload_bytes` checked it against MAX_FRAME.
-        out.extend_from_slice(&u32::try_from(payload).unwrap_or(u32::MAX).to_le_bytes());
-        out.extend_from_slice(&[0; 4]);
-        out.extend_from_slice(&self.epoch.to_le_bytes());
-        out.extend_from_slice(&self.call.to_le_bytes());
+        put(&u32::try_from(payload).unwrap_or(u32::MAX).to_le_bytes());
+        put(&[0; 4]);
+        put(&self.epoch.to_le_bytes());
+        put(&self.call.to_le_bytes());
         for field in [
             self.layer,
             self.deadline_us,
@@ -399,15 +394,14 @@ impl Fields {
             self.hidden,
             self.word,
         ] {
-            out.extend_from_slice(&field.to_le_bytes());
+            put(&field.to_le_bytes());
         }
-        let mut trace = [0_u8; 32];
         if let Some(context) = &self.trace {
-            trace[..16].copy_from_slice(&context.trace_id);
-            trace[16..24].copy_from_slice(&context.span_id);
-            trace[24] = context.flags;
+            put(&context.trace_id);
+            put(&context.span_id);
+            put(&[context.flags]);
         }
-        out.extend_from_slice(&trace);
+        header
     }
 
     fn read(header: &[u8]) -> Result<Self, FrameError> {
@@ -430,10 +424,10 @@ impl Fields {
         })
     }
 
-    fn hello(self, payload: &[u8]) -> Result<Hello, FrameError> {
+    fn hello(self, rows: &[f32], payload: &[u8]) -> Result<Hello, FrameError> {
         zero(self.epoch, "epoch")?;
         zero(u64::from(self.deadline_us), "deadline")?;
-        self.no_rows()?;
+        self.no_rows(rows)?;
         self.no_trace()?;
         if payload.len() > MAX_CLUSTER || payload.len() != self.word as usize {
             return Err(FrameError::Field("cluster"));
@@ -446,10 +440,10 @@ impl Fields {
         })
     }
 
-    fn call(self, payload: &[u8]) -> Result<Call, FrameError> {
+    fn call(self, rows: Vec<f32>, tail: &[u8]) -> Result<Call, FrameError> {
         zero(u64::from(self.word), "word")?;
-        let (rows, rest) = read_rows(payload, self.rows, self.hidden)?;
-        let routes = read_routes(rest, self.routes, self.rows)?;
+        self.has_rows(&rows)?;
+        let routes = read_routes(tail, self.routes, self.rows)?;
         Ok(Call {
             epoch: Epoch(self.epoch),
             call: self.call,
@@ -462,12 +456,12 @@ impl Fields {
         })
     }
 
-    fn reply(self, payload: &[u8]) -> Result<Reply, FrameError> {
+    fn reply(self, rows: Vec<f32>, tail: &[u8]) -> Result<Reply, FrameError> {
         zero(u64::from(self.deadline_us), "deadline")?;
         zero(u64::from(self.routes), "routes")?;
         self.no_trace()?;
-        let (rows, rest) = read_rows(payload, self.rows, self.hidden)?;
-        if !rest.is_empty() {
+        self.has_rows(&rows)?;
+        if !tail.is_empty() {
             return Err(FrameError::Field("payload"));
         }
         Ok(Reply {
@@ -480,12 +474,12 @@ impl Fields {
         })
     }
 
-    fn refuse(self, payload: &[u8]) -> Result<Refuse, FrameError> {
+    fn refuse(self, rows: &[f32], tail: &[u8]) -> Result<Refuse, FrameError> {
         zero(u64::from(self.layer), "layer")?;
         zero(u64::from(self.deadline_us), "deadline")?;
-        self.no_rows()?;
+        self.no_rows(rows)?;
         self.no_trace()?;
-        if !payload.is_empty() {
+        if !tail.is_empty() {
             return Err(FrameError::Field("payload"));
         }
         Ok(Refuse {
@@ -495,7 +489,19 @@ impl Fields {
         })
     }
 
-    fn no_rows(&self) -> Result<(), FrameError> {
+    /// Whether the rows that were read are those that the header names.
+    fn has_rows(&self, rows: &[f32]) -> Result<(), FrameError> {
+        if self.hidden == 0 {
+            return Err(FrameError::Field("hidden"));
+        }
+        if rows.len() as u64 != u64::from(self.rows) * u64::from(self.hidden) {
+            return Err(FrameError::Field("rows"));
+        }
+        Ok(())
+    }
+
+    fn no_rows(&self, rows: &[f32]) -> Result<(), FrameError> {
+        zero(rows.len() as u64, "rows")?;
         zero(u64::from(self.rows), "rows")?;
         zero(u64::from(self.routes), "routes")?;
         zero(u64::from(self.hidden), "hidden")
@@ -569,27 +575,6 @@ fn read_trace(bytes: &[u8], present: bool) -> Result<Option<TraceContext>, Frame
     }))
 }
 
-/// `rows × hidden` floats from the front of `payload`, and the rest.
-fn read_rows(payload: &[u8], rows: u32, hidden: u32) -> Result<(Vec<f32>, &[u8]), FrameError> {
-    if hidden == 0 {
-        return Err(FrameError::Field("hidden"));
-    }
-    // u32 × u32 × 4 fits in 66 bits: multiply with checks, then compare with what is there before allocating.
-    let bytes = u64::from(rows)
-        .checked_mul(u64::from(hidden))
-        .and_then(|values| values.checked_mul(4))
-        .and_then(|bytes| usize::try_from(bytes).ok())
-        .ok_or(FrameError::Field("rows"))?;
-    let (front, rest) = payload
-        .split_at_checked(bytes)
-        .ok_or(FrameError::Field("rows"))?;
-    let (words, _) = front.as_chunks::<4>();
-    Ok((
-        words.iter().map(|word| f32::from_le_bytes(*word)).collect(),
-        rest,
-    ))
-}
-
 fn read_routes(bytes: &[u8], routes: u32, rows: u32) -> Result<Vec<Route>, FrameError> {
     if bytes.len() as u64 != u64::from(routes) * 8 {
         return Err(FrameError::Field("routes"));
@@ -609,27 +594,6 @@ fn read_routes(bytes: &[u8], routes: u32, rows: u32) -> Result<Vec<Route>, Frame
             }
         })
         .collect()
-}
-
-fn write_rows(out: &mut Vec<u8>, rows: &[f32]) {
-    // In pieces that stay in the nearest cache, so that the zeroes below cost no memory traffic.
-    for piece in rows.chunks(PIECE) {
-        let start = out.len();
-        out.resize(start + size_of_val(piece), 0);
-        let (words, _) = out[start..].as_chunks_mut::<4>();
-        for (word, value) in words.iter_mut().zip(piece) {
-            *word = value.to_le_bytes();
-        }
-    }
-}
-
-fn checksum(header: &[u8], payload: &[u8]) -> u32 {
-    let mut hasher = crc32fast::Hasher::new();
-    hasher.update(&header[..CRC_AT]);
-    hasher.update(&[0; 4]);
-    hasher.update(&header[CRC_AT + 4..]);
-    hasher.update(payload);
-    hasher.finalize()
 }
 
 /// The word at `at`; zero if the slice ends before it (callers have checked the length).

@@ -155,18 +155,17 @@ fn serve(
     stream.set_read_timeout(Some(shared.settings.handshake))?;
     let writer = Arc::new(Writer::start(&stream, shared.settings.write_timeout)?);
     let mut reader = BufReader::with_capacity(READ_AHEAD, stream);
-    let mut buffer = Vec::new();
-    let Frame::Hello(hello) = read_frame(&mut reader, &mut buffer, MAX_HELLO)? else {
+    let Frame::Hello(hello) = read_frame(&mut reader, MAX_HELLO)? else {
         return Err(protocol("the first frame is not a hello"));
     };
     // Answered in any case: the caller compares and sees whom it reached.
-    send(&writer, &Frame::Hello(shared.hello()))?;
+    send(&writer, Frame::Hello(shared.hello()))?;
     let rank = check(&hello, shared)?;
     callers.name(number, rank);
     // Idle callers are normal, so there is no limit between calls; a vanished one is replaced by rank.
     reader.get_ref().set_read_timeout(None)?;
     loop {
-        let Frame::Call(call) = read_frame(&mut reader, &mut buffer, MAX_FRAME)? else {
+        let Frame::Call(call) = read_frame(&mut reader, MAX_FRAME)? else {
             return Err(protocol("a caller may only send calls"));
         };
         let responder = Responder::new(&call, Box::new(TcpAnswer(Arc::clone(&writer))));
@@ -188,7 +187,7 @@ fn protocol(what: &'static str) -> ReadError {
     ReadError::Io(io::Error::new(io::ErrorKind::InvalidData, what))
 }
 
-fn send(writer: &Writer, frame: &Frame) -> Result<(), ReadError> {
+fn send(writer: &Writer, frame: Frame) -> Result<(), ReadError> {
     writer
         .write(frame)
         .map_err(|_| io::Error::from(io::ErrorKind::BrokenPipe).into())
@@ -215,7 +214,7 @@ impl Answer for TcpAnswer {
         };
         // A caller whose queue is full or who is gone hears nothing and stops waiting at its deadline;
         // a broken stream is reset, so that it does not wait that long.
-        if let Err(error) = self.0.write(&frame) {
+        if let Err(error) = self.0.write(frame) {
             tracing::debug!(%error, "exchange_answer_lost");
             self.0.shut();
         }

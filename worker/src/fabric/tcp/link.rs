@@ -1,24 +1,22 @@
 //! One connection: the half that writes frames, and how one frame is read.
 
-use std::io::{self, Read, Write};
+use std::io::{self, IoSlice, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 use std::thread;
 use std::time::Duration;
 
 use foregate_wire::frame::{self, Frame, FrameError};
 
-/// Frames up to this many bytes are written by the thread that has them: copying one into the socket's buffer
+/// Frames with rows of up to this many bytes are written by the thread that has them: copying one into the socket's buffer
 /// takes about as long as waking another thread. Larger ones go through the connection's own thread, so that
 /// the engine computes its local rows meanwhile.
 const DIRECT: usize = 512 << 10;
 /// Frames waiting for the connection's thread.
 const QUEUE: usize = 16;
-/// Buffers larger than this are given back after use. The rows of a step of 512 tokens fit.
-const KEEP: usize = 16 << 20;
-/// A frame's length alone costs at most so much memory.
-const TRUST: usize = 1 << 20;
+/// Values or bytes: a frame's length alone costs at most so much memory.
+const TRUST: usize = 1 << 18;
 
 /// Why a frame was not written.
 #[derive(Debug, thiserror::Error)]
@@ -49,22 +47,14 @@ pub(super) enum ReadError {
 #[derive(Debug)]
 pub(super) struct Writer {
     socket: Arc<Socket>,
-    queue: SyncSender<Vec<u8>>,
+    queue: SyncSender<Frame>,
 }
 
 #[derive(Debug)]
 struct Socket {
     /// For shutting down without the lock.
     control: TcpStream,
-    writing: Mutex<Writing>,
-    /// Memory of the last frame that the connection's thread wrote.
-    spare: Mutex<Vec<u8>>,
-}
-
-#[derive(Debug)]
-struct Writing {
-    stream: TcpStream,
-    scratch: Vec<u8>,
+    writing: Mutex<TcpStream>,
 }
 
 impl Writer {
@@ -74,11 +64,7 @@ impl Writer {
         writing.set_write_timeout(Some(timeout))?;
         let socket = Arc::new(Socket {
             control: stream.try_clone()?,
-            writing: Mutex::new(Writing {
-                stream: writing,
-                scratch: Vec::new(),
-            }),
-            spare: Mutex::default(),
+            writing: Mutex::new(writing),
         });
         let (queue, waiting) = sync_channel(QUEUE);
         let for_thread = Arc::clone(&socket);
@@ -90,18 +76,17 @@ impl Writer {
     }
 
     /// Writes a frame, or leaves it with the connection's thread.
-    pub(super) fn write(&self, frame: &Frame) -> Result<(), WriteError> {
-        if size_hint(frame) <= DIRECT {
+    pub(super) fn write(&self, frame: Frame) -> Result<(), WriteError> {
+        if size_hint(&frame) <= DIRECT {
             match self.socket.writing.try_lock() {
-                Ok(mut writing) => return writing.write_now(frame, &self.socket.control),
+                Ok(mut writing) => return self.socket.write_now(&mut writing, &frame),
                 Err(TryLockError::Poisoned(_)) => return Err(WriteError::Closed),
                 Err(TryLockError::WouldBlock) => {}
             }
         }
-        let mut bytes = std::mem::take(&mut *self.socket.spare());
-        bytes.clear();
-        frame::encode(frame, &mut bytes)?;
-        self.queue.try_send(bytes).map_err(|error| match error {
+        // Refused here, where somebody hears of it.
+        frame::check(&frame)?;
+        self.queue.try_send(frame).map_err(|error| match error {
             TrySendError::Full(_) => WriteError::Full,
             TrySendError::Disconnected(_) => WriteError::Closed,
         })
@@ -120,35 +105,41 @@ impl Drop for Writer {
 }
 
 impl Socket {
-    fn drain(&self, waiting: &Receiver<Vec<u8>>) {
-        while let Ok(bytes) = waiting.recv() {
+    fn drain(&self, waiting: &Receiver<Frame>) {
+        while let Ok(frame) = waiting.recv() {
             let mut writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
-            if writing.stream.write_all(&bytes).is_err() {
+            if self.write_now(&mut writing, &frame).is_err() {
                 shut(&self.control);
                 return;
-            }
-            drop(writing);
-            if bytes.capacity() <= KEEP {
-                *self.spare() = bytes;
             }
         }
     }
 
-    fn spare(&self) -> MutexGuard<'_, Vec<u8>> {
-        self.spare.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Writing {
-    fn write_now(&mut self, frame: &Frame, control: &TcpStream) -> Result<(), WriteError> {
-        self.scratch.clear();
-        frame::encode(frame, &mut self.scratch)?;
+    fn write_now(&self, stream: &mut TcpStream, frame: &Frame) -> Result<(), WriteError> {
+        let pieces = frame::pieces(frame)?;
         // A write that ends half-way leaves the stream without a frame boundary: give it up.
-        self.stream.write_all(&self.scratch).map_err(|_| {
-            shut(control);
+        write_all(stream, pieces.slices()).map_err(|_| {
+            shut(&self.control);
             WriteError::Closed
         })
     }
+}
+
+/// Writes all pieces, with as few calls to the system as it allows.
+fn write_all(stream: &mut TcpStream, pieces: [&[u8]; 3]) -> io::Result<()> {
+    let mut slices = pieces.map(IoSlice::new);
+    let mut left = slices.as_mut_slice();
+    // Empty ones at the front are left out, or a write of nothing would look like an end.
+    IoSlice::advance_slices(&mut left, 0);
+    while !left.is_empty() {
+        match stream.write_vectored(left) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(written) => IoSlice::advance_slices(&mut left, written),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
 }
 
 /// Ends a connection; one that has ended already is no error.
@@ -158,31 +149,37 @@ pub(super) fn shut(stream: &TcpStream) {
     }
 }
 
-/// Reads one frame of at most `most` bytes. `buffer` is only scratch.
-pub(super) fn read_frame(
-    stream: &mut impl Read,
-    buffer: &mut Vec<u8>,
-    most: usize,
-) -> Result<Frame, ReadError> {
-    buffer.clear();
-    buffer.resize(frame::HEADER, 0);
-    stream.read_exact(buffer)?;
-    let need = frame::prefix(buffer)?.frame_bytes;
+/// Reads one frame of at most `most` bytes.
+pub(super) fn read_frame(stream: &mut impl Read, most: usize) -> Result<Frame, ReadError> {
+    let mut header = [0; frame::HEADER];
+    stream.read_exact(&mut header)?;
+    let need = frame::prefix(&header)?.frame_bytes;
     if need > most {
         return Err(FrameError::TooLarge(need).into());
     }
-    // Grows with what arrives, so a length alone costs no memory.
-    let payload = need - frame::HEADER;
-    buffer.reserve(payload.min(TRUST));
-    let read = stream.take(payload as u64).read_to_end(buffer)?;
-    if read < payload {
-        return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
+    let payload = frame::payload(&header)?;
+    let mut rows = Vec::new();
+    read_growing(stream, payload.values, &mut rows, frame::as_bytes_mut)?;
+    let mut tail = Vec::new();
+    read_growing(stream, payload.tail, &mut tail, |bytes| bytes)?;
+    Ok(frame::join(&header, rows, &tail)?)
+}
+
+/// Reads `count` values. Memory beyond [`TRUST`] is asked for when so many have come.
+fn read_growing<T: Clone + Default>(
+    stream: &mut impl Read,
+    count: usize,
+    values: &mut Vec<T>,
+    bytes: impl Fn(&mut [T]) -> &mut [u8],
+) -> io::Result<()> {
+    while values.len() < count {
+        let start = values.len();
+        let end = count.min(start + TRUST);
+        values.reserve_exact(if start == 0 { end } else { count - start });
+        values.resize(end, T::default());
+        stream.read_exact(bytes(&mut values[start..]))?;
     }
-    let decoded = frame::decode(buffer)?;
-    if buffer.capacity() > KEEP {
-        *buffer = Vec::new();
-    }
-    Ok(decoded)
+    Ok(())
 }
 
 fn size_hint(frame: &Frame) -> usize {
@@ -190,5 +187,75 @@ fn size_hint(frame: &Frame) -> usize {
         Frame::Call(call) => size_of_val(call.rows.as_slice()) + call.routes.len() * 8,
         Frame::Reply(reply) => size_of_val(reply.rows.as_slice()),
         Frame::Hello(_) | Frame::Refuse(_) => 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    use std::net::TcpListener;
+
+    use foregate_api::ids::{Epoch, LayerId};
+    use foregate_wire::frame::{MAX_FRAME, Reply};
+
+    fn reply(call: u64, values: usize) -> Frame {
+        Frame::Reply(Reply {
+            epoch: Epoch(1),
+            call,
+            layer: LayerId(2),
+            hidden: 1,
+            queued: 3,
+            rows: (0..values).map(|value| value as f32).collect(),
+        })
+    }
+
+    /// Small frames are written at once, large ones by the connection's thread, both in pieces.
+    #[test]
+    fn frames_of_all_sizes_come_as_they_were() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (mut other, _) = listener.accept().unwrap();
+        let writer = Writer::start(&stream, Duration::from_secs(20)).unwrap();
+        other
+            .set_read_timeout(Some(Duration::from_secs(20)))
+            .unwrap();
+        for (call, values) in
+            (0..).zip([0, 1, DIRECT / 4, DIRECT / 4 + 1, TRUST, 3 * TRUST + 1])
+        {
+            writer.write(reply(call, values)).unwrap();
+            assert_eq!(
+                read_frame(&mut other, MAX_FRAME).unwrap(),
+                reply(call, values)
+            );
+        }
+        // Too large: refused to its sender, and the connection goes on.
+        let large = writer.write(reply(6, MAX_FRAME / 4));
+        assert!(matches!(large, Err(WriteError::Frame(_))), "{large:?}");
+        writer.write(reply(7, 2)).unwrap();
+        assert_eq!(read_frame(&mut other, MAX_FRAME).unwrap(), reply(7, 2));
+    }
+
+    #[test]
+    fn a_frame_that_ends_early_is_an_error() {
+        let mut bytes = Vec::new();
+        frame::encode(&reply(1, 2 * TRUST), &mut bytes).unwrap();
+        for cut in [
+            0,
+            1,
+            frame::HEADER,
+            frame::HEADER + 1,
+            5 * TRUST,
+            bytes.len() - 1,
+        ] {
+            let read = read_frame(&mut &bytes[..cut], MAX_FRAME);
+            assert!(matches!(read, Err(ReadError::Io(_))), "{cut}");
+        }
+        assert!(read_frame(&mut bytes.as_slice(), MAX_FRAME).is_ok());
+        let small = read_frame(&mut bytes.as_slice(), 1000);
+        assert!(matches!(
+            small,
+            Err(ReadError::Frame(FrameError::TooLarge(_)))
+        ));
     }
 }

@@ -149,10 +149,10 @@ impl Outgoing {
         let writer = Writer::start(&stream, settings.write_timeout)?;
         let hello = Frame::Hello(shared.hello());
         writer
-            .write(&hello)
+            .write(hello)
             .map_err(|_| io::Error::from(io::ErrorKind::BrokenPipe))?;
         let mut reader = BufReader::with_capacity(READ_AHEAD, stream);
-        let Frame::Hello(found) = read_frame(&mut reader, &mut Vec::new(), MAX_HELLO)? else {
+        let Frame::Hello(found) = read_frame(&mut reader, MAX_HELLO)? else {
             return Err(Broken::Protocol);
         };
         let expected = Hello {
@@ -210,7 +210,6 @@ impl Link {
 
 /// Reads answers until the connection ends, and says why it did.
 fn read_answers(link: &Link, mut reader: BufReader<TcpStream>, shared: &Shared) -> Broken {
-    let mut buffer = Vec::new();
     if let Err(error) = reader.get_ref().set_read_timeout(Some(LOOK)) {
         return error.into();
     }
@@ -218,7 +217,7 @@ fn read_answers(link: &Link, mut reader: BufReader<TcpStream>, shared: &Shared) 
         if let Err(broken) = wait_readable(&mut reader, link, shared) {
             return broken;
         }
-        match read_frame(&mut reader, &mut buffer, MAX_FRAME) {
+        match read_frame(&mut reader, MAX_FRAME) {
             Ok(Frame::Reply(reply)) => link.pending.complete(Ok(reply)),
             Ok(Frame::Refuse(refuse)) => link.pending.complete(Err(refuse)),
             Ok(Frame::Hello(_) | Frame::Call(_)) => return Broken::Protocol,
