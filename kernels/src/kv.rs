@@ -155,13 +155,7 @@ impl KvCache {
         let data = if bytes == 0 {
             None
         } else {
-            Some(
-                memmap2::MmapOptions::new()
-                    .len(padded)
-                    .no_reserve_swap()
-                    .map_anon()
-                    .map_err(|_| refused())?,
-            )
+            Some(memory(padded).map_err(|_| refused())?)
         };
         let starts = Starts {
             layers: shape.layers,
@@ -231,6 +225,20 @@ impl KvCache {
             .copy_within(start..start + words, to as usize * words);
         Ok(())
     }
+}
+
+/// Zeroed memory, in huge pages where the system has them: a head's part of a page of tokens is a few kilobytes, and a
+/// long sequence would miss the translation cache at each.
+fn memory(bytes: usize) -> std::io::Result<memmap2::MmapMut> {
+    let map = memmap2::MmapOptions::new()
+        .len(bytes)
+        .no_reserve_swap()
+        .map_anon()?;
+    #[cfg(target_os = "linux")]
+    if let Err(error) = map.advise(memmap2::Advice::HugePage) {
+        tracing::debug!(%error, "no huge pages");
+    }
+    Ok(map)
 }
 
 impl fmt::Debug for KvCache {

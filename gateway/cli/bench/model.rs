@@ -19,6 +19,9 @@ pub(crate) struct ModelArgs {
     /// Another seed gives other weights.
     #[arg(long, default_value_t = 0)]
     seed: u64,
+    /// Longest sequence it takes, in tokens; default: that of the shape.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(16..=1_048_576))]
+    positions: Option<u32>,
     /// Directory to make; must not exist.
     dir: PathBuf,
 }
@@ -42,6 +45,9 @@ pub(super) fn run(args: &ModelArgs, progress: &Progress) -> Result<(), CliError>
     let Preset::Bench09 = args.preset;
     let mut model = Tiny::bench09();
     model.seed = args.seed;
+    if let Some(positions) = args.positions {
+        model.max_positions = positions as usize;
+    }
     let task = progress.steps("model", 1);
     model
         .write(&args.dir)

@@ -14,6 +14,11 @@ use crate::kv::{KEYS, KvCache};
 pub(super) const BLOCK: usize = 2 * KEYS;
 /// Keys of a split: what one partial result covers, counted from position 0 of the sequence.
 pub(super) const SPLIT: usize = 16 * BLOCK;
+/// Blocks between the one that is computed and the one that is asked for: a head's part of a page is so small that the
+/// processor, left alone, would notice each only when it is there.
+const AHEAD: usize = 2;
+/// Words of a cache line.
+const CACHE_LINE: usize = 16;
 /// Queries of the largest tile.
 pub(super) const QUERIES: usize = 8;
 
@@ -89,21 +94,21 @@ fn keys<F: Stored>(head: &Head<'_>, first: usize, count: usize, scratch: &mut Sc
     };
     let mut values = [std::ptr::null(); BLOCK];
     if tokens.is_multiple_of(KEYS) {
-        let group = |t: usize| {
-            let (page, slot) = start(t);
-            let at = head.kv.key_start(head.layer, page, head.head);
-            words[at + slot / KEYS * KEYS * lines..].as_ptr()
-        };
-        for (line, value) in values.iter_mut().enumerate().take(BLOCK / F::PER_WORD) {
-            let (page, slot) = start((line * F::PER_WORD).min(count - 1));
-            let at = head.kv.value_start(head.layer, page, head.head);
-            *value = words[at + slot / F::PER_WORD * dim..].as_ptr();
+        let mut groups = [std::ptr::null(); 2];
+        for (g, group) in groups.iter_mut().enumerate() {
+            // A group of keys lies in one page, its lines of values one after the other.
+            let (page, slot) = start(if g * KEYS < count { g * KEYS } else { 0 });
+            let keys = head.kv.key_start(head.layer, page, head.head) + slot * lines;
+            *group = words[keys..].as_ptr();
+            let first = head.kv.value_start(head.layer, page, head.head);
+            let first = &words[first + slot / F::PER_WORD * dim..];
+            let there = count.saturating_sub(g * KEYS).div_ceil(F::PER_WORD).max(1) - 1;
+            let of_group = KEYS / F::PER_WORD;
+            for (line, value) in values[g * of_group..][..of_group].iter_mut().enumerate() {
+                *value = first[line.min(there) * dim..].as_ptr();
+            }
         }
-        let second = if count > KEYS { KEYS } else { 0 };
-        return Keys {
-            groups: [group(0), group(second)],
-            values,
-        };
+        return Keys { groups, values };
     }
     for t in 0..count {
         let (page, slot) = start(t);
@@ -131,6 +136,37 @@ fn keys<F: Stored>(head: &Head<'_>, first: usize, count: usize, scratch: &mut Sc
     Keys {
         groups: [scratch.keys.as_ptr(), scratch.keys[KEYS * lines..].as_ptr()],
         values,
+    }
+}
+
+/// Asks for the keys and values of block `first..first + count`.
+///
+/// # Safety
+/// The processor has the instructions of `L`.
+#[inline(always)]
+unsafe fn prefetch<L: Lanes, F: Stored>(head: &Head<'_>, first: usize, count: usize) {
+    let shape = head.kv.shape();
+    let (dim, tokens, words) = (shape.head_dim, shape.page_tokens, head.kv.words());
+    if !tokens.is_multiple_of(KEYS) {
+        return;
+    }
+    let (key_words, value_words) = (
+        KEYS * dim.div_ceil(F::PER_WORD),
+        KEYS.div_ceil(F::PER_WORD) * dim,
+    );
+    for position in (first..first + count).step_by(KEYS) {
+        let (page, group) = (
+            head.pages[position / tokens] as usize,
+            position % tokens / KEYS,
+        );
+        let keys = head.kv.key_start(head.layer, page, head.head) + group * key_words;
+        let values = head.kv.value_start(head.layer, page, head.head) + group * value_words;
+        for (start, length) in [(keys, key_words), (values, value_words)] {
+            for word in (start..start + length).step_by(CACHE_LINE) {
+                // SAFETY: a prefetch of any address has no effect that shows.
+                unsafe { L::prefetch(words.as_ptr().wrapping_add(word).cast()) }
+            }
+        }
     }
 }
 
@@ -337,6 +373,10 @@ pub(super) unsafe fn split<L: Lanes, F: Stored, const T: usize, const C: usize>(
         let mut first = from;
         while first < longest {
             let keys = keys::<F>(head, first, BLOCK.min(longest - first), scratch);
+            let later = first + AHEAD * BLOCK;
+            if later < longest {
+                prefetch::<L, F>(head, later, BLOCK.min(longest - later));
+            }
             let mut block = [[0.0; BLOCK]; T];
             scores::<L, F, T>(
                 queries,
