@@ -24,6 +24,8 @@ CONTEXT, DECODE, PREFILL = 64, 64, 512
 BATCHES, PROMPTS = (1, 8, 32), (1, 32)
 # Seconds after which llama.cpp begins no further prompt: it reads one after the other, so the speed is the same.
 MOST_SECONDS = 10
+# Seconds above which mistral.rs is not given prompts: it reads some tokens a second, one prompt after the other.
+MOST_READING = 240
 # Passes within a turn: the middle one of ours counts, the better one of a peer.
 OUR_TURNS, TURNS = 3, 2
 
@@ -85,6 +87,12 @@ class Run:
         settings = {"OMP_PROC_BIND": "true", "OMP_WAIT_POLICY": "active"}
         return self.call([binary, root / f"{form}.gguf", *sizes], settings)
 
+    def mistral_run(self, _):
+        root = Path(os.environ["MISTRAL"])
+        sizes = [CONTEXT, DECODE, PREFILL, 1, MOST_READING, ",".join(map(str, BATCHES)), ",".join(map(str, PROMPTS))]
+        command = [root / "venv/bin/python", HERE / "mistral/measure.py", root / "model", *sizes]
+        return self.call(command, {"RAYON_NUM_THREADS": str(self.threads)})
+
     def vllm(self, program):
         return Path(os.environ["VLLM"]) / "venv/bin" / program
 
@@ -108,6 +116,7 @@ def engines(run):
         ("Foregate", "bf16", None, run.foregate_run),
         ("vLLM", "bf16", None, run.vllm_run),
         ("llama.cpp", "bf16", "bf16", run.llama_run),
+        ("mistral.rs", "bf16", None, run.mistral_run),
         ("Foregate", "int8", "int8", run.foregate_run),
         ("llama.cpp", "int8", "q8_0", run.llama_run),
         ("Foregate", "int4", "int4", run.foregate_run),
@@ -167,7 +176,8 @@ def medians(rounds):
     for engine in rounds[0]:
         turns = [one[engine]["rows"] for one in rounds if one[engine]]
         if turns:
-            result[engine] = {row: median(one[row] for one in turns) for row in turns[0]}
+            rows = [row for row in turns[0] if all(row in one for one in turns)]
+            result[engine] = {row: median(one[row] for one in turns) for row in rows}
     return result
 
 
@@ -179,7 +189,8 @@ def ratios(rounds):
         ours = f"Foregate {form}"
         pairs = [(one[ours]["rows"], one[peer]["rows"]) for one in rounds if one[ours] and one[peer]]
         if name != "Foregate" and pairs:
-            result[peer] = {row: median(a[row] / b[row] for a, b in pairs) for row in pairs[0][0]}
+            rows = [row for row in pairs[0][0] if all(row in theirs for _, theirs in pairs)]
+            result[peer] = {row: median(a[row] / b[row] for a, b in pairs) for row in rows}
     return result
 
 

@@ -41,6 +41,7 @@ def versions(run):
     return {
         "foregate": f"{output([run.foregate, '--version']).split()[-1]}, {output(['git', 'rev-parse', '--short', 'HEAD'])}",
         "llama-cpp-sys-2": os.environ["LLAMA_VERSION"],
+        "mistralrs": os.environ["MISTRAL_VERSION"],
         "rustc": output(["rustc", "--version"]).split()[1],
     } | json.loads(output([run.vllm("python"), "-c", code]))
 

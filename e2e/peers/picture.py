@@ -15,8 +15,9 @@ def write(path, record):
         y += 18
         parts.append(text(10, y, row, 12))
         y += 6
-        most = max(engine[row] for engine in medians.values())
-        for name, engine in medians.items():
+        there = {name: engine for name, engine in medians.items() if row in engine}
+        most = max(engine[row] for engine in there.values())
+        for name, engine in there.items():
             length = (WIDTH - LEFT - 90) * engine[row] / most
             colour = COLOURS.get(name.rsplit(" ", 1)[0], "#888888")
             parts.append(f'<rect x="{LEFT}" y="{y}" width="{length:.1f}" height="{BAR - 3}" fill="{colour}"/>')

@@ -8,6 +8,11 @@ def number(value):
     return f"{value:.2f}" if value < 10 else f"{value:,.0f}" if value >= 1000 else f"{value:.1f}"
 
 
+def cell(speeds, ratios, row):
+    """A peer's figure and ours over it; a row that it was too slow for is left open."""
+    return f" {number(speeds[row])} | {ratios[row]:.2f} |" if row in speeds else " – | – |"
+
+
 def engine_table(record, form):
     medians, ratios = record["medians"], record["ratios"]
     ours = f"Foregate {form}"
@@ -17,7 +22,7 @@ def engine_table(record, form):
     head = "".join(f" {peer.rsplit(' ', 1)[0]} | Foregate / {peer.rsplit(' ', 1)[0]} |" for peer in peers)
     lines = [f"| | Foregate |{head}", "|---|---|" + "---|---|" * len(peers)]
     for row, value in medians[ours].items():
-        cells = "".join(f" {number(medians[peer][row])} | {ratios[peer][row]:.2f} |" for peer in peers)
+        cells = "".join(cell(medians[peer], ratios[peer], row) for peer in peers)
         lines.append(f"| {row} | {number(value)} |{cells}")
     return lines
 
