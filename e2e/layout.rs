@@ -15,11 +15,17 @@ use cargo_metadata::{DependencyKind, Metadata, MetadataCommand, Package};
 const EDGES: &[(&str, &[&str])] = &[
     ("foregate-kernels", &[]),
     ("foregate-api", &[]),
+    ("foregate-crd", &["foregate-api"]),
     ("foregate-planner", &["foregate-api"]),
     ("foregate-store", &["foregate-api"]),
     (
         "foregate-operator",
-        &["foregate-api", "foregate-planner", "foregate-store"],
+        &[
+            "foregate-api",
+            "foregate-crd",
+            "foregate-planner",
+            "foregate-store",
+        ],
     ),
     ("foregate-wire", &["foregate-api"]),
     ("foregate-checkpoint", &["foregate-api", "foregate-kernels"]),
@@ -52,6 +58,7 @@ const EDGES: &[(&str, &[&str])] = &[
         &[
             "foregate-kernels",
             "foregate-api",
+            "foregate-crd",
             "foregate-store",
             "foregate-operator",
             "foregate-wire",
@@ -96,6 +103,7 @@ const FOR_TESTS: &[&str] = &[
     "criterion",
     "opentelemetry-proto",
     "proptest",
+    "regex",
     "reqwest",
     "safetensors",
     "serde_yaml_ng",
@@ -114,7 +122,13 @@ const DOORS: &[(&str, &[&str])] = &[
     ("prost", &["foregate-wire"]),
     ("protox", &["foregate-wire"]),
     ("safetensors", &["foregate-checkpoint"]),
-    ("serde_yaml_ng", &["foregate-operator"]),
+    // In the binary for `foregate crd`, which prints YAML.
+    ("serde_yaml_ng", &["foregate-operator", BINARY]),
+    // In the api under a feature, for schemas of the manifest.
+    ("schemars", &["foregate-api", "foregate-crd"]),
+    ("k8s-openapi", &["foregate-crd", "foregate-operator"]),
+    // In the binary for what a client is made of, and what it may be told on the command line.
+    ("kube", &["foregate-crd", "foregate-operator", BINARY]),
     ("tower", &["foregate-gateway"]),
     ("tower-http", &["foregate-gateway"]),
     ("tokenizers", &["foregate-gateway"]),
