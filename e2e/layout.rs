@@ -101,6 +101,7 @@ const FOR_TESTS: &[&str] = &[
     "axum",
     "cargo_metadata",
     "criterion",
+    "http",
     "opentelemetry-proto",
     "proptest",
     "regex",
@@ -109,6 +110,7 @@ const FOR_TESTS: &[&str] = &[
     "serde_yaml_ng",
     "tempfile",
     "tonic",
+    "tower",
 ];
 
 /// Every other package, with the crates that may use it.
@@ -127,8 +129,7 @@ const DOORS: &[(&str, &[&str])] = &[
     // In the api under a feature, for schemas of the manifest.
     ("schemars", &["foregate-api", "foregate-crd"]),
     ("k8s-openapi", &["foregate-crd", "foregate-operator"]),
-    // In the binary for what a client is made of, and what it may be told on the command line.
-    ("kube", &["foregate-crd", "foregate-operator", BINARY]),
+    ("kube", &["foregate-crd", "foregate-operator"]),
     ("tower", &["foregate-gateway"]),
     ("tower-http", &["foregate-gateway"]),
     ("tokenizers", &["foregate-gateway"]),

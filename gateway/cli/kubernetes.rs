@@ -3,6 +3,8 @@
 //! Here its seams are chosen: the client of the API server, the store, and how a token is asked for. What differs from one
 //! installation to another comes from flags, which the chart sets.
 
+mod ask;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,6 +15,8 @@ use futures::future::BoxFuture;
 use prometheus::Registry;
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
+
+pub(crate) use ask::{AskArgs, run as ask};
 
 use crate::environment;
 use crate::error::CliError;
@@ -135,6 +139,15 @@ impl OneToken {
         let http = reqwest::Client::builder().timeout(TOKEN).build();
         let http = http.map_err(|error| CliError::runtime("HTTP client", &error))?;
         Ok(Self { http })
+    }
+
+    /// The body of a successful answer.
+    async fn text(&self, url: &str) -> Result<String, String> {
+        let answer = self.http.get(url).send().await;
+        let answer = answer.map_err(|error| error.to_string())?;
+        let status = answer.status();
+        let text = answer.text().await.map_err(|error| error.to_string())?;
+        if status.is_success() { Ok(text) } else { Err(format!("{url}: {status}: {text}")) }
     }
 
     async fn ask(&self, url: &str, model: &str) -> Result<(), String> {

@@ -61,6 +61,8 @@ enum Command {
     Fetch(fetch::FetchArgs),
     /// Tell the sizes of a model, as the operator plans with them.
     Inspect(inspect::InspectArgs),
+    /// Ask an operator and a gateway whether they answer: the chart's test.
+    Ask(kubernetes::AskArgs),
     /// Print the custom resources of Kubernetes, to install them.
     Crd,
     /// Check whether this machine can serve, and say what to do where it cannot.
@@ -78,6 +80,7 @@ impl Command {
             Self::OwnEtcd => "own-etcd",
             Self::Fetch(_) => "fetch",
             Self::Inspect(_) => "inspect",
+            Self::Ask(_) => "ask",
             Self::Crd => "crd",
             Self::Doctor(_) => "doctor",
         }
@@ -133,6 +136,7 @@ async fn run(cli: Cli) -> ExitCode {
             Command::OwnEtcd => up::run_own(drain).await,
             Command::Fetch(args) => fetch::run(args, &progress, drain).await,
             Command::Inspect(args) => inspect::run(args).await,
+            Command::Ask(args) => kubernetes::ask(&args).await,
             Command::Crd => crd::run(),
             Command::Doctor(args) => doctor::run(&args).await,
         }

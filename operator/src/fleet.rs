@@ -197,11 +197,11 @@ pub(crate) fn has_left(look: &Look<'_>, rank: Rank) -> bool {
     if target.epoch != active.epoch || active.ranks.contains(&rank) {
         return false;
     }
-    let drained = |rank: &Rank| {
-        let ack = state.acks.get(rank);
+    let drained = |other: &Rank| {
+        let ack = state.acks.get(other);
         ack.is_some_and(|ack| ack.drained >= active.parent)
     };
-    state.members.keys().all(drained)
+    state.members.keys().filter(|other| **other != rank).all(drained)
 }
 
 #[cfg(test)]

@@ -315,15 +315,15 @@ async fn apply_objects(
     found: &Found,
 ) -> Result<(), ReconcileError> {
     let bodies: Vec<_> = prepared.objects.iter().map(|object| &object.body).collect();
-    let hash = blake3::hash(&serde_json::to_vec(&bodies)?);
+    // A pod that is still there has the ConfigMap of its name mounted.
+    let keep: BTreeSet<String> = found.workers.values().map(|pod| pod.name_any()).collect();
+    let hash = blake3::hash(&serde_json::to_vec(&(&bodies, &keep))?);
     let known = lock(&context.applied).get(&owner.uid).copied();
     if known.is_some_and(|(last, at)| last == hash && at.elapsed() < REAPPLY) {
         return Ok(());
     }
     let (client, objects) = (&context.client, &prepared.objects);
     apply::apply(client, owner, objects).await.map_err(ReconcileError::api("apply"))?;
-    // A pod that is still there has the ConfigMap of its name mounted.
-    let keep: BTreeSet<String> = found.workers.values().map(|pod| pod.name_any()).collect();
     apply::prune(client, owner, objects, &keep).await.map_err(ReconcileError::api("prune"))?;
     lock(&context.applied).insert(owner.uid.clone(), (hash, Instant::now()));
     Ok(())

@@ -232,3 +232,6 @@ fn hash(content: &[u8]) -> String {
     let hex = blake3::hash(content).to_hex();
     hex.chars().take(16).collect()
 }
+
+#[cfg(test)]
+mod tests;
