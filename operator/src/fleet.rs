@@ -10,6 +10,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use foregate_api::ids::Rank;
+use foregate_api::member::Phase;
 use foregate_store::ClusterState;
 
 /// A rank's pod as it is.
@@ -94,10 +95,12 @@ pub(crate) fn next(look: &Look<'_>) -> Orders {
     if !orders.create.is_empty() || !orders.remove.is_empty() {
         orders.doing = Doing::Starting;
     }
-    // A pod that never served with what it has will not begin to.
+    // A pod that holds nothing and has another configuration than is wanted need not be waited for.
     for (rank, config) in look.wanted {
-        let stuck = |seen: &Seen| !seen.ready && seen.config != *config;
-        if look.pods.get(rank).is_some_and(|seen| seen.life == Life::Lives && stuck(seen)) {
+        let outdated = |seen: &Seen| {
+            seen.life == Life::Lives && !seen.ready && seen.config != *config
+        };
+        if look.pods.get(rank).is_some_and(outdated) && has_not_begun(look, *rank) {
             orders.end.insert(*rank);
             orders.doing = Doing::Starting;
         }
@@ -182,6 +185,16 @@ fn can_do_without(look: &Look<'_>, leaving: &BTreeSet<Rank>) -> bool {
     });
     let slots: u64 = others.map(|(_, seen)| u64::from(seen.slots)).sum();
     slots >= u64::from(look.experts)
+}
+
+/// Whether a rank has never served since its pod was made: it is not registered, or still joins. Nothing is known while the
+/// store is away.
+fn has_not_begun(look: &Look<'_>, rank: Rank) -> bool {
+    let state = look.state.filter(|state| state.connected);
+    state.is_some_and(|state| {
+        let member = state.members.get(&rank);
+        member.is_none_or(|member| member.phase == Phase::Joining)
+    })
 }
 
 /// Whether nobody can call a rank any more: the placement in force is without it, nothing else is under way, and no step of

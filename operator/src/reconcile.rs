@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use foregate_api::ids::Rank;
+use foregate_api::limits;
 use foregate_api::model::ModelFacts;
 use foregate_api::node::RoleConfig;
 use foregate_crd::cluster::{InspectedModel, MemoryPlan};
@@ -116,16 +117,18 @@ struct Outcome {
 }
 
 impl Outcome {
-    fn stopped(stage: Stage) -> Self {
+    /// Nothing was done; what runs goes on, and is seen all the same.
+    fn stopped(context: &Context, cluster: &MoeCluster, owner: &Owner, stage: Stage) -> Self {
+        let (workers, balancing) = (&cluster.spec.workers, &cluster.spec.balancing);
         Self {
             stage,
             orders: Orders::default(),
-            model: None,
+            model: cluster.status.as_ref().and_then(|status| status.model.clone()),
             memory: None,
             notes: Vec::new(),
-            workers: 0,
-            threshold: 0.0,
-            view: None,
+            workers: workers.count.or(limits::COUNT.default).unwrap_or_default(),
+            threshold: balancing.threshold.unwrap_or(limits::THRESHOLD),
+            view: context.clusters.look(owner),
         }
     }
 }
@@ -150,10 +153,11 @@ pub(crate) async fn reconcile(
         .map_err(ReconcileError::api("dereference"))?;
     let now = (context.now)();
     let ended = Box::pin(advance(&context, &cluster, &owner, &found, &now)).await;
+    let stopped = |stage| Outcome::stopped(&context, &cluster, &owner, stage);
     let (outcome, failed) = match ended {
         Ok(outcome) => (outcome, None),
         Err(error) => match error.refusal() {
-            Some(why) => (Outcome::stopped(Stage::Refused(why)), Some(error)),
+            Some(why) => (stopped(Stage::Refused(why)), Some(error)),
             None => return Err(error),
         },
     };
@@ -200,21 +204,21 @@ async fn advance(
     found: &Found,
     now: &Time,
 ) -> Result<Outcome, ReconcileError> {
+    let stopped = |stage| Outcome::stopped(context, cluster, owner, stage);
     let validated = match validate(cluster.manifest()) {
         Ok(validated) => validated,
-        Err(findings) => return Ok(Outcome::stopped(Stage::Invalid(findings.to_string()))),
+        Err(findings) => return Ok(stopped(Stage::Invalid(findings.to_string()))),
     };
     let model = match know_model(context, cluster, owner, &validated, found).await? {
         Ok(model) => model,
-        Err(stage) => return Ok(Outcome::stopped(stage)),
+        Err(stage) => return Ok(stopped(stage)),
     };
     let plan = match plan(context, owner, &validated, &model.facts) {
         Ok(plan) => plan,
         Err(why) => {
-            let stopped = Outcome::stopped(Stage::Unfit(why));
             return Ok(Outcome {
                 model: Some(model),
-                ..stopped
+                ..stopped(Stage::Unfit(why))
             });
         }
     };

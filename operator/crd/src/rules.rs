@@ -49,12 +49,13 @@ const RULES: &[Rule] = &[
                self.spec.workers.count + (has(self.spec.workers.redundantSlots) ? self.spec.workers.redundantSlots : 0)) \
                <= quantity(string(self.spec.workers.resources.limits['memory'])).asInteger()",
         says: Says::Expression(
-            "'spec.workers: kvMemory ' + string(quantity(self.spec.workers.kvMemory).asInteger()) + ' bytes + dense weights ' \
-             + string(self.status.model.facts.denseBytes) + ' + ' + string((self.status.model.facts.experts + \
-             self.spec.workers.count - 1) / self.spec.workers.count + (has(self.spec.workers.redundantSlots) ? \
-             self.spec.workers.redundantSlots : 0)) + ' expert slots x ' + string(self.status.model.facts.slotBytes) + ' is \
-             more than resources.limits.memory, ' + string(quantity(string(self.spec.workers.resources.limits['memory']))\
-             .asInteger()) + ' bytes: give more memory, more workers, or less kvMemory or redundantSlots'",
+            "'spec.workers: kvMemory %d bytes + dense weights %d + %d expert slots x %d is more than resources.limits.memory, %d \
+             bytes: give more memory, more workers, or less kvMemory or redundantSlots'.format([\
+             quantity(self.spec.workers.kvMemory).asInteger(), self.status.model.facts.denseBytes, \
+             (self.status.model.facts.experts + self.spec.workers.count - 1) / self.spec.workers.count + \
+             (has(self.spec.workers.redundantSlots) ? self.spec.workers.redundantSlots : 0), \
+             self.status.model.facts.slotBytes, \
+             quantity(string(self.spec.workers.resources.limits['memory'])).asInteger()])",
             "spec.workers: KV cache and weights are more than resources.limits.memory",
         ),
     },
@@ -107,8 +108,8 @@ const RULES: &[Rule] = &[
         at: "spec.workers",
         rule: "!has(self.domains) || size(self.domains) == 0 || size(self.domains) == self.count",
         says: Says::Expression(
-            "'domains has ' + string(size(self.domains)) + ' entries for ' + string(self.count) + ' workers: give one per \
-             worker, in the order of ranks, or none'",
+            "'domains has %d entries for %d workers: give one per worker, in the order of ranks, or none'\
+             .format([size(self.domains), self.count])",
             "domains: give one per worker, in the order of ranks, or none",
         ),
     },
@@ -118,8 +119,8 @@ const RULES: &[Rule] = &[
                !isQuantity(self.kvMemory) || !isQuantity(string(self.resources.limits['memory'])) || \
                quantity(self.kvMemory).isLessThan(quantity(string(self.resources.limits['memory'])))",
         says: Says::Expression(
-            "'kvMemory ' + self.kvMemory + ' leaves nothing of resources.limits.memory ' + string(self.resources.limits['memory']) \
-             + ' for weights: give more memory or less kvMemory'",
+            "'kvMemory %s leaves nothing of resources.limits.memory %s for weights: give more memory or less kvMemory'\
+             .format([self.kvMemory, string(self.resources.limits['memory'])])",
             "kvMemory leaves nothing of resources.limits.memory for weights",
         ),
     },
@@ -137,8 +138,7 @@ const RULES: &[Rule] = &[
         at: "spec.gateway.autoscaling",
         rule: "self.minReplicas <= self.maxReplicas",
         says: Says::Expression(
-            "'minReplicas ' + string(self.minReplicas) + ' is more than maxReplicas ' + string(self.maxReplicas) + ': raise \
-             maxReplicas'",
+            "'minReplicas %d is more than maxReplicas %d: raise maxReplicas'.format([self.minReplicas, self.maxReplicas])",
             "minReplicas is more than maxReplicas: raise maxReplicas",
         ),
     },

@@ -1,7 +1,7 @@
 use std::sync::Arc;
 
 use foregate_api::ids::{Epoch, ExpertId};
-use foregate_api::member::{Ack, Member, Phase};
+use foregate_api::member::{Ack, Member};
 use foregate_api::placement::{LayerPlacement, Placement, Reason};
 use foregate_store::ClusterState;
 
@@ -248,7 +248,10 @@ fn nothing_is_restarted_while_another_rank_is_away_or_the_store_is() {
     let mut world = World::new(3, 6);
     world.want(3, "b");
     world.pods.get_mut(&Rank(2)).unwrap().ready = false;
-    // The rank that does not serve is replaced at once: with what it has it never will.
+    let orders = world.orders();
+    assert_eq!((orders.end.len(), orders.leaving.len()), (0, 0));
+    // A rank that has never served holds nothing, and is replaced at once.
+    world.state.members.remove(&Rank(2));
     let orders = world.orders();
     assert_eq!(orders.end, BTreeSet::from([Rank(2)]));
     assert!(orders.leaving.is_empty());
