@@ -49,7 +49,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ReconcileError {
     /// The API server did not do what it was asked.
-    #[error("{what}: {source}")]
+    #[error("{what}: {}", in_words(source))]
     Api {
         /// What it was asked.
         what: &'static str,
@@ -88,6 +88,14 @@ impl ReconcileError {
             },
             Self::Build(_) => None,
         }
+    }
+}
+
+/// An error of the API server without the object that it came in.
+fn in_words(error: &kube::Error) -> String {
+    match error {
+        kube::Error::Api(status) => format!("{} ({} {})", status.message, status.code, status.reason),
+        other => other.to_string(),
     }
 }
 

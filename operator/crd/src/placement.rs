@@ -148,7 +148,7 @@ pub fn definition() -> Result<CustomResourceDefinition, SchemaError> {
             kind: "ExpertPlacement",
             plural: "expertplacements",
             singular: "expertplacement",
-            short: "ep",
+            short: "moep",
             columns: columns(),
             scale: None,
         },

@@ -69,7 +69,7 @@ fn names_are_as_documented() {
         shown,
         [
             ("MoeCluster", "moe".to_owned(), "foregate".to_owned()),
-            ("ExpertPlacement", "ep".to_owned(), "foregate".to_owned()),
+            ("ExpertPlacement", "moep".to_owned(), "foregate".to_owned()),
         ]
     );
 }
