@@ -15,11 +15,17 @@ use cargo_metadata::{DependencyKind, Metadata, MetadataCommand, Package};
 const EDGES: &[(&str, &[&str])] = &[
     ("foregate-kernels", &[]),
     ("foregate-api", &[]),
+    ("foregate-crd", &["foregate-api"]),
     ("foregate-planner", &["foregate-api"]),
     ("foregate-store", &["foregate-api"]),
     (
         "foregate-operator",
-        &["foregate-api", "foregate-planner", "foregate-store"],
+        &[
+            "foregate-api",
+            "foregate-crd",
+            "foregate-planner",
+            "foregate-store",
+        ],
     ),
     ("foregate-wire", &["foregate-api"]),
     ("foregate-checkpoint", &["foregate-api", "foregate-kernels"]),
@@ -52,6 +58,7 @@ const EDGES: &[(&str, &[&str])] = &[
         &[
             "foregate-kernels",
             "foregate-api",
+            "foregate-crd",
             "foregate-store",
             "foregate-operator",
             "foregate-wire",
@@ -94,13 +101,16 @@ const FOR_TESTS: &[&str] = &[
     "axum",
     "cargo_metadata",
     "criterion",
+    "http",
     "opentelemetry-proto",
     "proptest",
+    "regex",
     "reqwest",
     "safetensors",
     "serde_yaml_ng",
     "tempfile",
     "tonic",
+    "tower",
 ];
 
 /// Every other package, with the crates that may use it.
@@ -114,7 +124,12 @@ const DOORS: &[(&str, &[&str])] = &[
     ("prost", &["foregate-wire"]),
     ("protox", &["foregate-wire"]),
     ("safetensors", &["foregate-checkpoint"]),
-    ("serde_yaml_ng", &["foregate-operator"]),
+    // In the binary for `foregate crd`, which prints YAML.
+    ("serde_yaml_ng", &["foregate-operator", BINARY]),
+    // In the api under a feature, for schemas of the manifest.
+    ("schemars", &["foregate-api", "foregate-crd"]),
+    ("k8s-openapi", &["foregate-crd", "foregate-operator"]),
+    ("kube", &["foregate-crd", "foregate-operator"]),
     ("tower", &["foregate-gateway"]),
     ("tower-http", &["foregate-gateway"]),
     ("tokenizers", &["foregate-gateway"]),

@@ -4,11 +4,13 @@
 //! directory exists. Hub models go to the hub's own cache (`$HF_HOME/hub`), so other tools share it.
 
 mod hub;
+mod link;
 mod uri;
 
 use std::path::{Path, PathBuf};
 
 pub(crate) use hub::HubSettings;
+pub(crate) use link::{FetchArgs, run};
 pub(crate) use uri::ModelUri;
 
 use crate::progress::Progress;

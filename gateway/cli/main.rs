@@ -6,10 +6,13 @@
 #![forbid(unsafe_code)]
 
 mod bench;
+mod crd;
 mod doctor;
 mod environment;
 mod error;
 mod fetch;
+mod inspect;
+mod kubernetes;
 mod progress;
 mod roles;
 mod shutdown;
@@ -43,8 +46,8 @@ struct Cli {
 enum Command {
     /// Serve a model on this machine: operator, gateway and workers together.
     Up(up::UpArgs),
-    /// Run one operator.
-    Operator(roles::RoleArgs),
+    /// Run one operator: of one cluster, or with --kubernetes of all clusters of Kubernetes.
+    Operator(Box<kubernetes::OperatorArgs>),
     /// Run one gateway.
     Gateway(roles::RoleArgs),
     /// Run one worker.
@@ -54,6 +57,14 @@ enum Command {
     /// Keep an etcd running for `up --processes`.
     #[command(hide = true)]
     OwnEtcd,
+    /// Bring a model of the hub into its cache.
+    Fetch(fetch::FetchArgs),
+    /// Tell the sizes of a model, as the operator plans with them.
+    Inspect(inspect::InspectArgs),
+    /// Ask an operator and a gateway whether they answer: the chart's test.
+    Ask(kubernetes::AskArgs),
+    /// Print the custom resources of Kubernetes, to install them.
+    Crd,
     /// Check whether this machine can serve, and say what to do where it cannot.
     Doctor(doctor::DoctorArgs),
 }
@@ -67,6 +78,10 @@ impl Command {
             Self::Worker(_) => "worker",
             Self::Bench(_) => "bench",
             Self::OwnEtcd => "own-etcd",
+            Self::Fetch(_) => "fetch",
+            Self::Inspect(_) => "inspect",
+            Self::Ask(_) => "ask",
+            Self::Crd => "crd",
             Self::Doctor(_) => "doctor",
         }
     }
@@ -109,7 +124,7 @@ async fn run(cli: Cli) -> ExitCode {
         match cli.command {
             Command::Up(args) => up::run(args, &mut telemetry, &progress, drain).await,
             Command::Operator(args) => {
-                roles::run_alone("operator", &args, &mut telemetry, drain).await
+                kubernetes::run(*args, &mut telemetry, drain).await
             }
             Command::Gateway(args) => {
                 roles::run_alone("gateway", &args, &mut telemetry, drain).await
@@ -119,6 +134,10 @@ async fn run(cli: Cli) -> ExitCode {
             }
             Command::Bench(args) => bench::run(args, &progress, drain).await,
             Command::OwnEtcd => up::run_own(drain).await,
+            Command::Fetch(args) => fetch::run(args, &progress, drain).await,
+            Command::Inspect(args) => inspect::run(args).await,
+            Command::Ask(args) => kubernetes::ask(&args).await,
+            Command::Crd => crd::run(),
             Command::Doctor(args) => doctor::run(&args).await,
         }
     };

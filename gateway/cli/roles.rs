@@ -3,6 +3,7 @@
 //! Here the seams are chosen: which store, which fabric. A role never asks whether it is alone in its process.
 
 use std::io::{BufRead, Read};
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -19,6 +20,7 @@ use foregate_worker::dense::DenseWeights;
 use foregate_worker::fabric::local::LocalHub;
 use prometheus::Registry;
 use tokio::net::TcpListener;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::error::CliError;
@@ -34,12 +36,28 @@ pub(crate) struct RoleArgs {
     /// The node file: one NodeConfig as JSON. `-` reads it as one line from stdin, and drains when stdin ends.
     #[arg(long, value_name = "NODE.json")]
     config: PathBuf,
+    /// Address of this machine, or pod, that the others reach: it takes the place of "every address" in the node file.
+    #[arg(long, value_name = "IP")]
+    host: Option<IpAddr>,
+    /// Failure domain of a worker whose node file does not say: in a pod, the name of its machine.
+    #[arg(long, value_name = "NAME")]
+    domain: Option<String>,
     /// stdout is the bound listener of the HTTP API; `up --processes` sets it for its gateway.
     #[arg(long, hide = true)]
     stdout_is_listener: bool,
 }
 
 impl RoleArgs {
+    /// Of a role that needs a node file only.
+    pub(crate) const fn of(config: PathBuf) -> Self {
+        Self {
+            config,
+            host: None,
+            domain: None,
+            stdout_is_listener: false,
+        }
+    }
+
     fn is_stdin(&self) -> bool {
         self.config.as_os_str() == "-"
     }
@@ -170,7 +188,8 @@ fn read_node(kind: &str, args: &RoleArgs) -> Result<NodeConfig, CliError> {
         std::fs::read(&args.config).map(|read| text = read)
     };
     read.map_err(|error| wrong(&error))?;
-    let node: NodeConfig = serde_json::from_slice(&text).map_err(|error| wrong(&error))?;
+    let mut node: NodeConfig = serde_json::from_slice(&text).map_err(|error| wrong(&error))?;
+    settle(&mut node, args);
     let is = match &node.role {
         RoleConfig::Operator(_) => "operator",
         RoleConfig::Gateway(_) => "gateway",
@@ -189,6 +208,27 @@ fn read_node(kind: &str, args: &RoleArgs) -> Result<NodeConfig, CliError> {
         )));
     }
     Ok(node)
+}
+
+/// Fills in what is known only where the role runs. A node file of pods is made before they have an address.
+fn settle(node: &mut NodeConfig, args: &RoleArgs) {
+    let RoleConfig::Worker(worker) = &mut node.role else {
+        return;
+    };
+    if let Some(host) = args.host {
+        for address in [&mut worker.rpc_listen, &mut worker.exchange_listen] {
+            if let Ok(parsed) = address.parse::<SocketAddr>()
+                && parsed.ip().is_unspecified()
+            {
+                *address = SocketAddr::new(host, parsed.port()).to_string();
+            }
+        }
+    }
+    if worker.domain.is_empty()
+        && let Some(domain) = &args.domain
+    {
+        worker.domain.clone_from(domain);
+    }
 }
 
 async fn connect(node: &NodeConfig) -> Result<Arc<dyn Store>, CliError> {
@@ -232,7 +272,7 @@ pub(crate) async fn run(role: Role) -> Result<(), CliError> {
 async fn operator(role: &Role, config: OperatorConfig) -> Result<(), CliError> {
     let deps = foregate_operator::Deps {
         cluster: role.node.cluster.clone(),
-        config,
+        config: watch::channel(config).1,
         store: Arc::clone(&role.seams.store),
         registry: role.registry.clone(),
         shutdown: role.shutdown.clone(),
@@ -288,7 +328,7 @@ async fn gateway(role: Role, config: GatewayConfig) -> Result<(), CliError> {
     end.map_err(|error| CliError::runtime("the role failed", &error))
 }
 
-async fn listen(field: &str, address: &str) -> Result<TcpListener, CliError> {
+pub(crate) async fn listen(field: &str, address: &str) -> Result<TcpListener, CliError> {
     let bound = status::bind(address).await;
     let (listener, _) =
         bound.map_err(|error| CliError::Runtime(format!("{field}: {error}")))?;

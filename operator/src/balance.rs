@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use foregate_api::ids::{Epoch, Rank};
-use foregate_api::member::Ack;
+use foregate_api::member::{Ack, Member};
 use foregate_api::model::ModelSpec;
 use foregate_api::node::OperatorConfig;
 use foregate_api::placement::Placement;
@@ -41,6 +41,8 @@ const REMIND: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub(crate) struct Balancer {
     coord: Coord,
+    settings: watch::Receiver<OperatorConfig>,
+    /// The newest of `settings`, taken at every look.
     config: OperatorConfig,
     states: watch::Receiver<Arc<ClusterState>>,
     metrics: Arc<Metrics>,
@@ -129,13 +131,15 @@ impl Look {
 impl Balancer {
     pub(crate) fn new(
         coord: Coord,
-        config: OperatorConfig,
+        settings: watch::Receiver<OperatorConfig>,
         states: watch::Receiver<Arc<ClusterState>>,
         metrics: Arc<Metrics>,
     ) -> Self {
+        let config = settings.borrow().clone();
         let window_ends = Instant::now() + Duration::from_millis(config.window_ms);
         Self {
             coord,
+            settings,
             config,
             states,
             metrics,
@@ -176,6 +180,7 @@ impl Balancer {
     /// One look, at most one action.
     async fn step(&mut self) -> Result<(), StoreError> {
         let state = Arc::clone(&self.states.borrow_and_update());
+        self.config.clone_from(&self.settings.borrow());
         self.metrics.connected.set(i64::from(state.connected));
         if !state.connected {
             return Ok(()); // What is not fresh is not acted on.
@@ -345,7 +350,7 @@ impl Balancer {
         {
             return Ok(()); // Within its grace: either it comes back or a repair follows.
         }
-        let able: BTreeSet<Rank> = eligible(&look.state, &look.alive)
+        let able: BTreeSet<Rank> = self.eligible(look)
             .iter()
             .map(|member| member.rank)
             .collect();
@@ -435,7 +440,7 @@ impl Balancer {
             tracing::debug!(epoch = report.parent.0, "{report}");
             return Ok(());
         };
-        name_reason(&mut plan, &look.state, &report.lost);
+        name_reason(&mut plan, &look.state, &report.lost, &self.config.leaving);
         let seen = look.revision(Key::Target);
         if !self.coord.propose(&plan, seen).await? {
             self.stale("proposal", look);
@@ -464,11 +469,11 @@ impl Balancer {
         let Some((model, demand)) = &self.demand else {
             return Ok(None);
         };
-        let members = eligible(&look.state, &look.alive);
+        let members = self.eligible(look);
         let above = highest_epoch(&look.view());
         let problem = problem(&members, model, demand, above);
         let (parent, mut history) = (parent.cloned(), self.history.clone());
-        let settings = self.settings();
+        let settings = self.limits();
         let begun = Instant::now();
         let planned = tokio::task::spawn_blocking(move || {
             let decision =
@@ -487,7 +492,11 @@ impl Balancer {
         decision.map(Some)
     }
 
-    const fn settings(&self) -> Settings {
+    fn eligible<'a>(&self, look: &'a Look) -> Vec<&'a Arc<Member>> {
+        eligible(&look.state, &look.alive, &self.config.leaving)
+    }
+
+    const fn limits(&self) -> Settings {
         Settings {
             threshold: self.config.threshold,
             max_moves_per_layer: self.config.max_moves_per_layer as usize,

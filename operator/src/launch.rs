@@ -1,7 +1,7 @@
 //! Validated cluster + what the model is → instances with their `NodeConfig`. Pure: for `up`, and for pods.
 
 use foregate_api::ids::Rank;
-use foregate_api::model::ModelSpec;
+pub use foregate_api::model::ModelFacts;
 use foregate_api::node::{
     FabricKind, GatewayConfig, NodeConfig, OperatorConfig, RoleConfig, StoreConfig,
     WorkerConfig,
@@ -13,36 +13,6 @@ use crate::validate::{ModelLength, Redundancy, Threads, ValidatedCluster};
 /// Tokens of a block of keys in the KV cache's layout.
 const KEY_BLOCK: u32 = 16;
 
-/// What a launch must know of the model.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ModelFacts {
-    /// Routed experts per MoE layer.
-    pub experts: u32,
-    /// Longest sequence in tokens.
-    pub max_positions: u32,
-    /// Bytes of keys and values of one token over all layers.
-    pub kv_bytes_per_token: u64,
-    /// Bytes of one slot over all MoE layers: an expert of each.
-    pub slot_bytes: u64,
-    /// Bytes of the weights that every worker holds.
-    pub dense_bytes: u64,
-}
-
-impl ModelFacts {
-    /// The facts of a model.
-    #[must_use]
-    pub fn of(model: &ModelSpec) -> Self {
-        let small = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
-        Self {
-            experts: small(model.experts),
-            max_positions: small(model.max_positions),
-            kv_bytes_per_token: model.kv_bytes_per_token() as u64,
-            slot_bytes: (model.expert_bytes() as u64).saturating_mul(model.moe_layers() as u64),
-            dense_bytes: model.dense_bytes() as u64,
-        }
-    }
-}
-
 /// Who will run the instances; decides store and fabric.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Form {
@@ -53,6 +23,39 @@ pub enum Form {
         /// etcd's client URLs.
         etcd: Vec<String>,
     },
+    /// Pods: etcd, TCP, known ports on all addresses of a pod.
+    Pods {
+        /// etcd's client URLs.
+        etcd: Vec<String>,
+        /// Name of the cluster in the store; names of manifests are unique in a namespace only.
+        cluster: String,
+    },
+}
+
+/// Ports of pods.
+pub mod ports {
+    /// The HTTP API of a gateway.
+    pub const HTTP: u16 = 8000;
+    /// gRPC of a worker.
+    pub const RPC: u16 = 7070;
+    /// Exchange of rows between workers.
+    pub const EXCHANGE: u16 = 7071;
+    /// `/metrics`, `/healthz` and `/readyz` of a worker.
+    pub const STATUS: u16 = 9090;
+}
+
+/// What the workers have to live on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Machine {
+    /// One machine that all of them share.
+    Shared {
+        /// Its cores.
+        cores: u32,
+        /// Its bytes of memory; `None` if it does not tell.
+        memory: Option<u64>,
+    },
+    /// Each has what its pod asks for in the manifest.
+    Pods,
 }
 
 /// Where the instances run.
@@ -64,10 +67,8 @@ pub struct Place {
     pub model_dir: String,
     /// `host:port` of the gateway.
     pub gateway_listen: String,
-    /// Cores of the machine, shared by its workers.
-    pub cores: u32,
-    /// Bytes of memory of the machine, shared by its workers; `None` if it does not tell.
-    pub memory: Option<u64>,
+    /// What the workers have to live on.
+    pub machine: Machine,
 }
 
 /// One process or task to start.
@@ -151,6 +152,24 @@ pub enum LaunchError {
         /// What the machine has.
         memory: u64,
     },
+    /// A worker needs more memory than its pod may have.
+    #[error(
+        "a worker needs spec.workers.kvMemory {kv_bytes} bytes + experts {expert_bytes} bytes + other weights \
+         {dense_bytes} bytes = {needed} bytes, spec.workers.resources gives its pod {memory}: give more memory or workers, \
+         less kvMemory or redundantSlots, or quantise the weights (spec.model.quantization)"
+    )]
+    PodMemory {
+        /// KV cache.
+        kv_bytes: u64,
+        /// Expert slots over all layers.
+        expert_bytes: u128,
+        /// Weights that every worker holds.
+        dense_bytes: u64,
+        /// The sum.
+        needed: u128,
+        /// What the pod may have.
+        memory: u64,
+    },
 }
 
 /// Everything the instances share.
@@ -182,10 +201,7 @@ pub fn launch(
         cluster,
         place,
         slots: slots(cluster, model, &mut notes),
-        threads: match cluster.workers.threads {
-            Threads::Fixed(threads) => threads,
-            Threads::Shared => (place.cores / cluster.workers.count).max(1),
-        },
+        threads: threads(cluster, place, &mut notes),
         max_model_len: max_model_len(cluster, model, &mut notes)?,
     };
     fits(&shared, model)?;
@@ -198,26 +214,61 @@ pub fn launch(
     Ok(LaunchPlan { instances, notes })
 }
 
-/// Whether KV caches and weights of all workers fit the machine. Memory is taken as it is used, so a plan that
-/// cannot fit would start and be killed under load.
+/// Compute threads of a worker.
+fn threads(cluster: &ValidatedCluster, place: &Place, notes: &mut Vec<String>) -> u32 {
+    let workers = &cluster.workers;
+    match (workers.threads, place.machine) {
+        (Threads::Fixed(threads), _) => threads,
+        (Threads::Shared, Machine::Shared { cores, .. }) => (cores / workers.count).max(1),
+        (Threads::Shared, Machine::Pods) => match workers.resources.cpu_milli {
+            Some(milli) => u32::try_from(milli / 1000).unwrap_or(u32::MAX).max(1),
+            None => {
+                notes.push(
+                    "a worker computes with one thread, since spec.workers.resources has no cpu: give it, or \
+                     spec.workers.threads"
+                        .to_owned(),
+                );
+                1
+            }
+        },
+    }
+}
+
+/// Bytes of the weights of one worker's slots over all layers.
+fn expert_bytes(slots: u32, model: &ModelFacts) -> u128 {
+    u128::from(slots) * u128::from(model.slot_bytes)
+}
+
+/// Whether KV caches and weights of all workers fit. Memory is taken as it is used, so a plan that cannot fit would
+/// start and be killed under load.
 fn fits(shared: &Shared<'_>, model: &ModelFacts) -> Result<(), LaunchError> {
-    let Some(memory) = shared.place.memory else {
+    let workers = &shared.cluster.workers;
+    let expert_bytes = expert_bytes(shared.slots, model);
+    let (kv_bytes, dense_bytes) = (workers.kv_bytes, model.dense_bytes);
+    let worker = u128::from(kv_bytes) + expert_bytes + u128::from(dense_bytes);
+    let (needed, memory) = match shared.place.machine {
+        Machine::Shared { memory, .. } => (u128::from(workers.count) * worker, memory),
+        Machine::Pods => (worker, workers.resources.memory),
+    };
+    let Some(memory) = memory.filter(|memory| needed > u128::from(*memory)) else {
         return Ok(());
     };
-    let workers = &shared.cluster.workers;
-    let expert_bytes = u128::from(shared.slots) * u128::from(model.slot_bytes);
-    let worker = u128::from(workers.kv_bytes) + expert_bytes + u128::from(model.dense_bytes);
-    let needed = u128::from(workers.count) * worker;
-    if needed <= u128::from(memory) {
-        return Ok(());
-    }
-    Err(LaunchError::MachineMemory {
-        workers: workers.count,
-        kv_bytes: workers.kv_bytes,
-        expert_bytes,
-        dense_bytes: model.dense_bytes,
-        needed,
-        memory,
+    Err(match shared.place.machine {
+        Machine::Shared { .. } => LaunchError::MachineMemory {
+            workers: workers.count,
+            kv_bytes,
+            expert_bytes,
+            dense_bytes,
+            needed,
+            memory,
+        },
+        Machine::Pods => LaunchError::PodMemory {
+            kv_bytes,
+            expert_bytes,
+            dense_bytes,
+            needed,
+            memory,
+        },
     })
 }
 
@@ -293,20 +344,27 @@ fn max_model_len(
 
 impl Shared<'_> {
     fn instance(&self, name: String, role: RoleConfig) -> Instance {
-        let store = match &self.place.form {
-            Form::InProcess => StoreConfig::InProcess,
-            Form::Processes { etcd } => StoreConfig::Etcd {
-                endpoints: etcd.clone(),
-            },
+        let (cluster, store) = match &self.place.form {
+            Form::InProcess => (&self.cluster.name, StoreConfig::InProcess),
+            Form::Processes { etcd } => (&self.cluster.name, in_etcd(etcd)),
+            Form::Pods { etcd, cluster } => (cluster, in_etcd(etcd)),
         };
         Instance {
             name,
             node: NodeConfig {
-                cluster: self.cluster.name.clone(),
+                cluster: cluster.clone(),
                 store,
                 role,
-                status_listen: any_port(),
+                status_listen: self.listen(ports::STATUS),
             },
+        }
+    }
+
+    /// Where an instance listens: a port that the system chooses and the store tells, or the one of its pod.
+    fn listen(&self, port: u16) -> String {
+        match self.place.form {
+            Form::InProcess | Form::Processes { .. } => "127.0.0.1:0".to_owned(),
+            Form::Pods { .. } => format!("0.0.0.0:{port}"),
         }
     }
 
@@ -319,6 +377,7 @@ impl Shared<'_> {
             threshold: balancing.threshold,
             max_moves_per_layer: balancing.max_moves_per_layer,
             min_rows: balancing.min_rows,
+            leaving: Vec::new(),
         })
     }
 
@@ -335,11 +394,11 @@ impl Shared<'_> {
                 .first()
                 .cloned()
                 .unwrap_or_default(),
-            rpc_listen: any_port(),
-            exchange_listen: any_port(),
+            rpc_listen: self.listen(ports::RPC),
+            exchange_listen: self.listen(ports::EXCHANGE),
             fabric: match self.place.form {
                 Form::InProcess => FabricKind::Local,
-                Form::Processes { .. } => FabricKind::Tcp,
+                Form::Processes { .. } | Form::Pods { .. } => FabricKind::Tcp,
             },
             slots: self.slots,
             threads: self.threads,
@@ -372,9 +431,10 @@ impl Shared<'_> {
     }
 }
 
-/// Loopback, and a port that the system chooses; the instance tells it through the store.
-fn any_port() -> String {
-    "127.0.0.1:0".to_owned()
+fn in_etcd(endpoints: &[String]) -> StoreConfig {
+    StoreConfig::Etcd {
+        endpoints: endpoints.to_vec(),
+    }
 }
 
 #[cfg(test)]

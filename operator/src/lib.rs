@@ -5,26 +5,42 @@
 //! Invariants: the operator talks to workers and gateways through the store only; it keeps nothing that it could
 //! not read there again, so a killed operator resumes; while it or the store is away, serving goes on and only
 //! re-balancing stops; every write is a compare-and-put, so two operators that both believe they lead do no harm.
-//! Start reading at [`run`], then `balance.rs`.
+//! On Kubernetes ([`controller`]) it also turns `MoeCluster` objects into pods, and decides which rank's pod is made or ended.
+//! Start reading at [`run`], then `balance.rs`; for Kubernetes at `reconcile.rs`, then `fleet.rs`.
 #![forbid(unsafe_code)]
 
+mod apply;
 mod balance;
+mod build;
+mod clusters;
+pub mod controller;
+mod dereference;
+mod election;
 mod error;
+mod fleet;
 pub mod launch;
 mod lease;
 pub mod manifest;
 mod metrics;
 mod problem;
 pub mod quantity;
+mod reconcile;
 mod roster;
+mod source;
+mod status;
+mod tell;
+#[cfg(test)]
+mod testing;
 pub mod validate;
 
 use std::sync::Arc;
 
 use foregate_api::node::OperatorConfig;
 use foregate_store::{Coord, Store};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+pub use crate::clusters::Canary;
 pub use crate::error::OperatorError;
 pub use crate::launch::launch;
 pub use crate::manifest::parse_manifest;
@@ -35,8 +51,8 @@ pub use crate::validate::validate;
 pub struct Deps {
     /// Name of the cluster.
     pub cluster: String,
-    /// Its settings.
-    pub config: OperatorConfig,
+    /// Its settings; a change is followed without a restart.
+    pub config: watch::Receiver<OperatorConfig>,
     /// Where everybody meets.
     pub store: Arc<dyn Store>,
     /// Where it registers its metrics.

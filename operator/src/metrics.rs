@@ -184,3 +184,30 @@ const fn because_label(because: Because) -> &'static str {
         Because::Moves => "moves",
     }
 }
+
+/// Of the operator on Kubernetes as a whole.
+#[derive(Debug)]
+pub(crate) struct Controls {
+    /// 1 while this process holds the Lease.
+    pub(crate) leader: IntGauge,
+    /// Looks at clusters by how they ended.
+    pub(crate) looks: IntCounterVec,
+}
+
+impl Controls {
+    pub(crate) fn register(registry: &Registry) -> Result<Self, prometheus::Error> {
+        let controls = Self {
+            leader: IntGauge::new(
+                "foregate_operator_lease_held",
+                "1 while this process holds the Lease and works on clusters",
+            )?,
+            looks: IntCounterVec::new(
+                Opts::new("foregate_operator_looks_total", "Looks at clusters by how they ended"),
+                &["end"],
+            )?,
+        };
+        registry.register(Box::new(controls.leader.clone()))?;
+        registry.register(Box::new(controls.looks.clone()))?;
+        Ok(controls)
+    }
+}

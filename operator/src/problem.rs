@@ -16,16 +16,17 @@ pub(crate) fn model(state: &ClusterState) -> Option<&ModelSpec> {
     state.exemplar().map(|member| &member.model)
 }
 
-/// Members that may hold experts: alive, not leaving, with slots, of the cluster's model and arithmetic.
+/// Members that may hold experts: alive, not draining or `leaving`, with slots, of the cluster's model and arithmetic.
 pub(crate) fn eligible<'a>(
     state: &'a ClusterState,
     alive: &BTreeSet<Rank>,
+    leaving: &[Rank],
 ) -> Vec<&'a Arc<Member>> {
     let kin = |member: &&Arc<Member>| state.exemplar().is_some_and(|e| e.is_kin(member));
     state
         .members
         .values()
-        .filter(|member| alive.contains(&member.rank))
+        .filter(|member| alive.contains(&member.rank) && !leaving.contains(&member.rank))
         .filter(|member| member.phase != Phase::Draining && member.slots > 0)
         .filter(kin)
         .collect()
@@ -56,12 +57,17 @@ pub(crate) fn problem(
 }
 
 /// Ranks that leave by intent are a resize, not a repair: nothing of theirs is lost.
-pub(crate) fn name_reason(plan: &mut Placement, state: &ClusterState, lost: &[Rank]) {
-    let leaving = |rank: &Rank| {
+pub(crate) fn name_reason(
+    plan: &mut Placement,
+    state: &ClusterState,
+    lost: &[Rank],
+    leaving: &[Rank],
+) {
+    let leaves = |rank: &Rank| {
         let member = state.members.get(rank);
-        member.is_some_and(|member| member.phase == Phase::Draining)
+        leaving.contains(rank) || member.is_some_and(|member| member.phase == Phase::Draining)
     };
-    if plan.reason == Reason::Repair && lost.iter().all(leaving) {
+    if plan.reason == Reason::Repair && lost.iter().all(leaves) {
         plan.reason = Reason::Resize;
     }
 }

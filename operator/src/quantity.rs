@@ -48,6 +48,19 @@ pub fn parse_bytes(text: &str) -> Result<u64, QuantityError> {
         .ok_or_else(large)
 }
 
+/// Thousandths of a quantity, which may count parts of a whole (`500m`); what is smaller rounds up.
+///
+/// # Errors
+/// See [`QuantityError`].
+pub fn parse_milli(text: &str) -> Result<u128, QuantityError> {
+    match text.strip_suffix('m') {
+        Some(number) if number.bytes().all(|b| b.is_ascii_digit() || b == b'.') => {
+            parse_bytes(number).map(u128::from)
+        }
+        _ => parse_bytes(text).map(|whole| u128::from(whole) * 1000),
+    }
+}
+
 fn factor(suffix: &str) -> Option<u128> {
     let power = |base: u128, exponent| base.checked_pow(exponent);
     match suffix {
@@ -99,6 +112,14 @@ mod tests {
         ] {
             assert_eq!(parse_bytes(text), Ok(bytes), "{text}");
         }
+    }
+
+    #[test]
+    fn thousandths() {
+        for (text, milli) in [("500m", 500), ("2", 2000), ("1Ki", 1_024_000), ("1.", 1000)] {
+            assert_eq!(parse_milli(text), Ok(milli), "{text}");
+        }
+        assert!(parse_milli("m").is_err() && parse_milli("1mm").is_err());
     }
 
     #[test]

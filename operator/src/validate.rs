@@ -2,20 +2,19 @@
 
 mod checks;
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use foregate_api::cpu::CpuPath;
+use foregate_api::limits;
 use foregate_api::manifest::{
-    API_VERSION, BalancingSpec, GatewaySpec, KIND, Manifest, ModelSource, RoutingPolicy,
-    WorkersSpec,
+    API_VERSION, AutoscalingSpec, BalancingSpec, GatewaySpec, KIND, Manifest, ModelSource,
+    PodsSpec, Quantity, ResourcesSpec, RoutingPolicy, WorkersSpec,
 };
 use foregate_api::weights::WeightSettings;
 
 use crate::quantity::parse_bytes;
-use checks::{Checks, dns_label, model_uri, short_name};
-
-/// Most workers of a cluster.
-pub const MAX_WORKERS: u32 = 1024;
+use checks::{Checks, cluster_name, dns_label, model_uri, object_name, short_name};
 
 /// A cluster as it is wanted, complete and within limits.
 #[derive(Debug, Clone, PartialEq)]
@@ -30,6 +29,8 @@ pub struct ValidatedCluster {
     pub gateway: ValidatedGateway,
     /// The balancer.
     pub balancing: ValidatedBalancing,
+    /// What all pods have in common; texts that only the API server can judge are as written.
+    pub pods: PodsSpec,
 }
 
 /// Which model.
@@ -43,6 +44,10 @@ pub struct ValidatedModel {
     pub length: ModelLength,
     /// What is done with the weights at load.
     pub weights: WeightSettings,
+    /// Claim that keeps downloads.
+    pub cache_claim: Option<String>,
+    /// Secret with the hub's token.
+    pub token_secret: String,
 }
 
 /// Longest sequence.
@@ -97,6 +102,39 @@ pub struct ValidatedWorkers {
     pub exchange_deadline_ms: u64,
     /// Failure domain of each rank; empty strings if unknown. Length `count`.
     pub domains: Vec<String>,
+    /// Label of nodes that tells failure domains apart.
+    pub domain_label: String,
+    /// What a pod asks for.
+    pub resources: Resources,
+}
+
+/// What a container asks for.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Resources {
+    /// What the scheduler sets aside, as written.
+    pub requests: BTreeMap<String, String>,
+    /// What may not be exceeded, as written.
+    pub limits: BTreeMap<String, String>,
+    /// Thousandths of a core: the limit, else the request.
+    pub cpu_milli: Option<u64>,
+    /// Bytes of memory: the limit, else the request.
+    pub memory: Option<u64>,
+}
+
+/// How many gateways there are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Replicas {
+    /// This many.
+    Fixed(u32),
+    /// As many as an autoscaler says.
+    Autoscaled {
+        /// Fewest.
+        min: u32,
+        /// Most.
+        max: u32,
+        /// Share of the requested processor time it aims at.
+        cpu_percent: u32,
+    },
 }
 
 /// The HTTP side.
@@ -112,6 +150,10 @@ pub struct ValidatedGateway {
     pub queue_timeout_ms: u64,
     /// Longest life of a request in milliseconds.
     pub request_timeout_ms: u64,
+    /// How many there are.
+    pub replicas: Replicas,
+    /// What a pod asks for.
+    pub resources: Resources,
 }
 
 /// The balancer.
@@ -176,7 +218,7 @@ pub fn validate(manifest: Manifest) -> Result<ValidatedCluster, Findings> {
     let mut checks = Checks::default();
     checks.must_be("apiVersion", &api_version, API_VERSION);
     checks.must_be("kind", &kind, KIND);
-    checks.must("metadata.name", &metadata.name, dns_label);
+    checks.must("metadata.name", &metadata.name, cluster_name);
     if let Some(namespace) = &metadata.namespace {
         checks.must("metadata.namespace", namespace, dns_label);
     }
@@ -184,9 +226,16 @@ pub fn validate(manifest: Manifest) -> Result<ValidatedCluster, Findings> {
         name: metadata.name,
         model: model(&mut checks, spec.model),
         workers: workers(&mut checks, spec.workers),
-        gateway: gateway(&mut checks, &spec.gateway),
+        gateway: gateway(&mut checks, spec.gateway),
         balancing: balancing(&mut checks, &spec.balancing),
+        pods: spec.pods,
     };
+    for (field, keys) in [
+        ("spec.pods.labels", &cluster.pods.labels),
+        ("spec.pods.annotations", &cluster.pods.annotations),
+    ] {
+        checks.foreign_keys(field, keys);
+    }
     checks.end(cluster)
 }
 
@@ -197,6 +246,8 @@ fn model(checks: &mut Checks, source: ModelSource) -> ValidatedModel {
         max_model_len,
         dtype,
         quantization,
+        cache_claim,
+        token_secret,
     } = source;
     let usable = checks.must("spec.model.uri", &uri, model_uri);
     if served_names.is_empty() && usable {
@@ -205,13 +256,13 @@ fn model(checks: &mut Checks, source: ModelSource) -> ValidatedModel {
     checks.served_names(&served_names);
     let length = match max_model_len {
         None => ModelLength::AsPossible,
-        Some(_) => ModelLength::Tokens(checks.range(
-            "spec.model.maxModelLen",
-            max_model_len,
-            1,
-            2..=1 << 24,
-        )),
+        some => ModelLength::Tokens(checks.range(&limits::MAX_MODEL_LEN, some)),
     };
+    if let Some(claim) = &cache_claim {
+        checks.must("spec.model.cacheClaim", claim, object_name);
+    }
+    let token_secret = token_secret.unwrap_or_else(|| limits::TOKEN_SECRET.to_owned());
+    checks.must("spec.model.tokenSecret", &token_secret, object_name);
     ValidatedModel {
         uri,
         served_names,
@@ -220,6 +271,8 @@ fn model(checks: &mut Checks, source: ModelSource) -> ValidatedModel {
             dtype: dtype.unwrap_or_default(),
             quantization: quantization.unwrap_or_default(),
         },
+        cache_claim,
+        token_secret,
     }
 }
 
@@ -236,68 +289,89 @@ fn workers(checks: &mut Checks, spec: WorkersSpec) -> ValidatedWorkers {
         kv_memory,
         exchange_deadline_ms,
         domains,
+        domain_label,
+        resources,
     } = spec;
-    let count = checks.range("spec.workers.count", count, 2, 1..=MAX_WORKERS);
+    let count = checks.range(&limits::COUNT, count);
     let redundancy = match redundant_slots {
         None => Redundancy::Linked,
-        some => {
-            Redundancy::Slots(checks.range("spec.workers.redundantSlots", some, 0, 0..=4096))
-        }
+        some => Redundancy::Slots(checks.range(&limits::REDUNDANT_SLOTS, some)),
     };
     let threads = match threads {
         None => Threads::Shared,
-        some => Threads::Fixed(checks.range("spec.workers.threads", some, 1, 1..=1024)),
+        some => Threads::Fixed(checks.range(&limits::THREADS, some)),
     };
-    let kv_memory = kv_memory.unwrap_or_else(|| "512Mi".to_owned());
+    let kv_memory = kv_memory.unwrap_or_else(|| limits::KV_MEMORY.default.to_owned());
+    let kv_bytes = checks.kv_memory(&kv_memory, parse_bytes(&kv_memory));
+    let resources = checks.resources("spec.workers.resources", resources);
+    if let Some(memory) = resources.memory {
+        checks.room_for_weights(kv_bytes, memory);
+    }
+    let domain_label = domain_label.unwrap_or_else(|| limits::DOMAIN_LABEL.to_owned());
+    checks.must("spec.workers.domainLabel", &domain_label, checks::label_key);
     ValidatedWorkers {
         count,
         redundancy,
         threads,
         cpu_path: cpu_path.unwrap_or_default(),
-        max_num_seqs: checks.range("spec.workers.maxNumSeqs", max_num_seqs, 64, 1..=4096),
-        max_num_batched_tokens: checks.range(
-            "spec.workers.maxNumBatchedTokens",
-            max_num_batched_tokens,
-            512,
-            1..=65_536,
-        ),
-        max_waiting: checks.range("spec.workers.maxWaiting", max_waiting, 256, 1..=65_536),
+        max_num_seqs: checks.range(&limits::MAX_NUM_SEQS, max_num_seqs),
+        max_num_batched_tokens: checks
+            .range(&limits::MAX_NUM_BATCHED_TOKENS, max_num_batched_tokens),
+        max_waiting: checks.range(&limits::MAX_WAITING, max_waiting),
         page_tokens: checks.page_tokens(page_tokens),
-        kv_bytes: checks.kv_memory(&kv_memory, parse_bytes(&kv_memory)),
-        exchange_deadline_ms: checks.range(
-            "spec.workers.exchangeDeadlineMs",
-            exchange_deadline_ms,
-            2000,
-            10..=600_000,
-        ),
+        kv_bytes,
+        exchange_deadline_ms: checks.range(&limits::EXCHANGE_DEADLINE_MS, exchange_deadline_ms),
         domains: checks.domains(domains, count),
+        domain_label,
+        resources,
     }
 }
 
-fn gateway(checks: &mut Checks, spec: &GatewaySpec) -> ValidatedGateway {
+fn gateway(checks: &mut Checks, spec: GatewaySpec) -> ValidatedGateway {
     let GatewaySpec {
         routing,
         max_in_flight,
         max_queued,
         queue_timeout_ms,
         request_timeout_ms,
-    } = *spec;
+        replicas,
+        autoscaling,
+        resources,
+    } = spec;
+    let resources = checks.resources("spec.gateway.resources", resources);
     ValidatedGateway {
         routing: routing.unwrap_or_default(),
-        max_in_flight: checks.range("spec.gateway.maxInFlight", max_in_flight, 256, 1..=65_536),
-        max_queued: checks.range("spec.gateway.maxQueued", max_queued, 1024, 0..=1_000_000),
-        queue_timeout_ms: checks.range(
-            "spec.gateway.queueTimeoutMs",
-            queue_timeout_ms,
-            30_000,
-            1..=3_600_000,
-        ),
-        request_timeout_ms: checks.range(
-            "spec.gateway.requestTimeoutMs",
-            request_timeout_ms,
-            600_000,
-            1..=86_400_000,
-        ),
+        max_in_flight: checks.range(&limits::MAX_IN_FLIGHT, max_in_flight),
+        max_queued: checks.range(&limits::MAX_QUEUED, max_queued),
+        queue_timeout_ms: checks.range(&limits::QUEUE_TIMEOUT_MS, queue_timeout_ms),
+        request_timeout_ms: checks.range(&limits::REQUEST_TIMEOUT_MS, request_timeout_ms),
+        replicas: gateways(checks, replicas, autoscaling, &resources),
+        resources,
+    }
+}
+
+fn gateways(
+    checks: &mut Checks,
+    replicas: Option<u32>,
+    autoscaling: Option<AutoscalingSpec>,
+    resources: &Resources,
+) -> Replicas {
+    let fixed = checks.range(&limits::GATEWAY_REPLICAS, replicas);
+    let Some(AutoscalingSpec {
+        min_replicas,
+        max_replicas,
+        cpu_percent,
+    }) = autoscaling
+    else {
+        return Replicas::Fixed(fixed);
+    };
+    let min = checks.range(&limits::MIN_REPLICAS, min_replicas);
+    let max = checks.range(&limits::MAX_REPLICAS, max_replicas);
+    checks.autoscaling(min, max, resources);
+    Replicas::Autoscaled {
+        min,
+        max,
+        cpu_percent: checks.range(&limits::CPU_PERCENT, cpu_percent),
     }
 }
 
@@ -311,15 +385,10 @@ fn balancing(checks: &mut Checks, spec: &BalancingSpec) -> ValidatedBalancing {
     } = *spec;
     ValidatedBalancing {
         enabled: enabled.unwrap_or(true),
-        window_ms: checks.range("spec.balancing.windowMs", window_ms, 2000, 50..=600_000),
-        threshold: checks.threshold(threshold.unwrap_or(0.97)),
-        max_moves_per_layer: checks.range(
-            "spec.balancing.maxMovesPerLayer",
-            max_moves_per_layer,
-            4,
-            0..=4096,
-        ),
-        min_rows: checks.range("spec.balancing.minRows", min_rows, 256, 0..=1 << 40),
+        window_ms: checks.range(&limits::WINDOW_MS, window_ms),
+        threshold: checks.threshold(threshold.unwrap_or(limits::THRESHOLD)),
+        max_moves_per_layer: checks.range(&limits::MAX_MOVES_PER_LAYER, max_moves_per_layer),
+        min_rows: checks.range(&limits::MIN_ROWS, min_rows),
     }
 }
 

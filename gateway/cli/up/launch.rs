@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use foregate_api::node::{NodeConfig, RoleConfig};
 use foregate_api::weights::WeightSettings;
 use foregate_checkpoint::Checkpoint;
-use foregate_operator::launch::{Form, Instance, LaunchError, ModelFacts, Place, launch};
+use foregate_operator::launch::{Form, Instance, LaunchError, Machine, ModelFacts, Place, launch};
 use foregate_operator::validate::ValidatedCluster;
 use tokio::net::TcpListener;
 
@@ -65,14 +65,17 @@ impl Launch {
             form,
             model_dir: directory.to_string_lossy().into_owned(),
             gateway_listen: address.to_string(),
-            cores: cores(),
-            memory: crate::doctor::total_memory(),
+            machine: Machine::Shared {
+                cores: cores(),
+                memory: crate::doctor::total_memory(),
+            },
         };
         let plan = launch(&cluster, &facts, &place).map_err(|error| match error {
             LaunchError::Model { .. } => CliError::Runtime(error.to_string()),
             LaunchError::TooLong { .. }
             | LaunchError::KvMemory { .. }
-            | LaunchError::MachineMemory { .. } => CliError::Usage(error.to_string()),
+            | LaunchError::MachineMemory { .. }
+            | LaunchError::PodMemory { .. } => CliError::Usage(error.to_string()),
         })?;
         for note in &plan.notes {
             progress.say(&format!("note: {note}"));

@@ -3,8 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use foregate_api::manifest::{
-    API_VERSION, BalancingSpec, ClusterSpec, GatewaySpec, KIND, Manifest, Metadata,
-    ModelSource, WorkersSpec,
+    API_VERSION, ClusterSpec, KIND, Manifest, Metadata, ModelSource,
 };
 use foregate_operator::parse_manifest;
 use foregate_operator::validate::{ValidatedCluster, validate};
@@ -92,14 +91,9 @@ impl Draft {
             spec: ClusterSpec {
                 model: ModelSource {
                     uri: uri.to_owned(),
-                    served_names: Vec::new(),
-                    max_model_len: None,
-                    dtype: None,
-                    quantization: None,
+                    ..ModelSource::default()
                 },
-                workers: WorkersSpec::default(),
-                gateway: GatewaySpec::default(),
-                balancing: BalancingSpec::default(),
+                ..ClusterSpec::default()
             },
         };
         Self {

@@ -16,6 +16,7 @@ pub enum Arithmetic {
 /// Which instructions the kernels use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub enum CpuPath {
     /// The fastest of the processor with [`Arithmetic::Chain`], so never `amx`.
     #[default]

@@ -7,6 +7,7 @@
 
 pub mod cpu;
 pub mod ids;
+pub mod limits;
 pub mod load;
 pub mod manifest;
 pub mod member;

@@ -199,3 +199,35 @@ impl ModelSpec {
             .saturating_mul(2 * self.kv_format().bytes())
     }
 }
+
+/// What a launch must know of a model: its memory plan follows from it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+pub struct ModelFacts {
+    /// Routed experts per MoE layer.
+    pub experts: u32,
+    /// Longest sequence in tokens.
+    pub max_positions: u32,
+    /// Bytes of keys and values of one token over all layers.
+    pub kv_bytes_per_token: u64,
+    /// Bytes of one slot over all MoE layers: an expert of each.
+    pub slot_bytes: u64,
+    /// Bytes of the weights that every worker holds.
+    pub dense_bytes: u64,
+}
+
+impl ModelFacts {
+    /// The facts of a model.
+    #[must_use]
+    pub fn of(model: &ModelSpec) -> Self {
+        let small = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+        Self {
+            experts: small(model.experts),
+            max_positions: small(model.max_positions),
+            kv_bytes_per_token: model.kv_bytes_per_token() as u64,
+            slot_bytes: (model.expert_bytes() as u64).saturating_mul(model.moe_layers() as u64),
+            dense_bytes: model.dense_bytes() as u64,
+        }
+    }
+}

@@ -62,6 +62,8 @@ pub struct OperatorConfig {
     pub max_moves_per_layer: u32,
     /// Rows per layer below which a window says too little.
     pub min_rows: u64,
+    /// Ranks that shall hold no experts, because they are about to leave or to be started anew. Ascending.
+    pub leaving: Vec<Rank>,
 }
 
 /// Settings of a gateway.

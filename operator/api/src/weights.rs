@@ -208,6 +208,7 @@ impl WeightFormats {
 /// To which format the plain matrices of a checkpoint are converted at load.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub enum PlainFormat {
     /// As the files have them.
     #[default]
@@ -223,6 +224,7 @@ pub enum PlainFormat {
 /// To which format linear layers are quantised at load.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub enum Quantization {
     /// Not at all.
     #[default]
@@ -254,6 +256,12 @@ impl Quantization {
             }),
             Self::Mxfp4 => Some(WeightFormat::Mxfp4),
         }
+    }
+}
+
+impl fmt::Display for PlainFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(Self::NAMES[*self as usize])
     }
 }
 

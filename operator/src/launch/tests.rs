@@ -1,4 +1,4 @@
-use foregate_api::manifest::Manifest;
+use foregate_api::manifest::{Manifest, Quantity};
 use foregate_api::weights::{PlainFormat, Quantization, WeightSettings};
 
 use super::*;
@@ -24,8 +24,10 @@ fn place(form: Form) -> Place {
         form,
         model_dir: "/models/demo".to_owned(),
         gateway_listen: "127.0.0.1:8000".to_owned(),
-        cores: 8,
-        memory: Some(16 << 30),
+        machine: Machine::Shared {
+            cores: 8,
+            memory: Some(16 << 30),
+        },
     }
 }
 
@@ -44,7 +46,10 @@ fn a_plan_beyond_the_machine_is_refused_with_the_sum() {
         "{error}"
     );
     let unknown = Place {
-        memory: None,
+        machine: Machine::Shared {
+            cores: 8,
+            memory: None,
+        },
         ..form()
     };
     assert!(launch(&wanted("8Gi"), &DEMO, &unknown).is_ok());
@@ -216,4 +221,35 @@ fn pages_shorter_than_a_block_of_keys_are_counted_as_large_as_they_are() {
     // From a whole block on nothing is lost: 20 pages of 64 KiB, 10 of 128 KiB.
     assert_eq!(with(16), 320);
     assert_eq!(with(32), 320);
+}
+
+#[test]
+fn pods_have_known_ports_and_live_on_their_resources() {
+    let form = Form::Pods {
+        etcd: vec!["http://etcd:2379".to_owned()],
+        cluster: "default.tiny.1".to_owned(),
+    };
+    let pods = Place {
+        machine: Machine::Pods,
+        ..place(form)
+    };
+    let wanted = |cpu: &str, memory: &str| {
+        cluster(|m| {
+            let limits = &mut m.spec.workers.resources.limits;
+            limits.insert("cpu".to_owned(), Quantity(cpu.to_owned()));
+            limits.insert("memory".to_owned(), Quantity(memory.to_owned()));
+        })
+    };
+    let plan = launch(&wanted("3500m", "1Gi"), &DEMO, &pods).unwrap();
+    assert_eq!(plan.instances[1].node.cluster, "default.tiny.1");
+    assert_eq!(plan.instances[1].node.status_listen, "0.0.0.0:9090");
+    let workers = workers(&plan);
+    assert_eq!(workers[0].threads, 3);
+    assert_eq!(workers[0].rpc_listen, "0.0.0.0:7070");
+    assert_eq!(workers[0].fabric, FabricKind::Tcp);
+    // 128 Mi of keys and values, 18 slots of 1 Mi, 1 Mi of other weights.
+    let error = launch(&wanted("1", "140Mi"), &DEMO, &pods).unwrap_err();
+    assert!(error.to_string().contains("= 154140672 bytes"), "{error}");
+    let plan = launch(&cluster(|_| {}), &DEMO, &pods).unwrap();
+    assert!(plan.notes.iter().any(|note| note.contains("one thread")), "{:?}", plan.notes);
 }

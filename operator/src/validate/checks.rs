@@ -1,17 +1,23 @@
 //! The single checks, and the list of what they found.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
 use std::ops::RangeInclusive;
 
-use crate::quantity::QuantityError;
-use crate::validate::{Finding, Findings, ValidatedCluster};
+use foregate_api::limits::{
+    KV_MEMORY, Limit, MAX_DOMAIN, MAX_NAME, MAX_SERVED_NAME, MAX_SERVED_NAMES, MAX_URI,
+    PAGE_TOKENS,
+};
 
-/// Smallest and largest KV cache of a worker.
-const KV_BYTES: RangeInclusive<u64> = (64 << 10)..=(16 << 40);
-/// Longest name of a model and longest URI.
-const MAX_NAME: usize = 256;
-const MAX_URI: usize = 2048;
+use crate::quantity::{QuantityError, parse_bytes, parse_milli};
+use crate::validate::{
+    Finding, Findings, Quantity, Resources, ResourcesSpec, ValidatedCluster,
+};
+
+/// Most resources that a container may ask for.
+const MAX_RESOURCES: usize = 32;
+/// Smallest and largest KV cache of a worker; a test holds them to [`KV_MEMORY`].
+pub(super) const KV_BYTES: RangeInclusive<u64> = (64 << 10)..=(16 << 40);
 
 /// What was found so far.
 #[derive(Debug, Default)]
@@ -58,46 +64,52 @@ impl Checks {
         }
     }
 
-    /// A number or its default, within limits. A wrong one is answered by the default, for the checks after it.
+    /// A number or its default, within limits. A wrong one is answered by a right one, for the checks after it.
     pub(super) fn range<T: PartialOrd + Display + Copy>(
         &mut self,
-        field: &str,
+        limit: &Limit<T>,
         value: Option<T>,
-        default: T,
-        range: RangeInclusive<T>,
     ) -> T {
-        let value = value.unwrap_or(default);
-        if range.contains(&value) {
+        let Limit {
+            field,
+            default,
+            low,
+            high,
+        } = *limit;
+        let right = default.unwrap_or(low);
+        let value = value.unwrap_or(right);
+        if (low..=high).contains(&value) {
             return value;
         }
-        let (low, high) = (range.start(), range.end());
         self.add(
             field,
             format!("is {value}"),
             format!("give {low} to {high}"),
         );
-        default
+        right
     }
 
     pub(super) fn page_tokens(&mut self, value: Option<u32>) -> u32 {
-        let value = value.unwrap_or(16);
-        if (1..=256).contains(&value) && value.is_power_of_two() {
+        let right = PAGE_TOKENS.default.unwrap_or(PAGE_TOKENS.low);
+        let value = value.unwrap_or(right);
+        if (PAGE_TOKENS.low..=PAGE_TOKENS.high).contains(&value) && value.is_power_of_two() {
             return value;
         }
         self.add(
-            "spec.workers.pageTokens",
+            PAGE_TOKENS.field,
             format!("is {value}"),
-            "give a power of two from 1 to 256",
+            format!("give a power of two from {} to {}", PAGE_TOKENS.low, PAGE_TOKENS.high),
         );
-        16
+        right
     }
 
     pub(super) fn kv_memory(&mut self, text: &str, parsed: Result<u64, QuantityError>) -> u64 {
-        const FIELD: &str = "spec.workers.kvMemory";
+        const FIELD: &str = KV_MEMORY.field;
         match parsed {
             Ok(bytes) if KV_BYTES.contains(&bytes) => bytes,
             Ok(_) => {
-                self.add(FIELD, format!("is {text}"), "give 64Ki to 16Ti");
+                let range = format!("give {} to {}", KV_MEMORY.low, KV_MEMORY.high);
+                self.add(FIELD, format!("is {text}"), range);
                 *KV_BYTES.start()
             }
             Err(error) => {
@@ -120,15 +132,22 @@ impl Checks {
     }
 
     pub(super) fn served_names(&mut self, names: &[String]) {
+        if names.len() > MAX_SERVED_NAMES {
+            self.add(
+                "spec.model.servedNames",
+                format!("has {} names", names.len()),
+                format!("give at most {MAX_SERVED_NAMES}"),
+            );
+        }
         let mut seen = BTreeSet::new();
         for (i, name) in names.iter().enumerate() {
             let field = format!("spec.model.servedNames[{i}]");
             let odd = |c: char| c.is_whitespace() || c.is_control();
-            if name.is_empty() || name.len() > MAX_NAME || name.contains(odd) {
+            if name.is_empty() || name.len() > MAX_SERVED_NAME || name.contains(odd) {
                 self.add(
                     field,
                     format!("is {name:?}"),
-                    format!("give 1 to {MAX_NAME} characters without spaces"),
+                    format!("give 1 to {MAX_SERVED_NAME} characters without spaces"),
                 );
             } else if !seen.insert(name) {
                 self.add(
@@ -155,15 +174,96 @@ impl Checks {
             );
             return unknown();
         }
-        let odd = |d: &String| d.is_empty() || d.len() > 253 || !d.chars().all(domain_char);
+        let odd = |d: &String| d.is_empty() || d.len() > MAX_DOMAIN || !d.chars().all(domain_char);
         if let Some(i) = domains.iter().position(odd) {
             self.add(
                 format!("{FIELD}[{i}]"),
                 format!("is {:?}", domains[i]),
-                "give letters, digits, `-`, `_`, `.` or `/`, at most 253",
+                format!("give letters, digits, `-`, `_`, `.` or `/`, at most {MAX_DOMAIN}"),
             );
         }
         domains
+    }
+
+    /// Amounts that are none, and requests above their limits.
+    pub(super) fn resources(&mut self, field: &str, spec: ResourcesSpec) -> Resources {
+        let ResourcesSpec { requests, limits } = spec;
+        for (map, amounts) in [("requests", &requests), ("limits", &limits)] {
+            if amounts.len() > MAX_RESOURCES {
+                let what = format!("has {} resources", amounts.len());
+                let remedy = format!("give at most {MAX_RESOURCES}");
+                self.add(format!("{field}.{map}"), what, remedy);
+            }
+            for (name, Quantity(amount)) in amounts {
+                if let Err(error) = parse_milli(amount) {
+                    let field = format!("{field}.{map}[{name}]");
+                    self.add(field, error.to_string(), "give an amount, such as 500m or 2Gi");
+                }
+            }
+        }
+        for (name, Quantity(request)) in &requests {
+            let limit = limits.get(name).map(|Quantity(limit)| limit);
+            let amounts = limit.map(|limit| (parse_milli(request), parse_milli(limit)));
+            if let Some((Ok(wanted), Ok(most))) = amounts
+                && wanted > most
+            {
+                self.add(
+                    field,
+                    format!("the request of {name} is more than its limit"),
+                    "raise the limit or lower the request",
+                );
+            }
+        }
+        let of = |name| limits.get(name).or_else(|| requests.get(name));
+        let cpu = of("cpu").and_then(|Quantity(text)| parse_milli(text).ok());
+        let memory = of("memory").and_then(|Quantity(text)| parse_bytes(text).ok());
+        let texts = |amounts: &BTreeMap<String, Quantity>| {
+            let pairs = amounts.iter();
+            pairs.map(|(name, Quantity(text))| (name.clone(), text.clone())).collect()
+        };
+        Resources {
+            requests: texts(&requests),
+            limits: texts(&limits),
+            cpu_milli: cpu.and_then(|milli| u64::try_from(milli).ok()),
+            memory,
+        }
+    }
+
+    /// Weights take memory beside keys and values; how much is known once the model has been looked at.
+    pub(super) fn room_for_weights(&mut self, kv_bytes: u64, memory: u64) {
+        if kv_bytes >= memory {
+            self.add(
+                KV_MEMORY.field,
+                format!("{kv_bytes} bytes leave nothing of resources.limits.memory {memory} for weights"),
+                "give more memory or less kvMemory",
+            );
+        }
+    }
+
+    pub(super) fn autoscaling(&mut self, min: u32, max: u32, resources: &Resources) {
+        const FIELD: &str = "spec.gateway.autoscaling";
+        if min > max {
+            let what = format!("minReplicas {min} is more than maxReplicas {max}");
+            self.add(FIELD, what, "raise maxReplicas");
+        }
+        if !resources.requests.contains_key("cpu") {
+            self.add(
+                "spec.gateway.resources.requests.cpu",
+                "is not given, and autoscaling goes by a share of it".to_owned(),
+                "give it",
+            );
+        }
+    }
+
+    /// Keys of labels or annotations that are not the operator's.
+    pub(super) fn foreign_keys(&mut self, field: &str, keys: &BTreeMap<String, String>) {
+        let own = |key: &&String| {
+            key.starts_with("foregate.dev/") || key.starts_with("app.kubernetes.io/")
+        };
+        if let Some(key) = keys.keys().find(own) {
+            let field = format!("{field}[{key}]");
+            self.add(field, "is the operator's".to_owned(), "choose another prefix");
+        }
     }
 }
 
@@ -184,9 +284,46 @@ pub(super) fn dns_label(name: &str) -> Result<(), (String, &'static str)> {
     Ok(())
 }
 
-/// A directory, `file://…`, `hf://org/name[@revision]` or `org/name`.
+/// A DNS label that leaves room for the names of the cluster's objects.
+pub(super) fn cluster_name(name: &str) -> Result<(), (String, &'static str)> {
+    dns_label(name)?;
+    if name.len() > MAX_NAME {
+        return Err((
+            format!("{name:?} has {} characters", name.len()),
+            "give at most 48: other objects are named after it",
+        ));
+    }
+    Ok(())
+}
+
+/// RFC 1123 subdomain: the name of a Secret or a claim.
+pub(super) fn object_name(name: &str) -> Result<(), (String, &'static str)> {
+    let inner = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-' || b == b'.';
+    let end = |b: Option<u8>| b.is_some_and(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
+    let ends = end(name.bytes().next()) && end(name.bytes().last());
+    if name.len() > MAX_DOMAIN || !ends || !name.bytes().all(inner) {
+        return Err((
+            format!("{name:?} is no name of an object"),
+            "give 1 to 253 of a-z, 0-9, `-` and `.`, a letter or digit at either end",
+        ));
+    }
+    Ok(())
+}
+
+/// The key of a label, such as `topology.kubernetes.io/zone`.
+pub(super) fn label_key(key: &str) -> Result<(), (String, &'static str)> {
+    if key.is_empty() || key.len() > 317 || !key.chars().all(domain_char) {
+        return Err((
+            format!("{key:?} is no key of a label"),
+            "give one such as topology.kubernetes.io/zone",
+        ));
+    }
+    Ok(())
+}
+
+/// A directory, `file://…`, `hf://org/name[@revision]`, `org/name`, `pvc://claim/path` or `oci://image`.
 pub(super) fn model_uri(uri: &str) -> Result<(), (String, &'static str)> {
-    const FORMS: &str = "give a directory, file://PATH, hf://org/name[@revision] or org/name";
+    const FORMS: &str = "give hf://org/name[@revision], org/name, pvc://claim/path, oci://image, file://PATH or a directory";
     if uri.trim().is_empty() {
         return Err(("is empty".to_owned(), FORMS));
     }
@@ -195,8 +332,12 @@ pub(super) fn model_uri(uri: &str) -> Result<(), (String, &'static str)> {
     }
     match uri.split_once("://") {
         None => Ok(()),
-        Some(("file" | "hf", rest)) if !rest.is_empty() => Ok(()),
-        Some(("file" | "hf", _)) => Err((format!("`{uri}` names nothing"), FORMS)),
+        Some(("pvc", rest)) => {
+            let claim = rest.split('/').next().unwrap_or_default();
+            object_name(claim).map_err(|(what, _)| (what, FORMS))
+        }
+        Some(("file" | "hf" | "oci", rest)) if !rest.is_empty() => Ok(()),
+        Some(("file" | "hf" | "oci", _)) => Err((format!("`{uri}` names nothing"), FORMS)),
         Some((scheme, _)) => Err((format!("scheme `{scheme}` is not supported"), FORMS)),
     }
 }

@@ -1,4 +1,4 @@
-use foregate_api::manifest::{BalancingSpec, ClusterSpec, Metadata};
+use foregate_api::manifest::{ClusterSpec, Metadata};
 use proptest::prelude::*;
 
 use super::*;
@@ -10,20 +10,15 @@ fn manifest() -> Manifest {
         metadata: Metadata {
             name: "tiny".to_owned(),
             namespace: None,
-            labels: std::collections::BTreeMap::new(),
-            annotations: std::collections::BTreeMap::new(),
+            labels: BTreeMap::new(),
+            annotations: BTreeMap::new(),
         },
         spec: ClusterSpec {
             model: ModelSource {
                 uri: "./models/demo/".to_owned(),
-                served_names: Vec::new(),
-                max_model_len: None,
-                dtype: None,
-                quantization: None,
+                ..ModelSource::default()
             },
-            workers: WorkersSpec::default(),
-            gateway: GatewaySpec::default(),
-            balancing: BalancingSpec::default(),
+            ..ClusterSpec::default()
         },
     }
 }
@@ -40,6 +35,8 @@ fn what_is_left_open_gets_the_documented_defaults() {
                 served_names: vec!["demo".to_owned()],
                 length: ModelLength::AsPossible,
                 weights: WeightSettings::default(),
+                cache_claim: None,
+                token_secret: "hf-token".to_owned(),
             },
             workers: ValidatedWorkers {
                 count: 2,
@@ -53,6 +50,8 @@ fn what_is_left_open_gets_the_documented_defaults() {
                 kv_bytes: 512 << 20,
                 exchange_deadline_ms: 2000,
                 domains: vec![String::new(); 2],
+                domain_label: "kubernetes.io/hostname".to_owned(),
+                resources: Resources::default(),
             },
             gateway: ValidatedGateway {
                 routing: RoutingPolicy::Signature,
@@ -60,6 +59,8 @@ fn what_is_left_open_gets_the_documented_defaults() {
                 max_queued: 1024,
                 queue_timeout_ms: 30_000,
                 request_timeout_ms: 600_000,
+                replicas: Replicas::Fixed(1),
+                resources: Resources::default(),
             },
             balancing: ValidatedBalancing {
                 enabled: true,
@@ -68,6 +69,7 @@ fn what_is_left_open_gets_the_documented_defaults() {
                 max_moves_per_layer: 4,
                 min_rows: 256,
             },
+            pods: PodsSpec::default(),
         }
     );
 }
@@ -79,7 +81,7 @@ const WRONG: &[Wrong] = &[
     ("apiVersion", |m| m.api_version = "v1".into()),
     ("kind", |m| m.kind = "Pod".into()),
     ("metadata.name", |m| m.metadata.name = "Tiny".into()),
-    ("metadata.name", |m| m.metadata.name = "a".repeat(64)),
+    ("metadata.name", |m| m.metadata.name = "a".repeat(49)),
     ("metadata.name", |m| m.metadata.name = "-a".into()),
     ("metadata.name", |m| m.metadata.name = String::new()),
     ("metadata.namespace", |m| {
@@ -166,7 +168,60 @@ const WRONG: &[Wrong] = &[
     ("spec.balancing.minRows", |m| {
         m.spec.balancing.min_rows = Some(u64::MAX)
     }),
+    ("spec.model.uri", |m| m.spec.model.uri = "pvc:///x".into()),
+    ("spec.model.cacheClaim", |m| {
+        m.spec.model.cache_claim = Some("A".into())
+    }),
+    ("spec.model.tokenSecret", |m| {
+        m.spec.model.token_secret = Some(String::new())
+    }),
+    ("spec.workers.domainLabel", |m| {
+        m.spec.workers.domain_label = Some("a b".into())
+    }),
+    ("spec.workers.resources.limits[cpu]", |m| {
+        m.spec.workers.resources.limits = amounts(&[("cpu", "many")])
+    }),
+    ("spec.workers.resources", |m| {
+        m.spec.workers.resources.requests = amounts(&[("cpu", "2")]);
+        m.spec.workers.resources.limits = amounts(&[("cpu", "1500m")]);
+    }),
+    ("spec.workers.kvMemory", |m| {
+        m.spec.workers.resources.limits = amounts(&[("memory", "512Mi")])
+    }),
+    ("spec.gateway.replicas", |m| m.spec.gateway.replicas = Some(0)),
+    ("spec.gateway.resources.requests.cpu", |m| {
+        m.spec.gateway.autoscaling = Some(AutoscalingSpec::default())
+    }),
+    ("spec.gateway.autoscaling", |m| {
+        m.spec.gateway.resources.requests = amounts(&[("cpu", "1")]);
+        m.spec.gateway.autoscaling = Some(AutoscalingSpec {
+            min_replicas: Some(5),
+            ..AutoscalingSpec::default()
+        });
+    }),
+    ("spec.gateway.autoscaling.cpuPercent", |m| {
+        m.spec.gateway.resources.requests = amounts(&[("cpu", "1")]);
+        m.spec.gateway.autoscaling = Some(AutoscalingSpec {
+            cpu_percent: Some(0),
+            ..AutoscalingSpec::default()
+        });
+    }),
+    ("spec.pods.labels[foregate.dev/x]", |m| {
+        m.spec.pods.labels.insert("foregate.dev/x".into(), "y".into());
+    }),
 ];
+
+fn amounts(pairs: &[(&str, &str)]) -> BTreeMap<String, Quantity> {
+    let pairs = pairs.iter();
+    pairs.map(|(name, text)| ((*name).to_owned(), Quantity((*text).to_owned()))).collect()
+}
+
+#[test]
+fn limits_of_memory_are_those_of_the_vocabulary() {
+    let limit = limits::KV_MEMORY;
+    assert_eq!(parse_bytes(limit.low), Ok(*checks::KV_BYTES.start()));
+    assert_eq!(parse_bytes(limit.high), Ok(*checks::KV_BYTES.end()));
+}
 
 #[test]
 fn each_wrong_value_is_found_alone_with_a_remedy() {

@@ -127,9 +127,10 @@ impl Rig {
     pub fn operator(&mut self, config: OperatorConfig) -> Operator {
         let registry = prometheus::Registry::new();
         let shutdown = CancellationToken::new();
+        let (config, settings) = watch::channel(config);
         let deps = Deps {
             cluster: "test".to_owned(),
-            config,
+            config: settings,
             store: Arc::new(self.store.clone()),
             registry: registry.clone(),
             shutdown: shutdown.clone(),
@@ -138,6 +139,7 @@ impl Rig {
             .tasks
             .spawn(async move { foregate_operator::run(deps).await.unwrap() });
         Operator {
+            config,
             registry,
             shutdown,
             task,
@@ -218,6 +220,8 @@ fn serves(state: &ClusterState, rank: Rank, plan: &Placement) -> bool {
 }
 
 pub struct Operator {
+    /// Changes its settings.
+    pub config: watch::Sender<OperatorConfig>,
     pub registry: prometheus::Registry,
     pub shutdown: CancellationToken,
     pub task: AbortHandle,
@@ -249,6 +253,7 @@ pub fn config(workers: u32) -> OperatorConfig {
         threshold: 0.97,
         max_moves_per_layer: 4,
         min_rows: 10,
+        leaving: Vec::new(),
     }
 }
 

@@ -1,0 +1,501 @@
+//! One look at a cluster, one step towards its manifest.
+//!
+//! ```text
+//!  dereference ─ validate ─ know the model ─ launch ─ build ─ apply ─ fleet ─ status
+//!  (what is)     (what is   (an inspector    (the    (pure)  (server (pods,  (what was
+//!                wanted)     looks once)      sums)           side)   ranks)  observed)
+//! ```
+//!
+//! Nothing is kept from one look to the next but what saves work, so an operator that is killed anywhere goes on at the next.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use foregate_api::ids::Rank;
+use foregate_api::limits;
+use foregate_api::model::ModelFacts;
+use foregate_api::node::RoleConfig;
+use foregate_crd::cluster::{InspectedModel, MemoryPlan};
+use foregate_crd::{ExpertPlacementStatus, MoeCluster, Reason};
+use foregate_store::ClusterState;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use kube::Client;
+use kube::runtime::controller::Action;
+use kube::runtime::events::Recorder;
+use kube::ResourceExt as _;
+use tokio::time::Instant;
+
+use crate::apply;
+use crate::build::{self, Component, Defaults, Inputs, Owner, Prepared, selector_text};
+use crate::clusters::{Address, Clusters, View};
+use crate::dereference::{Found, Inspection, dereference};
+use crate::fleet::{self, Doing, Look, Orders};
+use crate::launch::{Form, LaunchPlan, Machine, Place, launch, ports};
+use crate::source::Source;
+use crate::status::{Facts, Stage, Verdict, status};
+use crate::tell::{self, Told};
+use crate::validate::{ValidatedCluster, validate};
+
+/// How soon a cluster is looked at again while something is under way, and while nothing is.
+const SOON: Duration = Duration::from_secs(2);
+const LATER: Duration = Duration::from_secs(20);
+/// How often objects that have not changed are applied again, in case somebody else changed them.
+const REAPPLY: Duration = Duration::from_secs(60);
+/// Longest pause after failures in a row.
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+
+/// Why a step was not finished.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ReconcileError {
+    /// The API server did not do what it was asked.
+    #[error("{what}: {}", in_words(source))]
+    Api {
+        /// What it was asked.
+        what: &'static str,
+        /// Its answer.
+        source: Box<kube::Error>,
+    },
+    /// An object cannot be written as JSON.
+    #[error("objects cannot be built: {0}")]
+    Build(#[from] serde_json::Error),
+}
+
+impl ReconcileError {
+    fn api(what: &'static str) -> impl FnOnce(kube::Error) -> Self {
+        move |source| Self::Api {
+            what,
+            source: Box::new(source),
+        }
+    }
+
+    /// The step that failed: a label of metrics.
+    pub(crate) const fn category(&self) -> &'static str {
+        match self {
+            Self::Api { what, .. } => what,
+            Self::Build(_) => "build",
+        }
+    }
+
+    /// What the API server has against an object, if it was the object.
+    fn refusal(&self) -> Option<String> {
+        match self {
+            Self::Api { source, .. } => match source.as_ref() {
+                kube::Error::Api(error) if matches!(error.code, 400 | 403 | 422) => {
+                    Some(error.message.clone())
+                }
+                _ => None,
+            },
+            Self::Build(_) => None,
+        }
+    }
+}
+
+/// An error of the API server without the object that it came in.
+fn in_words(error: &kube::Error) -> String {
+    match error {
+        kube::Error::Api(status) => format!("{} ({} {})", status.message, status.code, status.reason),
+        other => other.to_string(),
+    }
+}
+
+/// What every look needs.
+pub(crate) struct Context {
+    pub(crate) client: Client,
+    pub(crate) defaults: Defaults,
+    pub(crate) clusters: Clusters,
+    pub(crate) recorder: Recorder,
+    pub(crate) now: fn() -> Time,
+    /// What was applied last, per cluster: the hash of its objects, and when.
+    pub(crate) applied: Mutex<BTreeMap<String, (blake3::Hash, Instant)>>,
+    /// Failures in a row, per cluster.
+    pub(crate) failures: Mutex<BTreeMap<String, u32>>,
+}
+
+/// What a look has found out.
+struct Outcome {
+    stage: Stage,
+    orders: Orders,
+    model: Option<InspectedModel>,
+    memory: Option<MemoryPlan>,
+    notes: Vec<String>,
+    workers: u32,
+    threshold: f64,
+    view: Option<View>,
+}
+
+impl Outcome {
+    /// Nothing was done; what runs goes on, and is seen all the same.
+    fn stopped(context: &Context, cluster: &MoeCluster, owner: &Owner, stage: Stage) -> Self {
+        let (workers, balancing) = (&cluster.spec.workers, &cluster.spec.balancing);
+        Self {
+            stage,
+            orders: Orders::default(),
+            model: cluster.status.as_ref().and_then(|status| status.model.clone()),
+            memory: None,
+            notes: Vec::new(),
+            workers: workers.count.or(limits::COUNT.default).unwrap_or_default(),
+            threshold: balancing.threshold.unwrap_or(limits::THRESHOLD),
+            view: context.clusters.look(owner),
+        }
+    }
+}
+
+/// One look.
+///
+/// # Errors
+/// See [`ReconcileError`].
+pub(crate) async fn reconcile(
+    cluster: Arc<MoeCluster>,
+    context: Arc<Context>,
+) -> Result<Action, ReconcileError> {
+    let Some(owner) = Owner::of(&cluster) else {
+        return Ok(Action::await_change());
+    };
+    if cluster.metadata.deletion_timestamp.is_some() {
+        // Everything is owned by it, and goes with it.
+        return Ok(Action::await_change());
+    }
+    let found = dereference(&context.client, &owner)
+        .await
+        .map_err(ReconcileError::api("dereference"))?;
+    let now = (context.now)();
+    let ended = Box::pin(advance(&context, &cluster, &owner, &found, &now)).await;
+    let stopped = |stage| Outcome::stopped(&context, &cluster, &owner, stage);
+    let (outcome, failed) = match ended {
+        Ok(outcome) => (outcome, None),
+        Err(error) => match error.refusal() {
+            Some(why) => (stopped(Stage::Refused(why)), Some(error)),
+            None => return Err(error),
+        },
+    };
+    let settled = report(&context, &cluster, &owner, &found, &outcome, &now).await?;
+    if let Some(error) = failed {
+        return Err(error);
+    }
+    lock(&context.failures).remove(&owner.uid);
+    Ok(Action::requeue(if settled { LATER } else { SOON }))
+}
+
+/// When a failed look is repeated: twice as long after each failure.
+pub(crate) fn error_policy(
+    cluster: Arc<MoeCluster>,
+    error: &ReconcileError,
+    context: Arc<Context>,
+) -> Action {
+    let failures = {
+        let mut failures = lock(&context.failures);
+        let count = failures.entry(cluster.uid().unwrap_or_default()).or_default();
+        *count = count.saturating_add(1);
+        *count
+    };
+    tracing::warn!(
+        cluster = %cluster.name_any(),
+        step = error.category(),
+        failures,
+        %error,
+        "a cluster could not be brought further; it is tried again"
+    );
+    Action::requeue(pause(failures))
+}
+
+fn pause(failures: u32) -> Duration {
+    let factor = 2_u32.saturating_pow(failures.saturating_sub(1).min(16));
+    Duration::from_millis(500).saturating_mul(factor).min(LONGEST_PAUSE)
+}
+
+/// Everything but the report.
+async fn advance(
+    context: &Context,
+    cluster: &MoeCluster,
+    owner: &Owner,
+    found: &Found,
+    now: &Time,
+) -> Result<Outcome, ReconcileError> {
+    let stopped = |stage| Outcome::stopped(context, cluster, owner, stage);
+    let validated = match validate(cluster.manifest()) {
+        Ok(validated) => validated,
+        Err(findings) => return Ok(stopped(Stage::Invalid(findings.to_string()))),
+    };
+    let model = match know_model(context, cluster, owner, &validated, found).await? {
+        Ok(model) => model,
+        Err(stage) => return Ok(stopped(stage)),
+    };
+    let plan = match plan(context, owner, &validated, &model.facts) {
+        Ok(plan) => plan,
+        Err(why) => {
+            return Ok(Outcome {
+                model: Some(model),
+                ..stopped(Stage::Unfit(why))
+            });
+        }
+    };
+    let seen = found.seen(now);
+    let slots = seen.iter().map(|(rank, seen)| (*rank, seen.slots)).collect();
+    let prepared = build::build(&Inputs {
+        owner,
+        cluster: &validated,
+        plan: &plan,
+        defaults: &context.defaults,
+        slots: &slots,
+    })?;
+    apply_objects(context, owner, &prepared, found).await?;
+    let wanted = prepared.pods.iter().map(|(rank, pod)| (*rank, pod.config.clone())).collect();
+    let view = settings(context, owner, &plan, found, Vec::new(), true);
+    let orders = fleet::next(&Look {
+        wanted: &wanted,
+        pods: &seen,
+        state: fresh(&view),
+        experts: model.facts.experts,
+    });
+    let leaving = orders.leaving.iter().copied().collect();
+    let view = settings(context, owner, &plan, found, leaving, false).or(view);
+    obey(context, cluster, &orders, &prepared, found).await?;
+    write_placement(context, owner, found, view.as_ref()).await?;
+    Ok(Outcome {
+        stage: Stage::Applied,
+        orders,
+        memory: memory(&validated, &plan, &model.facts),
+        model: Some(model),
+        notes: plan.notes,
+        workers: validated.workers.count,
+        threshold: validated.balancing.threshold,
+        view,
+    })
+}
+
+/// The model's sizes, or how far it is to them. They are asked for once per model and kept in the status.
+async fn know_model(
+    context: &Context,
+    cluster: &MoeCluster,
+    owner: &Owner,
+    validated: &ValidatedCluster,
+    found: &Found,
+) -> Result<Result<InspectedModel, Stage>, ReconcileError> {
+    let key = build::source_key(validated);
+    let kept = cluster.status.as_ref().and_then(|status| status.model.clone());
+    let ended = || async {
+        match &found.inspector {
+            Some(pod) => apply::end(&context.client, pod, true).await,
+            None => Ok(()),
+        }
+    };
+    if let Some(model) = kept.filter(|model| model.source == key) {
+        ended().await.map_err(ReconcileError::api("inspect"))?;
+        return Ok(Ok(model));
+    }
+    match found.inspection(&key) {
+        Some(Inspection::Done(facts)) => Ok(Ok(InspectedModel { source: key, facts })),
+        Some(Inspection::Failed(why)) => Ok(Err(Stage::Unreadable(why))),
+        Some(Inspection::Working(why)) => Ok(Err(Stage::Reading(why))),
+        Some(Inspection::Outdated) => {
+            ended().await.map_err(ReconcileError::api("inspect"))?;
+            Ok(Err(Stage::Reading(None)))
+        }
+        None => {
+            let pod = build::inspector(owner, validated, &context.defaults);
+            let made = apply::create(&context.client, &pod).await;
+            made.map_err(ReconcileError::api("inspect"))?;
+            Ok(Err(Stage::Reading(None)))
+        }
+    }
+}
+
+fn plan(
+    context: &Context,
+    owner: &Owner,
+    cluster: &ValidatedCluster,
+    facts: &ModelFacts,
+) -> Result<LaunchPlan, String> {
+    let place = Place {
+        form: Form::Pods {
+            etcd: context.defaults.etcd.clone(),
+            cluster: owner.store_name(),
+        },
+        model_dir: Source::of(&cluster.model).directory(),
+        gateway_listen: format!("0.0.0.0:{}", ports::HTTP),
+        machine: Machine::Pods,
+    };
+    launch(cluster, facts, &place).map_err(|error| error.to_string())
+}
+
+/// Applies objects that are new or have not been applied for a while, and removes what is not wanted any more.
+async fn apply_objects(
+    context: &Context,
+    owner: &Owner,
+    prepared: &Prepared,
+    found: &Found,
+) -> Result<(), ReconcileError> {
+    let bodies: Vec<_> = prepared.objects.iter().map(|object| &object.body).collect();
+    // A pod that is still there has the ConfigMap of its name mounted.
+    let keep: BTreeSet<String> = found.workers.values().map(|pod| pod.name_any()).collect();
+    let hash = blake3::hash(&serde_json::to_vec(&(&bodies, &keep))?);
+    let known = lock(&context.applied).get(&owner.uid).copied();
+    if known.is_some_and(|(last, at)| last == hash && at.elapsed() < REAPPLY) {
+        return Ok(());
+    }
+    let (client, objects) = (&context.client, &prepared.objects);
+    apply::apply(client, owner, objects).await.map_err(ReconcileError::api("apply"))?;
+    apply::prune(client, owner, objects, &keep).await.map_err(ReconcileError::api("prune"))?;
+    lock(&context.applied).insert(owner.uid.clone(), (hash, Instant::now()));
+    Ok(())
+}
+
+/// Tells the balancer its settings. With `only_look` a balancer that runs keeps the ranks that it was told to empty.
+fn settings(
+    context: &Context,
+    owner: &Owner,
+    plan: &LaunchPlan,
+    found: &Found,
+    leaving: Vec<Rank>,
+    only_look: bool,
+) -> Option<View> {
+    let mut roles = plan.instances.iter().map(|instance| &instance.node.role);
+    let config = roles.clone().find_map(|role| match role {
+        RoleConfig::Operator(config) => Some(config.clone()),
+        RoleConfig::Gateway(_) | RoleConfig::Worker(_) => None,
+    });
+    let model = roles.find_map(|role| match role {
+        RoleConfig::Gateway(gateway) => gateway.served_names.first().cloned(),
+        RoleConfig::Operator(_) | RoleConfig::Worker(_) => None,
+    });
+    let mut config = config?;
+    let address = Address {
+        url: url(owner),
+        model: model.unwrap_or_default(),
+    };
+    let address = (found.available() > 0).then_some(address);
+    if only_look && let Some(view) = context.clusters.look(owner) {
+        return Some(view);
+    }
+    config.leaving = leaving;
+    Some(context.clusters.ensure(owner, config, address))
+}
+
+fn url(owner: &Owner) -> String {
+    format!("http://{}.{}.svc:{}", owner.name, owner.namespace, ports::HTTP)
+}
+
+fn fresh(view: &Option<View>) -> Option<&ClusterState> {
+    let state = view.as_ref().map(|view| view.state.as_ref());
+    state.filter(|state| state.connected)
+}
+
+/// Makes and ends pods.
+async fn obey(
+    context: &Context,
+    cluster: &MoeCluster,
+    orders: &Orders,
+    prepared: &Prepared,
+    found: &Found,
+) -> Result<(), ReconcileError> {
+    let failed = || ReconcileError::api("pods");
+    for (ranks, at_once) in [(&orders.remove, true), (&orders.end, false)] {
+        for rank in ranks {
+            if let Some(pod) = found.workers.get(rank) {
+                apply::end(&context.client, pod, at_once).await.map_err(failed())?;
+                let what = if at_once { Told::Removed } else { Told::Ended };
+                tell::rank(&context.recorder, cluster, *rank, what).await;
+            }
+        }
+    }
+    for rank in &orders.create {
+        if let Some(wanted) = prepared.pods.get(rank) {
+            apply::create(&context.client, &wanted.pod).await.map_err(failed())?;
+            tell::rank(&context.recorder, cluster, *rank, Told::Made).await;
+        }
+    }
+    Ok(())
+}
+
+/// Writes the placement's status when its epoch is another than the one that is written.
+async fn write_placement(
+    context: &Context,
+    owner: &Owner,
+    found: &Found,
+    view: Option<&View>,
+) -> Result<(), ReconcileError> {
+    let Some((plan, _)) = view.and_then(|view| view.state.active.as_ref()) else {
+        return Ok(());
+    };
+    let written = found.placement.as_ref().and_then(|p| p.status.as_ref());
+    let epoch = i64::try_from(plan.epoch.0).unwrap_or(i64::MAX);
+    if found.placement.is_none() || written.is_some_and(|status| status.epoch == epoch) {
+        return Ok(());
+    }
+    let moved = view.and_then(|view| view.moved(plan.epoch));
+    let status = ExpertPlacementStatus::of(plan, moved);
+    let written = apply::write_placement(&context.client, owner, &status).await;
+    written.map_err(ReconcileError::api("placement"))
+}
+
+/// What one worker needs.
+fn memory(
+    cluster: &ValidatedCluster,
+    plan: &LaunchPlan,
+    facts: &ModelFacts,
+) -> Option<MemoryPlan> {
+    let slots = plan.instances.iter().find_map(|instance| match &instance.node.role {
+        RoleConfig::Worker(worker) => Some(worker.slots),
+        RoleConfig::Operator(_) | RoleConfig::Gateway(_) => None,
+    })?;
+    let kv_bytes = cluster.workers.kv_bytes;
+    let expert_bytes = facts.slot_bytes.saturating_mul(u64::from(slots));
+    let dense_bytes = facts.dense_bytes;
+    Some(MemoryPlan {
+        kv_bytes,
+        expert_bytes,
+        dense_bytes,
+        total_bytes: kv_bytes.saturating_add(expert_bytes).saturating_add(dense_bytes),
+    })
+}
+
+/// Writes the status if it says anything new, and tells of what changed. True if nothing is under way.
+async fn report(
+    context: &Context,
+    cluster: &MoeCluster,
+    owner: &Owner,
+    found: &Found,
+    outcome: &Outcome,
+    now: &Time,
+) -> Result<bool, ReconcileError> {
+    let seen = found.seen(now);
+    let view = outcome.view.as_ref();
+    let applied = outcome.stage == Stage::Applied;
+    let facts = Facts {
+        generation: cluster.metadata.generation,
+        stage: &outcome.stage,
+        workers: outcome.workers,
+        pods: seen.len(),
+        ready: seen.values().filter(|seen| seen.ready).count(),
+        trouble: found.trouble(),
+        doing: outcome.orders.doing,
+        selector: selector_text(&owner.selector(Component::Worker)),
+        gateways_wanted: found.gateways_wanted(),
+        gateways: found.available(),
+        url: applied.then(|| url(owner)),
+        state: view.map(|view| view.state.as_ref()),
+        threshold: outcome.threshold,
+        verdict: view.map_or(Verdict::Pending, |view| view.verdict.clone()),
+        model: outcome.model.clone(),
+        memory: outcome.memory,
+        notes: outcome.notes.clone(),
+    };
+    let before = cluster.status.as_ref();
+    let after = status(&facts, before, now);
+    if before != Some(&after) {
+        let written = apply::write_status(&context.client, owner, &after).await;
+        written.map_err(ReconcileError::api("status"))?;
+        tell::conditions(&context.recorder, cluster, before, &after).await;
+    }
+    let ready = after.conditions.iter().any(|c| c.type_ == "Ready" && c.status == "True");
+    let asked = after.conditions.iter().any(|c| c.reason == Reason::EpochChanging.name());
+    Ok(ready && !asked && outcome.orders.doing == Doing::Settled)
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests;

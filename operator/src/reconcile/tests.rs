@@ -1,0 +1,446 @@
+use foregate_api::ids::Epoch;
+use foregate_api::member::{Ack, Member, Phase};
+use foregate_store::{Coord, Lease, MemoryStore, Store};
+use futures::future::BoxFuture;
+use k8s_openapi::jiff::Timestamp;
+use kube::runtime::events::Reporter;
+use serde_json::{Value, json};
+use tokio::sync::mpsc;
+
+use super::*;
+use crate::clusters::Canary;
+use crate::testing::api::{Api, Call};
+
+/// A gateway that answers as long as anybody says it is available.
+#[derive(Debug)]
+struct Answers;
+
+impl Canary for Answers {
+    fn token<'a>(&'a self, _: &'a str, _: &'a str) -> BoxFuture<'a, Result<(), String>> {
+        Box::pin(std::future::ready(Ok(())))
+    }
+}
+
+/// A worker's process: registered as long as it is held.
+struct Worker {
+    lease: Arc<dyn Lease>,
+    incarnation: u64,
+    slots: u32,
+}
+
+/// An API server, a store, and what a kubelet and workers do; the operator is made anew whenever it is killed.
+struct World {
+    api: Api,
+    store: Arc<dyn Store>,
+    coord: Coord,
+    workers: BTreeMap<Rank, Worker>,
+    context: Arc<Context>,
+    born: u64,
+}
+
+const UID: &str = "0123456789";
+
+impl World {
+    fn new(count: u32) -> Self {
+        let api = Api::default();
+        let store: Arc<dyn Store> = Arc::new(MemoryStore::new());
+        let context = context(&api, &store);
+        let world = Self {
+            coord: Coord::new(Arc::clone(&store), "default.tiny.01234567"),
+            api,
+            store,
+            workers: BTreeMap::new(),
+            context,
+            born: 0,
+        };
+        world.want(count);
+        world
+    }
+
+    /// Somebody applies the manifest.
+    fn want(&self, count: u32) {
+        let path = "/apis/foregate.dev/v1alpha1/namespaces/default/moeclusters/tiny";
+        let body = json!({
+            "apiVersion": "foregate.dev/v1alpha1",
+            "kind": "MoeCluster",
+            "metadata": { "name": "tiny", "namespace": "default", "generation": 1 },
+            "spec": {
+                "model": { "uri": "/models/demo", "servedNames": ["demo"] },
+                "workers": { "count": count, "kvMemory": "1Mi", "threads": 1 },
+                "balancing": { "windowMs": 50 },
+            },
+        });
+        self.api.insert(path, body, UID);
+    }
+
+    fn kill(&mut self) {
+        self.context.clusters.retain(&|_| false);
+        self.context = context(&self.api, &self.store);
+    }
+
+    async fn look(&self) -> Result<Action, ReconcileError> {
+        let object = self.api.with("moeclusters", "tiny", |object| object.clone());
+        let cluster: MoeCluster = serde_json::from_value(object).unwrap();
+        reconcile(Arc::new(cluster), Arc::clone(&self.context)).await
+    }
+
+    /// What the rest of the cluster does in a moment: pods run, workers register and follow the placement, gateways are there.
+    async fn live(&mut self) {
+        if self.api.names("pods").contains("tiny-inspect") {
+            self.api.with("pods", "tiny-inspect", |pod| {
+                let facts = json!({
+                    "experts": 8, "maxPositions": 64, "kvBytesPerToken": 64, "slotBytes": 1000, "denseBytes": 1000,
+                });
+                let ended = json!({ "terminated": { "exitCode": 0, "message": facts.to_string() } });
+                pod["status"]["containerStatuses"] = json!([{
+                    "name": "inspect", "image": "", "imageID": "", "ready": false, "restartCount": 0, "state": ended,
+                }]);
+            });
+        }
+        if self.api.names("deployments").contains("tiny-gateway") {
+            self.api.with("deployments", "tiny-gateway", |gateways| {
+                gateways["status"] = json!({ "availableReplicas": 1 });
+            });
+        }
+        self.run_pods().await;
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        self.acknowledge().await;
+        tokio::time::sleep(Duration::from_millis(300)).await;
+    }
+
+    async fn run_pods(&mut self) {
+        let prefix = "tiny-worker-";
+        let names = self.api.names("pods");
+        let ranks: BTreeSet<Rank> = names
+            .iter()
+            .filter_map(|name| name.strip_prefix(prefix)?.parse().ok().map(Rank))
+            .collect();
+        let gone: Vec<Rank> =
+            self.workers.keys().filter(|rank| !ranks.contains(rank)).copied().collect();
+        for rank in gone {
+            let worker = self.workers.remove(&rank).unwrap();
+            worker.lease.revoke().await.unwrap();
+        }
+        for rank in ranks {
+            let slots = self.api.with("pods", &format!("{prefix}{rank}"), |pod| {
+                pod["status"] = json!({ "phase": "Running", "conditions": [{ "type": "Ready", "status": "True" }] });
+                pod["metadata"]["annotations"]["foregate.dev/slots"].as_str().unwrap().parse().unwrap()
+            });
+            if self.workers.contains_key(&rank) {
+                continue;
+            }
+            self.born += 1;
+            let worker = Worker {
+                lease: self.store.lease(Duration::from_secs(3600)).await.unwrap(),
+                incarnation: self.born,
+                slots,
+            };
+            let member = member(rank, &worker);
+            self.coord.register(&member, worker.lease.as_ref()).await.unwrap();
+            self.workers.insert(rank, worker);
+        }
+    }
+
+    /// Workers have what they are to have at once.
+    async fn acknowledge(&self) {
+        let state = self.state().await;
+        let epoch = |plan: &Option<(Arc<foregate_api::placement::Placement>, u64)>| {
+            plan.as_ref().map_or(Epoch(0), |(plan, _)| plan.epoch)
+        };
+        let (target, active) = (epoch(&state.target), epoch(&state.active));
+        let ack = Ack {
+            prepared: target,
+            serving: active,
+            drained: Epoch(active.0.saturating_sub(1)),
+        };
+        for (rank, worker) in &self.workers {
+            self.coord.acknowledge(*rank, ack, worker.lease.as_ref()).await.unwrap();
+        }
+    }
+
+    async fn state(&self) -> Arc<ClusterState> {
+        let end = tokio_util::sync::CancellationToken::new();
+        let mut states = self.coord.watch_cluster(end.clone());
+        let _end = end.drop_guard();
+        states.wait_for(|state| state.connected).await.unwrap().clone()
+    }
+
+    /// Looks until the cluster is ready with so many workers. Every expert that was placed stays covered.
+    async fn settle(&mut self, count: usize) {
+        for _ in 0..60 {
+            self.look().await.unwrap();
+            self.live().await;
+            self.covered().await;
+            let ready = self.condition("Ready");
+            if ready["status"] == "True" && self.workers.len() == count && self.done() {
+                return;
+            }
+        }
+        panic!("not {count} workers: {:#?}", self.api.with("moeclusters", "tiny", |o| o["status"].clone()));
+    }
+
+    fn done(&self) -> bool {
+        self.condition("Progressing")["status"] == "False"
+    }
+
+    fn condition(&self, about: &str) -> Value {
+        self.api.with("moeclusters", "tiny", |object| {
+            let conditions = object["status"]["conditions"].as_array().cloned().unwrap_or_default();
+            conditions.into_iter().find(|c| c["type"] == about).unwrap_or_default()
+        })
+    }
+
+    async fn covered(&self) {
+        let state = self.state().await;
+        let Some((plan, _)) = &state.active else {
+            return;
+        };
+        for copies in plan.layers.iter().flat_map(|layer| &layer.copies) {
+            assert!(
+                copies.iter().any(|copy| self.workers.contains_key(&copy.rank)),
+                "an expert is nowhere: epoch {} over {:?}, workers {:?}",
+                plan.epoch,
+                plan.ranks,
+                self.workers.keys()
+            );
+        }
+    }
+}
+
+fn context(api: &Api, store: &Arc<dyn Store>) -> Arc<Context> {
+    let (wake, _) = mpsc::channel(1);
+    let client = api.client();
+    let reporter = Reporter {
+        controller: "test".to_owned(),
+        instance: None,
+    };
+    Arc::new(Context {
+        recorder: Recorder::new(client.clone(), reporter),
+        client,
+        defaults: Defaults {
+            image: "foregate:test".to_owned(),
+            etcd: vec!["http://etcd:2379".to_owned()],
+        },
+        clusters: Clusters::new(Arc::clone(store), Arc::new(Answers), wake),
+        now: || Time(Timestamp::from_second(1000).unwrap()),
+        applied: Mutex::default(),
+        failures: Mutex::default(),
+    })
+}
+
+fn member(rank: Rank, worker: &Worker) -> Member {
+    Member {
+        rank,
+        incarnation: worker.incarnation,
+        rpc: "127.0.0.1:1".to_owned(),
+        exchange: "127.0.0.1:1".to_owned(),
+        domain: String::new(),
+        slots: worker.slots,
+        phase: Phase::Ready,
+        model: crate::testing::model(8),
+        cpu_path: "portable".to_owned(),
+        kv_pages: 1,
+        page_tokens: 16,
+    }
+}
+
+/// Calls that change something.
+fn writes(calls: &[Call]) -> Vec<&Call> {
+    calls.iter().filter(|(_, _, verb)| verb != "get" && verb != "list").collect()
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_manifest_becomes_a_cluster_that_serves() {
+    let mut world = World::new(3);
+    world.look().await.unwrap();
+    assert_eq!(world.api.names("pods"), BTreeSet::from(["tiny-inspect".to_owned()]));
+    assert_eq!(world.condition("Ready")["reason"], "ReadingModel");
+    world.settle(3).await;
+    assert!(!world.api.names("pods").contains("tiny-inspect"), "it has done its work");
+    for (resource, names) in [
+        ("configmaps", &["tiny-gateway", "tiny-worker-0", "tiny-worker-1", "tiny-worker-2"][..]),
+        ("services", &["tiny", "tiny-workers"]),
+        ("deployments", &["tiny-gateway"]),
+        ("poddisruptionbudgets", &["tiny-gateway", "tiny-workers"]),
+        ("networkpolicies", &["tiny-gateway", "tiny-workers"]),
+        ("horizontalpodautoscalers", &[]),
+    ] {
+        let wanted: BTreeSet<String> = names.iter().map(|name| (*name).to_owned()).collect();
+        assert_eq!(world.api.names(resource), wanted, "{resource}");
+    }
+    let status = world.api.with("moeclusters", "tiny", |object| object["status"].clone());
+    assert_eq!(status["readyReplicas"], 3);
+    assert_eq!(status["parallelism"]["expertRanks"], 3);
+    assert_eq!(status["memory"]["kvBytes"], 1 << 20);
+    let placement = world.api.with("expertplacements", "tiny", |object| object["status"].clone());
+    assert_eq!(placement["epoch"], status["epoch"]);
+    assert_eq!(placement["reason"], "initial");
+    assert_eq!(placement["homes"].as_array().unwrap().len(), 3);
+}
+
+#[tokio::test(start_paused = true)]
+async fn to_look_twice_is_to_look_once() {
+    let mut world = World::new(2);
+    world.settle(2).await;
+    world.look().await.unwrap();
+    world.api.calls();
+    let action = world.look().await.unwrap();
+    let calls = world.api.calls();
+    assert_eq!(writes(&calls), Vec::<&Call>::new());
+    assert_eq!(action, Action::requeue(LATER));
+    // What somebody else changed is put right after a while.
+    world.api.remove("services", "tiny");
+    tokio::time::sleep(REAPPLY).await;
+    world.look().await.unwrap();
+    assert!(world.api.names("services").contains("tiny"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn workers_are_added_and_leave_through_the_plan() {
+    let mut world = World::new(2);
+    world.settle(2).await;
+    world.want(4);
+    world.settle(4).await;
+    let first = world.workers[&Rank(0)].incarnation;
+    assert_eq!(first, 1, "who was there was not started anew");
+    world.want(3);
+    world.settle(3).await;
+    world.look().await.unwrap();
+    assert!(!world.api.names("configmaps").contains("tiny-worker-3"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_operator_that_is_killed_anywhere_goes_on() {
+    for kill in 0..12 {
+        let mut world = World::new(2);
+        world.settle(2).await;
+        world.want(4);
+        for round in 0..12 {
+            if round == kill {
+                world.kill();
+            }
+            if round == 5 {
+                world.want(2);
+            }
+            world.look().await.unwrap();
+            world.live().await;
+            world.covered().await;
+        }
+        world.settle(2).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lost_rank_comes_back_and_nobody_else_is_touched() {
+    let mut world = World::new(3);
+    world.settle(3).await;
+    world.api.remove("pods", "tiny-worker-1");
+    world.look().await.unwrap();
+    assert!(world.api.names("pods").contains("tiny-worker-1"));
+    world.settle(3).await;
+    assert_eq!((world.workers[&Rank(0)].incarnation, world.workers[&Rank(2)].incarnation), (1, 3));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_wrong_manifest_is_answered_in_its_status_and_nothing_is_made() {
+    let world = World::new(2);
+    world.api.with("moeclusters", "tiny", |o| o["spec"]["workers"]["kvMemory"] = json!("much"));
+    world.look().await.unwrap();
+    let degraded = world.condition("Degraded");
+    assert_eq!((&degraded["status"], &degraded["reason"]), (&json!("True"), &json!("InvalidManifest")));
+    assert!(degraded["message"].as_str().unwrap().contains("spec.workers.kvMemory"));
+    assert!(world.api.names("pods").is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_does_not_fit_is_answered_with_the_sum() {
+    let mut world = World::new(2);
+    world.api.with("moeclusters", "tiny", |object| {
+        object["spec"]["workers"]["resources"] = json!({ "limits": { "memory": "1050000" } });
+    });
+    for _ in 0..3 {
+        world.look().await.unwrap();
+        world.live().await;
+    }
+    let degraded = world.condition("Degraded");
+    assert_eq!(degraded["reason"], "DoesNotFit");
+    // 1 Mi of keys and values, 5 slots of 1000, 1000 of other weights.
+    assert!(degraded["message"].as_str().unwrap().contains("= 1054576 bytes"), "{degraded}");
+    assert!(world.workers.is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_the_api_server_refuses_is_told_and_tried_again() {
+    let mut world = World::new(2);
+    world.look().await.unwrap();
+    world.live().await;
+    world.api.refuse(Some("networkpolicies"));
+    let error = world.look().await.unwrap_err();
+    assert_eq!(error.category(), "apply");
+    assert_eq!(world.condition("Degraded")["reason"], "ApplyFailed");
+    assert!([1, 2, 3, 40].map(pause) .is_sorted() && pause(40) == LONGEST_PAUSE);
+    world.api.refuse(None);
+    world.settle(2).await;
+}
+
+/// The chart grants what the operator asks for, and nothing else. Watches are the controller's, which is not here.
+#[tokio::test(start_paused = true)]
+async fn the_charts_rules_are_what_the_operator_needs() {
+    let mut world = World::new(2);
+    world.settle(2).await;
+    world.want(3);
+    world.settle(3).await;
+    world.want(2);
+    world.settle(2).await;
+    // An autoscaler, which goes again.
+    for autoscaling in [json!({}), Value::Null] {
+        world.api.with("moeclusters", "tiny", |object| {
+            object["spec"]["gateway"] = json!({ "resources": { "requests": { "cpu": "1" } } });
+            if !autoscaling.is_null() {
+                object["spec"]["gateway"]["autoscaling"] = autoscaling;
+            }
+        });
+        world.look().await.unwrap();
+    }
+    let mut needed: BTreeSet<Call> = world.api.calls().into_iter().collect();
+    let call = |group: &str, resource: &str, verb: &str| {
+        (group.to_owned(), resource.to_owned(), verb.to_owned())
+    };
+    // The controller's watches, and events that repeat.
+    for verb in ["list", "watch"] {
+        needed.insert(call("foregate.dev", "moeclusters", verb));
+        needed.insert(call("", "pods", verb));
+        needed.insert(call("apps", "deployments", verb));
+    }
+    needed.insert(call("events.k8s.io", "events", "patch"));
+    // An apply makes what is not there; a prune removes whatever of its kinds is not wanted any more.
+    let made: Vec<Call> = needed.iter().filter(|(_, _, verb)| verb == "patch").cloned().collect();
+    for (group, resource, _) in made {
+        if resource.contains('/') || resource == "events" {
+            continue;
+        }
+        needed.insert(call(&group, &resource, "create"));
+        if resource != "expertplacements" {
+            needed.insert(call(&group, &resource, "delete"));
+        }
+    }
+    assert_eq!(granted(), needed);
+}
+
+fn granted() -> BTreeSet<Call> {
+    let chart = include_str!("../../../charts/foregate/templates/_helpers.tpl");
+    let (_, rest) = chart.split_once("{{- define \"foregate.rules\" -}}").unwrap();
+    let (rules, _) = rest.split_once("{{- end }}").unwrap();
+    let rules: Vec<BTreeMap<String, Vec<String>>> = serde_yaml_ng::from_str(rules).unwrap();
+    let mut granted = BTreeSet::new();
+    for rule in rules {
+        for group in &rule["apiGroups"] {
+            for resource in &rule["resources"] {
+                for verb in &rule["verbs"] {
+                    granted.insert((group.clone(), resource.clone(), verb.clone()));
+                }
+            }
+        }
+    }
+    granted
+}

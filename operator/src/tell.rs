@@ -1,0 +1,96 @@
+//! Events: what the operator did, and what became of it, for `kubectl describe`. Best effort: an event that is not taken is
+//! logged.
+
+use foregate_api::ids::Rank;
+use foregate_crd::{ConditionType, MoeCluster, MoeClusterStatus};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use kube::Resource as _;
+use kube::runtime::events::{Event, EventType, Recorder};
+
+/// Longest note that the API takes.
+const NOTE: usize = 1000;
+
+/// What was done with a rank's pod.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Told {
+    /// It was made.
+    Made,
+    /// It was told to end.
+    Ended,
+    /// What was left of it was removed.
+    Removed,
+}
+
+/// Tells what was done with a rank's pod.
+pub(crate) async fn rank(recorder: &Recorder, cluster: &MoeCluster, rank: Rank, what: Told) {
+    let (reason, note) = match what {
+        Told::Made => ("RankStarted", format!("the pod of rank {rank} was made")),
+        Told::Ended => ("RankEnded", format!("the pod of rank {rank} was told to end")),
+        Told::Removed => ("RankRemoved", format!("what was left of rank {rank}'s pod was removed")),
+    };
+    tracing::info!(cluster = %cluster.manifest().metadata.name, %rank, reason, "{note}");
+    publish(recorder, cluster, EventType::Normal, reason, note).await;
+}
+
+/// Tells of conditions that matter to a person and are not as they were.
+pub(crate) async fn conditions(
+    recorder: &Recorder,
+    cluster: &MoeCluster,
+    before: Option<&MoeClusterStatus>,
+    after: &MoeClusterStatus,
+) {
+    for (kind, condition) in news(before, after) {
+        let note = condition.message.clone();
+        publish(recorder, cluster, kind, &condition.reason, note).await;
+    }
+}
+
+/// Ready and Degraded, when status or reason changed.
+fn news<'a>(
+    before: Option<&MoeClusterStatus>,
+    after: &'a MoeClusterStatus,
+) -> Vec<(EventType, &'a Condition)> {
+    let was = |about: &str| {
+        let before = before.into_iter().flat_map(|status| &status.conditions);
+        before.into_iter().find(|condition| condition.type_ == about)
+    };
+    let changed = |condition: &&Condition| {
+        let old = was(&condition.type_);
+        old.is_none_or(|old| (&old.status, &old.reason) != (&condition.status, &condition.reason))
+    };
+    let told = after.conditions.iter().filter(changed).filter_map(|condition| {
+        let is = condition.status == "True";
+        let (ready, degraded) = (ConditionType::Ready.name(), ConditionType::Degraded.name());
+        match condition.type_.as_str() {
+            about if about == ready && is => Some((EventType::Normal, condition)),
+            about if about == degraded && is => Some((EventType::Warning, condition)),
+            about if about == ready && was(ready).is_some_and(|old| old.status == "True") => {
+                Some((EventType::Warning, condition))
+            }
+            _ => None,
+        }
+    });
+    told.collect()
+}
+
+async fn publish(
+    recorder: &Recorder,
+    cluster: &MoeCluster,
+    type_: EventType,
+    reason: &str,
+    mut note: String,
+) {
+    if let Some((at, _)) = note.char_indices().nth(NOTE) {
+        note.truncate(at);
+    }
+    let event = Event {
+        type_,
+        reason: reason.to_owned(),
+        note: Some(note),
+        action: "Reconcile".to_owned(),
+        secondary: None,
+    };
+    if let Err(error) = recorder.publish(&event, &cluster.object_ref(&())).await {
+        tracing::debug!(%error, reason, "an event was not taken");
+    }
+}
