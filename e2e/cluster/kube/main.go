@@ -1,5 +1,5 @@
-// Package main is five Kubernetes components in one binary: the base name of argv[0] says which one runs.
-// One file instead of five shares what they all link, which is most of it.
+// Package main is five Kubernetes components and kubectl in one binary: the base name of argv[0] says which one runs.
+// One file instead of six shares what they all link, which is most of it.
 package main
 
 import (
@@ -10,10 +10,13 @@ import (
 
 	"github.com/spf13/cobra"
 	genericapiserver "k8s.io/apiserver/pkg/server"
+	_ "k8s.io/client-go/plugin/pkg/client/auth" // for kubectl
 	"k8s.io/component-base/cli"
 	_ "k8s.io/component-base/logs/json/register"
 	_ "k8s.io/component-base/metrics/prometheus/clientgo"
 	_ "k8s.io/component-base/metrics/prometheus/version"
+	kubectl "k8s.io/kubectl/pkg/cmd"
+	kubectlerror "k8s.io/kubectl/pkg/cmd/util"
 	apiserver "k8s.io/kubernetes/cmd/kube-apiserver/app"
 	controllermanager "k8s.io/kubernetes/cmd/kube-controller-manager/app"
 	proxy "k8s.io/kubernetes/cmd/kube-proxy/app"
@@ -42,9 +45,16 @@ func component(name string) *cobra.Command {
 
 func main() {
 	name := filepath.Base(os.Args[0])
+	if name == "kubectl" {
+		// Its errors are for a person: printed plainly, with the exit code that each deserves.
+		if err := cli.RunNoErrOutput(kubectl.NewDefaultKubectlCommand()); err != nil {
+			kubectlerror.CheckErr(err)
+		}
+		return
+	}
 	command := component(name)
 	if command == nil {
-		fmt.Fprintf(os.Stderr, "%s: call me as kube-apiserver, kube-controller-manager, kube-scheduler, kube-proxy or kubelet\n", name)
+		fmt.Fprintf(os.Stderr, "%s: not the name of a component\n", name)
 		os.Exit(2)
 	}
 	os.Exit(cli.Run(command))
