@@ -88,17 +88,24 @@ fn node_ready(cluster: &Cluster, node: &str) -> bool {
 fn await_pod_ready(namespace: &Namespace<'_>, name: &str) {
     awaited(&format!("pod {name} to be Ready"), POD, || {
         let pod = namespace.get("pod", name);
-        ready(&pod).then_some(()).ok_or_else(|| pod["status"].to_string())
+        ready(&pod)
+            .then_some(())
+            .ok_or_else(|| pod["status"].to_string())
     });
 }
 
 #[test]
 fn every_node_runs_the_image_under_the_restricted_profile() {
-    let Some((cluster, _turn)) = cluster() else { return };
+    let Some((cluster, _turn)) = cluster() else {
+        return;
+    };
     let image = image(cluster);
     let namespace = cluster.namespace("version");
     let nodes = cluster.kubectl(&["get", "nodes", "-o", "name"]);
-    let nodes: Vec<_> = nodes.lines().map(|line| line.trim_start_matches("node/")).collect();
+    let nodes: Vec<_> = nodes
+        .lines()
+        .map(|line| line.trim_start_matches("node/"))
+        .collect();
     if let Ok(made) = cluster.hermetic() {
         assert_eq!(nodes.len(), usize::try_from(made.nodes).unwrap());
     }
@@ -118,14 +125,17 @@ fn every_node_runs_the_image_under_the_restricted_profile() {
 
 #[test]
 fn the_namespace_refuses_a_pod_that_is_not_restricted() {
-    let Some((cluster, _turn)) = cluster() else { return };
+    let Some((cluster, _turn)) = cluster() else {
+        return;
+    };
     let namespace = cluster.namespace("refused");
     let image = Image {
         reference: IMAGE.to_owned(),
         pull_policy: "Never",
     };
     let mut pod = pod("root", &image, &["--version"]);
-    pod["spec"]["containers"][0]["securityContext"]["capabilities"] = json!({"add": ["NET_ADMIN"]});
+    pod["spec"]["containers"][0]["securityContext"]["capabilities"] =
+        json!({"add": ["NET_ADMIN"]});
     let arguments = ["-n", &namespace.name, "apply", "-f", "-"];
     let output = cluster.try_kubectl(&arguments, &pod.to_string());
     let stderr = String::from_utf8_lossy(&output.stderr);
@@ -135,7 +145,9 @@ fn the_namespace_refuses_a_pod_that_is_not_restricted() {
 
 #[test]
 fn a_pod_serves_tokens_through_a_service() {
-    let Some((cluster, _turn)) = cluster() else { return };
+    let Some((cluster, _turn)) = cluster() else {
+        return;
+    };
     let made = match cluster.hermetic() {
         Ok(made) => made,
         Err(reason) => return skip(reason),
@@ -143,7 +155,15 @@ fn a_pod_serves_tokens_through_a_service() {
     let image = image(cluster);
     let namespace = cluster.namespace("serve");
     let up = [
-        "up", "--model", "/models/demo", "--workers", "2", "--host", "0.0.0.0", "--port", "8000",
+        "up",
+        "--model",
+        "/models/demo",
+        "--workers",
+        "2",
+        "--host",
+        "0.0.0.0",
+        "--port",
+        "8000",
     ];
     let mut pod = pod("serve", image, &up);
     pod["spec"]["containers"][0]["readinessProbe"] =
@@ -158,7 +178,9 @@ fn a_pod_serves_tokens_through_a_service() {
     let url = format!("http://{}", address.as_str().unwrap());
     let body = json!({"prompt": [5, 6, 7], "max_tokens": 4, "temperature": 0, "return_token_ids": true});
     let answer = made.in_network(|| {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build();
         runtime
             .unwrap()
             .block_on(async { Client::new(&url).ok("/v1/completions", &body).await })
@@ -169,7 +191,9 @@ fn a_pod_serves_tokens_through_a_service() {
 
 #[test]
 fn a_killed_node_is_noticed_and_comes_back() {
-    let Some((cluster, _turn)) = cluster() else { return };
+    let Some((cluster, _turn)) = cluster() else {
+        return;
+    };
     let made = match cluster.hermetic() {
         Ok(made) => made,
         Err(reason) => return skip(reason),
@@ -178,7 +202,9 @@ fn a_killed_node_is_noticed_and_comes_back() {
     made.kill(&node);
     let look = |ready: bool| {
         let seen = node_ready(cluster, &node);
-        (seen == ready).then_some(()).ok_or_else(|| format!("Ready is {seen}"))
+        (seen == ready)
+            .then_some(())
+            .ok_or_else(|| format!("Ready is {seen}"))
     };
     awaited("the node to count as lost", ROLLOUT, || look(false));
     made.restart(&node);

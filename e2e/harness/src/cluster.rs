@@ -103,7 +103,10 @@ impl Cluster {
     /// With its stderr if it fails.
     #[must_use]
     pub fn kubectl(&self, arguments: &[&str]) -> String {
-        succeeded(&format!("kubectl {arguments:?}"), self.try_kubectl(arguments, ""))
+        succeeded(
+            &format!("kubectl {arguments:?}"),
+            self.try_kubectl(arguments, ""),
+        )
     }
 
     /// Applies objects given as YAML.
@@ -141,7 +144,11 @@ impl Cluster {
 ///
 /// # Panics
 /// At the deadline, with what was waited for and the last look's words.
-pub fn awaited<T>(what: &str, limit: Duration, mut look: impl FnMut() -> Result<T, String>) -> T {
+pub fn awaited<T>(
+    what: &str,
+    limit: Duration,
+    mut look: impl FnMut() -> Result<T, String>,
+) -> T {
     let since = Instant::now();
     loop {
         match look() {

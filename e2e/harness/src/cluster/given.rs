@@ -14,8 +14,17 @@ const OLDEST_MINOR: u32 = 29;
 /// If it does not answer, is too old, or already has Foregate's resources and `FOREGATE_E2E_REUSE` is not 1.
 pub(super) fn check() {
     let context = kubectl(&["config", "current-context"]);
-    let server = kubectl(&["config", "view", "--minify", "-o", "jsonpath={.clusters[0].cluster.server}"]);
-    println!("cluster of KUBECONFIG: context {}, {server}", context.trim());
+    let server = kubectl(&[
+        "config",
+        "view",
+        "--minify",
+        "-o",
+        "jsonpath={.clusters[0].cluster.server}",
+    ]);
+    println!(
+        "cluster of KUBECONFIG: context {}, {server}",
+        context.trim()
+    );
     let version: serde_json::Value =
         serde_json::from_str(&kubectl(&["get", "--raw", "/version"])).expect("JSON");
     let minor = version["minor"].as_str().and_then(parse_minor);
@@ -59,13 +68,18 @@ fn named(name: &str, printed: &str) -> Image {
     let given = printed.lines().find_map(|line| line.strip_prefix("image="));
     Image {
         reference: given.unwrap_or(name).to_owned(),
-        pull_policy: if given.is_some() { "IfNotPresent" } else { "Never" },
+        pull_policy: if given.is_some() {
+            "IfNotPresent"
+        } else {
+            "Never"
+        },
     }
 }
 
 fn kubectl(arguments: &[&str]) -> String {
     let output = Command::new("kubectl").args(arguments).output();
-    let output = output.unwrap_or_else(|error| panic!("KUBECONFIG is set, but kubectl: {error}"));
+    let output =
+        output.unwrap_or_else(|error| panic!("KUBECONFIG is set, but kubectl: {error}"));
     succeeded(&format!("kubectl {arguments:?}"), output)
 }
 
@@ -76,9 +90,15 @@ mod tests {
     #[test]
     fn a_hook_may_rename_the_image() {
         let renamed = named("localhost/a:1", "pushed\nimage=registry/a:1\n");
-        assert_eq!((renamed.reference.as_str(), renamed.pull_policy), ("registry/a:1", "IfNotPresent"));
+        assert_eq!(
+            (renamed.reference.as_str(), renamed.pull_policy),
+            ("registry/a:1", "IfNotPresent")
+        );
         let kept = named("localhost/a:1", "loaded\n");
-        assert_eq!((kept.reference.as_str(), kept.pull_policy), ("localhost/a:1", "Never"));
+        assert_eq!(
+            (kept.reference.as_str(), kept.pull_policy),
+            ("localhost/a:1", "Never")
+        );
     }
 
     #[test]

@@ -41,7 +41,10 @@ impl Hermetic {
         let status = up.stderr(Stdio::inherit()).status();
         let status = status.unwrap_or_else(|error| panic!("{up:?}: {error}"));
         if !status.success() {
-            let logs = run(&id).arg("logs").output().expect("logs can be asked for");
+            let logs = run(&id)
+                .arg("logs")
+                .output()
+                .expect("logs can be asked for");
             // The logs are told here, so nothing has to stay.
             let down = run(&id).arg("down").status();
             panic!(
@@ -50,7 +53,9 @@ impl Hermetic {
             );
         }
         if keep {
-            println!("kept: FOREGATE_E2E_CLUSTER={id} e2e/cluster/run exec -- kubectl get pods -A");
+            println!(
+                "kept: FOREGATE_E2E_CLUSTER={id} e2e/cluster/run exec -- kubectl get pods -A"
+            );
         }
         let env = succeeded("run env", run(&id).arg("env").output().expect("it starts"));
         let box_pid = env
@@ -106,7 +111,8 @@ impl Hermetic {
     /// # Panics
     /// If the box is gone, or the job panics.
     pub fn in_network<T: Send>(&self, job: impl FnOnce() -> T + Send) -> T {
-        let namespace = File::open(format!("/proc/{}/ns/net", self.box_pid)).expect("the box is up");
+        let namespace =
+            File::open(format!("/proc/{}/ns/net", self.box_pid)).expect("the box is up");
         std::thread::scope(|scope| {
             let thread = scope.spawn(move || {
                 move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))
@@ -130,21 +136,43 @@ fn possible() -> Result<(), String> {
         return Err("no KUBECONFIG, and a cluster in a box needs root".to_owned());
     }
     let isolates = Command::new("unshare")
-        .args(["-n", "-m", "-p", "-u", "-i", "--fork", "--mount-proc", "true"])
+        .args([
+            "-n",
+            "-m",
+            "-p",
+            "-u",
+            "-i",
+            "--fork",
+            "--mount-proc",
+            "true",
+        ])
         .output()
         .is_ok_and(|output| output.status.success());
     if !isolates {
         return Err("no KUBECONFIG, and no new namespaces may be made here".to_owned());
     }
-    let lacks: Vec<_> = ["runc", "iptables", "nft", "conntrack", "ip", "openssl", "cc"]
-        .into_iter()
-        .filter(|program| !on_path(program) && !Path::new("/usr/sbin").join(program).exists())
-        .collect();
+    let lacks: Vec<_> = [
+        "runc",
+        "iptables",
+        "nft",
+        "conntrack",
+        "ip",
+        "openssl",
+        "cc",
+    ]
+    .into_iter()
+    .filter(|program| !on_path(program) && !Path::new("/usr/sbin").join(program).exists())
+    .collect();
     if !lacks.is_empty() {
-        return Err(format!("no KUBECONFIG, and no {}: .ci/need test", lacks.join(", ")));
+        return Err(format!(
+            "no KUBECONFIG, and no {}: .ci/need test",
+            lacks.join(", ")
+        ));
     }
     if !on_path("go") && !Path::new("/usr/local/go/bin/go").exists() {
-        return Err("no KUBECONFIG, and no Go to build a cluster with: .ci/need test".to_owned());
+        return Err(
+            "no KUBECONFIG, and no Go to build a cluster with: .ci/need test".to_owned(),
+        );
     }
     Ok(())
 }

@@ -23,7 +23,8 @@ impl<'a> Namespace<'a> {
             made.name
         ));
         awaited("the namespace's service account", POD, || {
-            let output = cluster.try_kubectl(&["-n", &made.name, "get", "serviceaccount", "default"], "");
+            let output = cluster
+                .try_kubectl(&["-n", &made.name, "get", "serviceaccount", "default"], "");
             if output.status.success() {
                 return Ok(());
             }
@@ -48,7 +49,9 @@ impl<'a> Namespace<'a> {
     /// # Panics
     /// With the API server's words if it refuses.
     pub fn apply(&self, yaml: &str) {
-        let output = self.cluster.try_kubectl(&["-n", &self.name, "apply", "-f", "-"], yaml);
+        let output = self
+            .cluster
+            .try_kubectl(&["-n", &self.name, "apply", "-f", "-"], yaml);
         let _printed = super::succeeded(&format!("kubectl apply of\n{yaml}"), output);
     }
 
@@ -81,10 +84,20 @@ impl<'a> Namespace<'a> {
 impl Drop for Namespace<'_> {
     fn drop(&mut self) {
         // Nobody waits: a made cluster goes with it, a given one deletes it by itself.
-        let arguments = ["delete", "namespace", &self.name, "--wait=false", "--ignore-not-found"];
+        let arguments = [
+            "delete",
+            "namespace",
+            &self.name,
+            "--wait=false",
+            "--ignore-not-found",
+        ];
         let output = self.cluster.try_kubectl(&arguments, "");
         if !output.status.success() {
-            println!("{} is left: {}", self.name, String::from_utf8_lossy(&output.stderr));
+            println!(
+                "{} is left: {}",
+                self.name,
+                String::from_utf8_lossy(&output.stderr)
+            );
         }
     }
 }
