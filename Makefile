@@ -20,7 +20,10 @@ ifeq ($(CI),true)
 export FOREGATE_E2E_REQUIRE ?= 1
 endif
 
-.PHONY: help up test lint unit soak fuzz bench bench-peers
+# What tests could not run here and why: `make test` ends with it.
+SKIPPED := $(CURDIR)/target/skipped
+
+.PHONY: help up test lint cluster unit soak fuzz bench bench-peers
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -33,16 +36,25 @@ up: ## install what is missing, build, serve the demonstration model on port 800
 test: ## install what is missing, lint, every test, every fuzz target for a minute
 	@.ci/need test
 	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory cluster
 	@$(MAKE) --no-print-directory unit
 	@$(MAKE) --no-print-directory fuzz
+	@if [ -s $(SKIPPED) ]; then sort $(SKIPPED) | uniq -c | sed 's/^ *\([0-9]*\) skipped/SKIPPED \1/'; fi
 
 lint: ## format check and clippy, warnings are errors
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
 
+# Once per version of them; the second time it takes a second. KUBECONFIG names a cluster that is there already.
+cluster: ## the components of the tests' own Kubernetes cluster, built where root on Linux can run it
+	@if [ -n "$${KUBECONFIG:-}" ] || [ "$$(id -u)" != 0 ] || [ "$$(uname -s)" != Linux ]; then \
+	  echo "cluster: nothing to build here"; \
+	else e2e/cluster/run build >/dev/null; fi
+
 # Test programs run one after the other, so the end-to-end ones do not fight for the cores.
 unit:
-	PROPTEST_RNG_SEED=$(SEED) cargo test --workspace
+	@mkdir -p $(dir $(SKIPPED)) && rm -f $(SKIPPED)
+	FOREGATE_E2E_SKIPPED=$(SKIPPED) PROPTEST_RNG_SEED=$(SEED) cargo test --workspace
 
 soak: ## all tests but the end-to-end ones, ROUNDS times, each time with new random cases
 	for round in $$(seq $(ROUNDS)); do cargo test --workspace --exclude foregate; done

@@ -146,7 +146,7 @@ const DOORS: &[(&str, &[&str])] = &[
     ("opentelemetry-proto", &[BINARY]),
     ("opentelemetry_sdk", &[BINARY]),
     ("plotters", &[BINARY]),
-    ("rustix", &[BINARY, "foregate-worker"]),
+    ("rustix", &[BINARY, "foregate-worker", HARNESS]),
     // The load generator of `foregate bench`.
     ("reqwest", &[BINARY]),
     // The data directory of an own etcd.

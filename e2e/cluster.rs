@@ -1,0 +1,218 @@
+//! Foregate on a real cluster: API server, scheduler, kubelets, containers. See e2e/cluster/README.md.
+#![expect(clippy::unwrap_used, reason = "a failure here is the test's failure")]
+
+use std::path::Path;
+use std::process::Command;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+
+use foregate_harness::client::Client;
+use foregate_harness::cluster::{Cluster, Image, Namespace, POD, ROLLOUT, awaited};
+use foregate_harness::{repository, skip};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+const BINARY: &str = env!("CARGO_BIN_EXE_foregate");
+const IMAGE: &str = "localhost/foregate:e2e";
+
+/// The cluster, for one test at a time: one of them kills nodes.
+fn cluster() -> Option<(&'static Cluster, MutexGuard<'static, ()>)> {
+    static TURN: Mutex<()> = Mutex::new(());
+    let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    match Cluster::shared() {
+        Ok(cluster) => Some((cluster, turn)),
+        Err(reason) => {
+            skip(reason);
+            None
+        }
+    }
+}
+
+/// The image of the binary under test with the demonstration model, on every node.
+fn image(cluster: &Cluster) -> &'static Image {
+    static IMAGE_ON_NODES: OnceLock<Image> = OnceLock::new();
+    IMAGE_ON_NODES.get_or_init(|| {
+        let directory = TempDir::new().unwrap();
+        let tar = directory.path().join("foregate.tar");
+        let model = format!("{}=/models/demo", repository("e2e/models/demo").display());
+        build_image(&tar, &model);
+        cluster.load(&tar, IMAGE)
+    })
+}
+
+fn build_image(tar: &Path, model: &str) {
+    let output = Command::new(repository(".ci/image/build"))
+        .args([BINARY, IMAGE])
+        .arg(tar)
+        .arg(model)
+        .output()
+        .unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{}\n{stderr}", output.status);
+}
+
+/// A pod of the image under the restricted profile.
+fn pod(name: &str, image: &Image, arguments: &[&str]) -> Value {
+    json!({
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": {"name": name, "labels": {"app": name}},
+        "spec": {
+            "restartPolicy": "Never",
+            "automountServiceAccountToken": false,
+            "terminationGracePeriodSeconds": 5,
+            "securityContext": {"runAsNonRoot": true, "seccompProfile": {"type": "RuntimeDefault"}},
+            "containers": [{
+                "name": "foregate", "image": image.reference, "imagePullPolicy": image.pull_policy,
+                "args": arguments,
+                "securityContext": {
+                    "allowPrivilegeEscalation": false, "readOnlyRootFilesystem": true,
+                    "capabilities": {"drop": ["ALL"]},
+                },
+            }],
+        },
+    })
+}
+
+fn ready(object: &Value) -> bool {
+    let conditions = object["status"]["conditions"].as_array();
+    conditions.is_some_and(|all| {
+        all.iter()
+            .any(|one| one["type"] == "Ready" && one["status"] == "True")
+    })
+}
+
+fn node_ready(cluster: &Cluster, node: &str) -> bool {
+    let text = cluster.kubectl(&["get", "node", node, "-o", "json"]);
+    ready(&serde_json::from_str(&text).unwrap())
+}
+
+fn await_pod_ready(namespace: &Namespace<'_>, name: &str) {
+    awaited(&format!("pod {name} to be Ready"), POD, || {
+        let pod = namespace.get("pod", name);
+        ready(&pod)
+            .then_some(())
+            .ok_or_else(|| pod["status"].to_string())
+    });
+}
+
+#[test]
+fn every_node_runs_the_image_under_the_restricted_profile() {
+    let Some((cluster, _turn)) = cluster() else {
+        return;
+    };
+    let image = image(cluster);
+    let namespace = cluster.namespace("version");
+    let nodes = cluster.kubectl(&["get", "nodes", "-o", "name"]);
+    let nodes: Vec<_> = nodes
+        .lines()
+        .map(|line| line.trim_start_matches("node/"))
+        .collect();
+    if let Ok(made) = cluster.hermetic() {
+        assert_eq!(nodes.len(), usize::try_from(made.nodes).unwrap());
+    }
+    for node in &nodes {
+        assert!(node_ready(cluster, node), "{node}");
+        let mut pod = pod(&format!("version-{node}"), image, &["--version"]);
+        pod["spec"]["nodeName"] = json!(node);
+        namespace.apply(&pod.to_string());
+    }
+    for node in &nodes {
+        let name = format!("version-{node}");
+        let _pod = namespace.pod_in_phase(&name, "Succeeded");
+        let expected = format!("foregate {}\n", env!("CARGO_PKG_VERSION"));
+        assert_eq!(namespace.kubectl(&["logs", &name]), expected);
+    }
+}
+
+#[test]
+fn the_namespace_refuses_a_pod_that_is_not_restricted() {
+    let Some((cluster, _turn)) = cluster() else {
+        return;
+    };
+    let namespace = cluster.namespace("refused");
+    let image = Image {
+        reference: IMAGE.to_owned(),
+        pull_policy: "Never",
+    };
+    let mut pod = pod("root", &image, &["--version"]);
+    pod["spec"]["containers"][0]["securityContext"]["capabilities"] =
+        json!({"add": ["NET_ADMIN"]});
+    let arguments = ["-n", &namespace.name, "apply", "-f", "-"];
+    let output = cluster.try_kubectl(&arguments, &pod.to_string());
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success());
+    assert!(stderr.contains("violates PodSecurity"), "{stderr}");
+}
+
+#[test]
+fn a_pod_serves_tokens_through_a_service() {
+    let Some((cluster, _turn)) = cluster() else {
+        return;
+    };
+    let made = match cluster.hermetic() {
+        Ok(made) => made,
+        Err(reason) => return skip(reason),
+    };
+    let image = image(cluster);
+    let namespace = cluster.namespace("serve");
+    let up = [
+        "up",
+        "--model",
+        "/models/demo",
+        "--workers",
+        "2",
+        "--host",
+        "0.0.0.0",
+        "--port",
+        "8000",
+    ];
+    let mut pod = pod("serve", image, &up);
+    pod["spec"]["containers"][0]["readinessProbe"] =
+        json!({"httpGet": {"path": "/health", "port": 8000}, "periodSeconds": 1});
+    namespace.apply(&pod.to_string());
+    namespace.apply(
+        "{apiVersion: v1, kind: Service, metadata: {name: serve}, \
+          spec: {selector: {app: serve}, ports: [{port: 80, targetPort: 8000}]}}",
+    );
+    await_pod_ready(&namespace, "serve");
+    let address = namespace.get("service", "serve")["spec"]["clusterIP"].clone();
+    let url = format!("http://{}", address.as_str().unwrap());
+    let body = json!({"prompt": [5, 6, 7], "max_tokens": 4, "temperature": 0, "return_token_ids": true});
+    let answer = made.in_network(|| {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build();
+        runtime
+            .unwrap()
+            .block_on(async { Client::new(&url).ok("/v1/completions", &body).await })
+    });
+    let tokens = answer["choices"][0]["token_ids"].as_array();
+    assert_eq!(tokens.map(Vec::len), Some(4), "{answer}");
+}
+
+#[test]
+fn a_killed_node_is_noticed_and_comes_back() {
+    let Some((cluster, _turn)) = cluster() else {
+        return;
+    };
+    let made = match cluster.hermetic() {
+        Ok(made) => made,
+        Err(reason) => return skip(reason),
+    };
+    let node = format!("n{}", made.nodes);
+    made.kill(&node);
+    let look = |ready: bool| {
+        let seen = node_ready(cluster, &node);
+        (seen == ready)
+            .then_some(())
+            .ok_or_else(|| format!("Ready is {seen}"))
+    };
+    awaited("the node to count as lost", ROLLOUT, || look(false));
+    made.restart(&node);
+    awaited("the node to be Ready again", ROLLOUT, || look(true));
+    // Ready is what its kubelet says; a pod that runs there shows it.
+    let namespace = cluster.namespace("back");
+    let mut pod = pod("back", image(cluster), &["--version"]);
+    pod["spec"]["nodeName"] = json!(node);
+    namespace.apply(&pod.to_string());
+    let _pod = namespace.pod_in_phase("back", "Succeeded");
+}
