@@ -150,10 +150,6 @@ impl Outcome {
 ///
 /// # Errors
 /// See [`ReconcileError`].
-#[expect(
-    clippy::needless_pass_by_value,
-    reason = "the controller calls it with what it owns"
-)]
 pub(crate) async fn reconcile(
     cluster: Arc<MoeCluster>,
     context: Arc<Context>,
@@ -187,6 +183,10 @@ pub(crate) async fn reconcile(
 }
 
 /// When a failed look is repeated: twice as long after each failure.
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "the controller calls it with what it owns"
+)]
 pub(crate) fn error_policy(
     cluster: Arc<MoeCluster>,
     error: &ReconcileError,

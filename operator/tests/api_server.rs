@@ -2,6 +2,7 @@
 //!
 //! `FOREGATE_API_SERVER` names the kubeconfig of one that may be written to; without it the test says so and is skipped. `KUBECONFIG` is
 //! not used on purpose: it may point at a cluster that somebody needs.
+#![expect(clippy::unwrap_used, reason = "a failure here is the test's failure")]
 
 #[path = "admission/table.rs"]
 mod table;
