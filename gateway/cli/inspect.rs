@@ -38,7 +38,8 @@ pub(crate) async fn run(args: InspectArgs) -> Result<(), CliError> {
         .await
         .map_err(|error| CliError::runtime(&what, &error))?
         .map_err(|error| CliError::runtime(&what, &error))?;
-    let text = serde_json::to_string(&facts).map_err(|error| CliError::runtime(&what, &error))?;
+    let text =
+        serde_json::to_string(&facts).map_err(|error| CliError::runtime(&what, &error))?;
     match args.out {
         None => print(&text),
         Some(path) => std::fs::write(&path, text)

@@ -53,16 +53,31 @@ struct KubernetesArgs {
     #[arg(long, value_name = "NS", requires = "kubernetes")]
     namespace: Option<String>,
     /// Namespace of the Lease by which one of several operators leads.
-    #[arg(long, value_name = "NS", default_value = "default", requires = "kubernetes")]
+    #[arg(
+        long,
+        value_name = "NS",
+        default_value = "default",
+        requires = "kubernetes"
+    )]
     lease_namespace: String,
     /// Name of this process in the Lease; default: HOSTNAME, which in a pod is its name.
     #[arg(long, value_name = "NAME", requires = "kubernetes")]
     identity: Option<String>,
     /// Address of /healthz and /readyz.
-    #[arg(long, value_name = "HOST:PORT", default_value = "0.0.0.0:8081", requires = "kubernetes")]
+    #[arg(
+        long,
+        value_name = "HOST:PORT",
+        default_value = "0.0.0.0:8081",
+        requires = "kubernetes"
+    )]
     status_listen: String,
     /// Address of /metrics.
-    #[arg(long, value_name = "HOST:PORT", default_value = "0.0.0.0:9090", requires = "kubernetes")]
+    #[arg(
+        long,
+        value_name = "HOST:PORT",
+        default_value = "0.0.0.0:9090",
+        requires = "kubernetes"
+    )]
     metrics_listen: String,
 }
 
@@ -95,7 +110,9 @@ async fn lead(
     };
     let registry = Registry::new();
     telemetry.export(registry.clone());
-    let client = controller::connect().await.map_err(failed("the operator"))?;
+    let client = controller::connect()
+        .await
+        .map_err(failed("the operator"))?;
     let store = roles::connect_etcd(&args.etcd).await?;
     let identity = args.identity.or_else(|| environment::variable("HOSTNAME"));
     let deps = KubeDeps {
@@ -120,7 +137,12 @@ async fn lead(
     ] {
         let listener = roles::listen(field, address).await?;
         let registry = registry.clone();
-        servers.spawn(status::serve(listener, registry, Probe::Operator, end.clone()));
+        servers.spawn(status::serve(
+            listener,
+            registry,
+            Probe::Operator,
+            end.clone(),
+        ));
     }
     let done = controller::run(deps).await;
     end.cancel();
@@ -147,23 +169,36 @@ impl OneToken {
         let answer = answer.map_err(|error| error.to_string())?;
         let status = answer.status();
         let text = answer.text().await.map_err(|error| error.to_string())?;
-        if status.is_success() { Ok(text) } else { Err(format!("{url}: {status}: {text}")) }
+        if status.is_success() {
+            Ok(text)
+        } else {
+            Err(format!("{url}: {status}: {text}"))
+        }
     }
 
     async fn ask(&self, url: &str, model: &str) -> Result<(), String> {
         // A prompt of one id needs no tokenizer; the token's value does not matter.
         let body = json!({ "model": model, "prompt": [0], "max_tokens": 1, "temperature": 0 });
         let request = self.http.post(format!("{url}/v1/completions")).json(&body);
-        let answer = request.send().await.map_err(|error| error.without_url().to_string())?;
+        let answer = request
+            .send()
+            .await
+            .map_err(|error| error.without_url().to_string())?;
         let status = answer.status();
-        let text = answer.text().await.map_err(|error| error.without_url().to_string())?;
+        let text = answer
+            .text()
+            .await
+            .map_err(|error| error.without_url().to_string())?;
         if !status.is_success() {
             let excerpt: String = text.chars().take(200).collect();
             return Err(format!("{status}: {excerpt}"));
         }
         let value: serde_json::Value =
             serde_json::from_str(&text).map_err(|error| format!("no JSON: {error}"))?;
-        match value.pointer("/usage/completion_tokens").and_then(serde_json::Value::as_u64) {
+        match value
+            .pointer("/usage/completion_tokens")
+            .and_then(serde_json::Value::as_u64)
+        {
             Some(1..) => Ok(()),
             _ => Err("the answer has no token".to_owned()),
         }

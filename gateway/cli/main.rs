@@ -123,9 +123,7 @@ async fn run(cli: Cli) -> ExitCode {
     let work = async {
         match cli.command {
             Command::Up(args) => up::run(args, &mut telemetry, &progress, drain).await,
-            Command::Operator(args) => {
-                kubernetes::run(*args, &mut telemetry, drain).await
-            }
+            Command::Operator(args) => kubernetes::run(*args, &mut telemetry, drain).await,
             Command::Gateway(args) => {
                 roles::run_alone("gateway", &args, &mut telemetry, drain).await
             }

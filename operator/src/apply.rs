@@ -28,7 +28,8 @@ pub(crate) async fn apply(
     for object in objects {
         let api: Api<DynamicObject> =
             Api::namespaced_with(client.clone(), &owner.namespace, &object.api);
-        api.patch(&object.name, &how, &Patch::Apply(&object.body)).await?;
+        api.patch(&object.name, &how, &Patch::Apply(&object.body))
+            .await?;
     }
     Ok(())
 }
@@ -130,7 +131,10 @@ pub(crate) async fn write_status(
         "status": status,
     });
     let how = PatchParams::apply(MANAGER).force();
-    gone(api.patch_status(&owner.name, &how, &Patch::Apply(&body)).await)
+    gone(
+        api.patch_status(&owner.name, &how, &Patch::Apply(&body))
+            .await,
+    )
 }
 
 /// Writes a placement's status.
@@ -150,7 +154,10 @@ pub(crate) async fn write_placement(
         "status": status,
     });
     let how = PatchParams::apply(MANAGER).force();
-    gone(api.patch_status(&owner.name, &how, &Patch::Apply(&body)).await)
+    gone(
+        api.patch_status(&owner.name, &how, &Patch::Apply(&body))
+            .await,
+    )
 }
 
 /// What is not there any more needs nothing done; another of its name is none of ours.

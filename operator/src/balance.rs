@@ -350,7 +350,8 @@ impl Balancer {
         {
             return Ok(()); // Within its grace: either it comes back or a repair follows.
         }
-        let able: BTreeSet<Rank> = self.eligible(look)
+        let able: BTreeSet<Rank> = self
+            .eligible(look)
             .iter()
             .map(|member| member.rank)
             .collect();

@@ -60,7 +60,9 @@ pub(crate) struct View {
 impl View {
     /// Copies that were loaded to come to a placement, if its parent was seen too.
     pub(crate) fn moved(&self, epoch: Epoch) -> Option<usize> {
-        self.moved.filter(|(of, _)| *of == epoch).map(|(_, copies)| copies)
+        self.moved
+            .filter(|(of, _)| *of == epoch)
+            .map(|(_, copies)| copies)
     }
 }
 
@@ -187,7 +189,8 @@ impl Clusters {
         };
         self.tasks.spawn(follower.run(shutdown.clone()));
         let canary = Arc::clone(&self.canary);
-        self.tasks.spawn(ask(canary, address_there, verdict, shutdown.clone()));
+        self.tasks
+            .spawn(ask(canary, address_there, verdict, shutdown.clone()));
         Running {
             name,
             settings,
@@ -222,17 +225,33 @@ impl Collector for Clusters {
     }
 
     fn collect(&self) -> Vec<MetricFamily> {
-        self.lock().values().flat_map(|cluster| cluster.registry.gather()).collect()
+        self.lock()
+            .values()
+            .flat_map(|cluster| cluster.registry.gather())
+            .collect()
     }
 }
 
 /// What of a state a status shows: all but loads.
-type Shape = (bool, Vec<(Rank, Phase)>, BTreeMap<Rank, Ack>, [Option<Epoch>; 2]);
+type Shape = (
+    bool,
+    Vec<(Rank, Phase)>,
+    BTreeMap<Rank, Ack>,
+    [Option<Epoch>; 2],
+);
 
 fn shape(state: &ClusterState) -> Shape {
-    let members = state.members.iter().map(|(rank, member)| (*rank, member.phase));
+    let members = state
+        .members
+        .iter()
+        .map(|(rank, member)| (*rank, member.phase));
     let epochs = [&state.target, &state.active].map(|plan| plan.as_ref().map(|(p, _)| p.epoch));
-    (state.connected, members.collect(), state.acks.clone(), epochs)
+    (
+        state.connected,
+        members.collect(),
+        state.acks.clone(),
+        epochs,
+    )
 }
 
 /// Wakes the controller when something changes that its status shows.
@@ -271,10 +290,15 @@ impl Follower {
         let Some((plan, _)) = &state.active else {
             return;
         };
-        if before.as_ref().is_some_and(|before| before.epoch == plan.epoch) {
+        if before
+            .as_ref()
+            .is_some_and(|before| before.epoch == plan.epoch)
+        {
             return;
         }
-        let parent = before.as_deref().filter(|before| before.epoch == plan.parent);
+        let parent = before
+            .as_deref()
+            .filter(|before| before.epoch == plan.parent);
         let first = plan.parent == Epoch(0);
         self.moved.send_replace(
             (first || parent.is_some()).then(|| (plan.epoch, plan.copies_moved(parent))),
@@ -320,4 +344,3 @@ async fn ask(
         }
     }
 }
-

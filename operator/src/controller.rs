@@ -153,19 +153,21 @@ async fn control(
         .reconcile_all_on(ReceiverStream::new(woken))
         .graceful_shutdown_on(stop.clone().cancelled_owned());
     let known = controller.store();
-    let looks = controller.run(reconcile, error_policy, context).for_each(|look| {
-        match look {
-            Ok((object, _)) => {
-                controls.looks.with_label_values(&["done"]).inc();
-                tracing::debug!(%object, "looked at");
+    let looks = controller
+        .run(reconcile, error_policy, context)
+        .for_each(|look| {
+            match look {
+                Ok((object, _)) => {
+                    controls.looks.with_label_values(&["done"]).inc();
+                    tracing::debug!(%object, "looked at");
+                }
+                Err(error) => {
+                    controls.looks.with_label_values(&["failed"]).inc();
+                    tracing::debug!(%error, "a look failed");
+                }
             }
-            Err(error) => {
-                controls.looks.with_label_values(&["failed"]).inc();
-                tracing::debug!(%error, "a look failed");
-            }
-        }
-        std::future::ready(())
-    });
+            std::future::ready(())
+        });
     let sweeping = sweep(deps, &clusters, known, &stop);
     tokio::join!(looks, sweeping);
 }
@@ -182,7 +184,10 @@ where
 
 /// Selects what this operator has made.
 fn managed() -> String {
-    let label = ("app.kubernetes.io/managed-by".to_owned(), MANAGER.to_owned());
+    let label = (
+        "app.kubernetes.io/managed-by".to_owned(),
+        MANAGER.to_owned(),
+    );
     selector_text(&std::collections::BTreeMap::from([label]))
 }
 

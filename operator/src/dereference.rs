@@ -61,10 +61,17 @@ pub(crate) async fn dereference(client: &Client, owner: &Owner) -> Result<Found,
 impl Found {
     /// Takes in a pod, if it is of this cluster and not of an earlier one of its name.
     pub(crate) fn take(&mut self, owner: &Owner, pod: Pod) {
-        if !pod.owner_references().iter().any(|reference| reference.uid == owner.uid) {
+        if !pod
+            .owner_references()
+            .iter()
+            .any(|reference| reference.uid == owner.uid)
+        {
             return;
         }
-        let component = pod.labels().get("app.kubernetes.io/component").map(String::as_str);
+        let component = pod
+            .labels()
+            .get("app.kubernetes.io/component")
+            .map(String::as_str);
         if component == Some(Component::Worker.name()) {
             let rank = pod.labels().get(RANK).and_then(|rank| rank.parse().ok());
             if let Some(rank) = rank {
@@ -84,7 +91,9 @@ impl Found {
     /// Gateways that are available.
     pub(crate) fn available(&self) -> i32 {
         let status = self.gateways.as_ref().and_then(|d| d.status.as_ref());
-        status.and_then(|status| status.available_replicas).unwrap_or_default()
+        status
+            .and_then(|status| status.available_replicas)
+            .unwrap_or_default()
     }
 
     /// Gateways that are wanted, also where an autoscaler wants them.
@@ -138,12 +147,17 @@ fn inspection(pod: &Pod) -> Inspection {
     };
     let main = status.container_statuses.iter().flatten();
     for container in main.clone() {
-        let ended = container.state.as_ref().and_then(|state| state.terminated.as_ref());
+        let ended = container
+            .state
+            .as_ref()
+            .and_then(|state| state.terminated.as_ref());
         if let Some(ended) = ended.filter(|ended| ended.exit_code == 0) {
             let text = ended.message.as_deref().unwrap_or_default();
             return match serde_json::from_str(text.trim()) {
                 Ok(facts) => Inspection::Done(facts),
-                Err(error) => Inspection::Failed(format!("the inspector said {text:?}: {error}")),
+                Err(error) => {
+                    Inspection::Failed(format!("the inspector said {text:?}: {error}"))
+                }
             };
         }
     }
@@ -197,19 +211,31 @@ fn failure(pod: &Pod) -> Option<String> {
 /// A container that waits for something that does not come by itself, with its last words.
 fn container_failure(container: &ContainerStatus) -> Option<String> {
     const PATIENT: [&str; 2] = ["ContainerCreating", "PodInitializing"];
-    let last = container.last_state.as_ref().and_then(|state| state.terminated.as_ref());
+    let last = container
+        .last_state
+        .as_ref()
+        .and_then(|state| state.terminated.as_ref());
     let words = last.and_then(|last| last.message.as_deref()).map(str::trim);
-    let waiting = container.state.as_ref().and_then(|state| state.waiting.as_ref());
+    let waiting = container
+        .state
+        .as_ref()
+        .and_then(|state| state.waiting.as_ref());
     let reason = waiting.and_then(|waiting| waiting.reason.as_deref());
     if let Some(reason) = reason.filter(|reason| !PATIENT.contains(reason)) {
         let message = waiting.and_then(|waiting| waiting.message.as_deref());
         let what = words.or(message).unwrap_or_default();
         return Some(format!("container {}: {reason}: {what}", container.name));
     }
-    let ended = container.state.as_ref().and_then(|state| state.terminated.as_ref());
+    let ended = container
+        .state
+        .as_ref()
+        .and_then(|state| state.terminated.as_ref());
     let ended = ended.filter(|ended| ended.exit_code != 0)?;
     let what = ended.message.as_deref().unwrap_or_default().trim();
-    Some(format!("container {} ended with code {}: {what}", container.name, ended.exit_code))
+    Some(format!(
+        "container {} ended with code {}: {what}",
+        container.name, ended.exit_code
+    ))
 }
 
 #[cfg(test)]

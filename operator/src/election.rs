@@ -141,7 +141,9 @@ impl Election {
     fn lease(&self, over: Option<&Lease>) -> Lease {
         let before = over.and_then(|lease| lease.spec.as_ref());
         let held = over.is_some_and(|lease| self.holds(lease));
-        let count = before.and_then(|spec| spec.lease_transitions).unwrap_or_default();
+        let count = before
+            .and_then(|spec| spec.lease_transitions)
+            .unwrap_or_default();
         Lease {
             metadata: ObjectMeta {
                 name: Some(self.name.clone()),
@@ -175,15 +177,22 @@ fn holder(lease: &Lease) -> Option<&str> {
 }
 
 fn duration(lease: &Lease) -> Duration {
-    let seconds = lease.spec.as_ref().and_then(|spec| spec.lease_duration_seconds);
-    seconds.and_then(|s| u64::try_from(s).ok()).map_or(DURATION, Duration::from_secs)
+    let seconds = lease
+        .spec
+        .as_ref()
+        .and_then(|spec| spec.lease_duration_seconds);
+    seconds
+        .and_then(|s| u64::try_from(s).ok())
+        .map_or(DURATION, Duration::from_secs)
 }
 
 /// Somebody who was faster is no error.
 fn taken(written: Result<Lease, kube::Error>) -> Result<bool, kube::Error> {
     match written {
         Ok(_) => Ok(true),
-        Err(kube::Error::Api(error)) if error.is_conflict() || error.is_already_exists() => Ok(false),
+        Err(kube::Error::Api(error)) if error.is_conflict() || error.is_already_exists() => {
+            Ok(false)
+        }
         Err(error) => Err(error),
     }
 }

@@ -90,16 +90,18 @@ pub(crate) fn next(look: &Look<'_>) -> Orders {
             Life::Lives | Life::Ending => false,
         };
     }
-    let missing = look.wanted.keys().filter(|rank| !look.pods.contains_key(rank));
+    let missing = look
+        .wanted
+        .keys()
+        .filter(|rank| !look.pods.contains_key(rank));
     orders.create.extend(missing);
     if !orders.create.is_empty() || !orders.remove.is_empty() {
         orders.doing = Doing::Starting;
     }
     // A pod that holds nothing and has another configuration than is wanted need not be waited for.
     for (rank, config) in look.wanted {
-        let outdated = |seen: &Seen| {
-            seen.life == Life::Lives && !seen.ready && seen.config != *config
-        };
+        let outdated =
+            |seen: &Seen| seen.life == Life::Lives && !seen.ready && seen.config != *config;
         if look.pods.get(rank).is_some_and(outdated) && has_not_begun(look, *rank) {
             orders.end.insert(*rank);
             orders.doing = Doing::Starting;
@@ -160,7 +162,10 @@ fn shrink(look: &Look<'_>, orders: &mut Orders) {
         orders.doing = Doing::Shrinking;
     }
     for rank in &surplus {
-        let lives = look.pods.get(rank).is_some_and(|seen| seen.life == Life::Lives);
+        let lives = look
+            .pods
+            .get(rank)
+            .is_some_and(|seen| seen.life == Life::Lives);
         if lives && has_left(look, *rank) {
             orders.end.insert(*rank);
         }
@@ -214,7 +219,11 @@ pub(crate) fn has_left(look: &Look<'_>, rank: Rank) -> bool {
         let ack = state.acks.get(other);
         ack.is_some_and(|ack| ack.drained >= active.parent)
     };
-    state.members.keys().filter(|other| **other != rank).all(drained)
+    state
+        .members
+        .keys()
+        .filter(|other| **other != rank)
+        .all(drained)
 }
 
 #[cfg(test)]

@@ -202,7 +202,10 @@ impl Controls {
                 "1 while this process holds the Lease and works on clusters",
             )?,
             looks: IntCounterVec::new(
-                Opts::new("foregate_operator_looks_total", "Looks at clusters by how they ended"),
+                Opts::new(
+                    "foregate_operator_looks_total",
+                    "Looks at clusters by how they ended",
+                ),
                 &["end"],
             )?,
         };

@@ -21,9 +21,9 @@ use foregate_crd::{ExpertPlacementStatus, MoeCluster, Reason};
 use foregate_store::ClusterState;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::Client;
+use kube::ResourceExt as _;
 use kube::runtime::controller::Action;
 use kube::runtime::events::Recorder;
-use kube::ResourceExt as _;
 use tokio::time::Instant;
 
 use crate::apply;
@@ -94,7 +94,9 @@ impl ReconcileError {
 /// An error of the API server without the object that it came in.
 fn in_words(error: &kube::Error) -> String {
     match error {
-        kube::Error::Api(status) => format!("{} ({} {})", status.message, status.code, status.reason),
+        kube::Error::Api(status) => {
+            format!("{} ({} {})", status.message, status.code, status.reason)
+        }
         other => other.to_string(),
     }
 }
@@ -131,7 +133,10 @@ impl Outcome {
         Self {
             stage,
             orders: Orders::default(),
-            model: cluster.status.as_ref().and_then(|status| status.model.clone()),
+            model: cluster
+                .status
+                .as_ref()
+                .and_then(|status| status.model.clone()),
             memory: None,
             notes: Vec::new(),
             workers: workers.count.or(limits::COUNT.default).unwrap_or_default(),
@@ -178,6 +183,10 @@ pub(crate) async fn reconcile(
 }
 
 /// When a failed look is repeated: twice as long after each failure.
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "the controller calls it with what it owns"
+)]
 pub(crate) fn error_policy(
     cluster: Arc<MoeCluster>,
     error: &ReconcileError,
@@ -185,7 +194,9 @@ pub(crate) fn error_policy(
 ) -> Action {
     let failures = {
         let mut failures = lock(&context.failures);
-        let count = failures.entry(cluster.uid().unwrap_or_default()).or_default();
+        let count = failures
+            .entry(cluster.uid().unwrap_or_default())
+            .or_default();
         *count = count.saturating_add(1);
         *count
     };
@@ -201,7 +212,9 @@ pub(crate) fn error_policy(
 
 fn pause(failures: u32) -> Duration {
     let factor = 2_u32.saturating_pow(failures.saturating_sub(1).min(16));
-    Duration::from_millis(500).saturating_mul(factor).min(LONGEST_PAUSE)
+    Duration::from_millis(500)
+        .saturating_mul(factor)
+        .min(LONGEST_PAUSE)
 }
 
 /// Everything but the report.
@@ -231,7 +244,10 @@ async fn advance(
         }
     };
     let seen = found.seen(now);
-    let slots = seen.iter().map(|(rank, seen)| (*rank, seen.slots)).collect();
+    let slots = seen
+        .iter()
+        .map(|(rank, seen)| (*rank, seen.slots))
+        .collect();
     let prepared = build::build(&Inputs {
         owner,
         cluster: &validated,
@@ -240,12 +256,16 @@ async fn advance(
         slots: &slots,
     })?;
     apply_objects(context, owner, &prepared, found).await?;
-    let wanted = prepared.pods.iter().map(|(rank, pod)| (*rank, pod.config.clone())).collect();
+    let wanted = prepared
+        .pods
+        .iter()
+        .map(|(rank, pod)| (*rank, pod.config.clone()))
+        .collect();
     let view = settings(context, owner, &plan, found, Vec::new(), true);
     let orders = fleet::next(&Look {
         wanted: &wanted,
         pods: &seen,
-        state: fresh(&view),
+        state: fresh(view.as_ref()),
         experts: model.facts.experts,
     });
     let leaving = orders.leaving.iter().copied().collect();
@@ -273,7 +293,10 @@ async fn know_model(
     found: &Found,
 ) -> Result<Result<InspectedModel, Stage>, ReconcileError> {
     let key = build::source_key(validated);
-    let kept = cluster.status.as_ref().and_then(|status| status.model.clone());
+    let kept = cluster
+        .status
+        .as_ref()
+        .and_then(|status| status.model.clone());
     let ended = || async {
         match &found.inspector {
             Some(pod) => apply::end(&context.client, pod, true).await,
@@ -335,8 +358,12 @@ async fn apply_objects(
         return Ok(());
     }
     let (client, objects) = (&context.client, &prepared.objects);
-    apply::apply(client, owner, objects).await.map_err(ReconcileError::api("apply"))?;
-    apply::prune(client, owner, objects, &keep).await.map_err(ReconcileError::api("prune"))?;
+    apply::apply(client, owner, objects)
+        .await
+        .map_err(ReconcileError::api("apply"))?;
+    apply::prune(client, owner, objects, &keep)
+        .await
+        .map_err(ReconcileError::api("prune"))?;
     lock(&context.applied).insert(owner.uid.clone(), (hash, Instant::now()));
     Ok(())
 }
@@ -373,11 +400,16 @@ fn settings(
 }
 
 fn url(owner: &Owner) -> String {
-    format!("http://{}.{}.svc:{}", owner.name, owner.namespace, ports::HTTP)
+    format!(
+        "http://{}.{}.svc:{}",
+        owner.name,
+        owner.namespace,
+        ports::HTTP
+    )
 }
 
-fn fresh(view: &Option<View>) -> Option<&ClusterState> {
-    let state = view.as_ref().map(|view| view.state.as_ref());
+fn fresh(view: Option<&View>) -> Option<&ClusterState> {
+    let state = view.map(|view| view.state.as_ref());
     state.filter(|state| state.connected)
 }
 
@@ -393,7 +425,9 @@ async fn obey(
     for (ranks, at_once) in [(&orders.remove, true), (&orders.end, false)] {
         for rank in ranks {
             if let Some(pod) = found.workers.get(rank) {
-                apply::end(&context.client, pod, at_once).await.map_err(failed())?;
+                apply::end(&context.client, pod, at_once)
+                    .await
+                    .map_err(failed())?;
                 let what = if at_once { Told::Removed } else { Told::Ended };
                 tell::rank(&context.recorder, cluster, *rank, what).await;
             }
@@ -401,7 +435,9 @@ async fn obey(
     }
     for rank in &orders.create {
         if let Some(wanted) = prepared.pods.get(rank) {
-            apply::create(&context.client, &wanted.pod).await.map_err(failed())?;
+            apply::create(&context.client, &wanted.pod)
+                .await
+                .map_err(failed())?;
             tell::rank(&context.recorder, cluster, *rank, Told::Made).await;
         }
     }
@@ -435,10 +471,13 @@ fn memory(
     plan: &LaunchPlan,
     facts: &ModelFacts,
 ) -> Option<MemoryPlan> {
-    let slots = plan.instances.iter().find_map(|instance| match &instance.node.role {
-        RoleConfig::Worker(worker) => Some(worker.slots),
-        RoleConfig::Operator(_) | RoleConfig::Gateway(_) => None,
-    })?;
+    let slots = plan
+        .instances
+        .iter()
+        .find_map(|instance| match &instance.node.role {
+            RoleConfig::Worker(worker) => Some(worker.slots),
+            RoleConfig::Operator(_) | RoleConfig::Gateway(_) => None,
+        })?;
     let kv_bytes = cluster.workers.kv_bytes;
     let expert_bytes = facts.slot_bytes.saturating_mul(u64::from(slots));
     let dense_bytes = facts.dense_bytes;
@@ -446,7 +485,9 @@ fn memory(
         kv_bytes,
         expert_bytes,
         dense_bytes,
-        total_bytes: kv_bytes.saturating_add(expert_bytes).saturating_add(dense_bytes),
+        total_bytes: kv_bytes
+            .saturating_add(expert_bytes)
+            .saturating_add(dense_bytes),
     })
 }
 
@@ -488,8 +529,14 @@ async fn report(
         written.map_err(ReconcileError::api("status"))?;
         tell::conditions(&context.recorder, cluster, before, &after).await;
     }
-    let ready = after.conditions.iter().any(|c| c.type_ == "Ready" && c.status == "True");
-    let asked = after.conditions.iter().any(|c| c.reason == Reason::EpochChanging.name());
+    let ready = after
+        .conditions
+        .iter()
+        .any(|c| c.type_ == "Ready" && c.status == "True");
+    let asked = after
+        .conditions
+        .iter()
+        .any(|c| c.reason == Reason::EpochChanging.name());
     Ok(ready && !asked && outcome.orders.doing == Doing::Settled)
 }
 

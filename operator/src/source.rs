@@ -120,7 +120,9 @@ impl Source {
         match self {
             Self::Image(_) => Vec::new(),
             Self::Claim { .. } | Self::Artifact(_) => vec![mount("model", MODEL, false)],
-            Self::Hub { .. } => vec![mount("model", MODEL, write), mount("cache", CACHE, write)],
+            Self::Hub { .. } => {
+                vec![mount("model", MODEL, write), mount("cache", CACHE, write)]
+            }
         }
     }
 
@@ -228,7 +230,10 @@ mod tests {
         for uri in ["hf://org/name@main", "org/name@main"] {
             let source = source(uri);
             let (arguments, variables) = source.fetch().unwrap();
-            assert_eq!(arguments, ["fetch", "hf://org/name@main", "--link", "/model/weights"]);
+            assert_eq!(
+                arguments,
+                ["fetch", "hf://org/name@main", "--link", "/model/weights"]
+            );
             assert_eq!(variables[1].name, "HF_TOKEN");
             assert_eq!(source.mounts(true)[1].read_only, None);
             assert_eq!(source.mounts(false)[1].read_only, Some(true));

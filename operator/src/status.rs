@@ -140,7 +140,8 @@ fn condition(
         reason: reason.name().to_owned(),
         message,
         observed_generation: generation,
-        last_transition_time: same.map_or_else(|| now.clone(), |old| old.last_transition_time.clone()),
+        last_transition_time: same
+            .map_or_else(|| now.clone(), |old| old.last_transition_time.clone()),
     }
 }
 
@@ -172,9 +173,10 @@ fn active(state: &ClusterState) -> Option<&Placement> {
 
 /// The store's view, or what to say without.
 fn view<'a>(facts: &Facts<'a>) -> Result<&'a ClusterState, Said> {
-    facts.state.filter(|state| state.connected).ok_or_else(|| {
-        unknown(Reason::StoreUnreachable, "the store has not answered yet")
-    })
+    facts
+        .state
+        .filter(|state| state.connected)
+        .ok_or_else(|| unknown(Reason::StoreUnreachable, "the store has not answered yet"))
 }
 
 fn weights_loaded(facts: &Facts<'_>) -> Said {
@@ -212,7 +214,8 @@ fn experts_covered(facts: &Facts<'_>) -> Said {
             !copies.iter().any(|copy| holders.contains(&copy.rank))
         };
         if let Some(expert) = layer.copies.iter().position(bare) {
-            let message = format!("layer {l}: expert {expert} has no copy on a rank that is alive");
+            let message =
+                format!("layer {l}: expert {expert} has no copy on a rank that is alive");
             return no(Reason::ExpertsMissing, message);
         }
     }
@@ -246,20 +249,38 @@ fn fabric_ready(facts: &Facts<'_>) -> Said {
         return no(Reason::NoPlacement, "no placement is active yet");
     };
     let steps = |rank: &&foregate_api::ids::Rank| {
-        state.acks.get(rank).is_some_and(|ack| ack.serving == plan.epoch)
+        state
+            .acks
+            .get(rank)
+            .is_some_and(|ack| ack.serving == plan.epoch)
     };
-    let others: Vec<String> =
-        plan.ranks.iter().filter(|rank| !steps(rank)).map(ToString::to_string).collect();
+    let others: Vec<String> = plan
+        .ranks
+        .iter()
+        .filter(|rank| !steps(rank))
+        .map(ToString::to_string)
+        .collect();
     if others.is_empty() {
-        let message = format!("all {} ranks step with epoch {}", plan.ranks.len(), plan.epoch);
+        let message = format!(
+            "all {} ranks step with epoch {}",
+            plan.ranks.len(),
+            plan.epoch
+        );
         return yes(Reason::OneEpoch, message);
     }
-    let message = format!("ranks {} do not step with epoch {}", others.join(", "), plan.epoch);
+    let message = format!(
+        "ranks {} do not step with epoch {}",
+        others.join(", "),
+        plan.epoch
+    );
     no(Reason::SeveralEpochs, message)
 }
 
 fn router_ready(facts: &Facts<'_>) -> Said {
-    let message = format!("{} of {} gateways available", facts.gateways, facts.gateways_wanted);
+    let message = format!(
+        "{} of {} gateways available",
+        facts.gateways, facts.gateways_wanted
+    );
     if facts.gateways > 0 {
         yes(Reason::GatewayAvailable, message)
     } else {
@@ -270,15 +291,24 @@ fn router_ready(facts: &Facts<'_>) -> Said {
 fn available(facts: &Facts<'_>) -> Said {
     match &facts.verdict {
         Verdict::Pending => no(Reason::CanaryPending, "no canary has been sent yet"),
-        Verdict::Answered => yes(Reason::CanaryAnswered, "the last canary's token came through the gateway"),
-        Verdict::Failed(why) => no(Reason::CanaryFailed, format!("the last canary's token did not come: {why}")),
+        Verdict::Answered => yes(
+            Reason::CanaryAnswered,
+            "the last canary's token came through the gateway",
+        ),
+        Verdict::Failed(why) => no(
+            Reason::CanaryFailed,
+            format!("the last canary's token did not come: {why}"),
+        ),
     }
 }
 
 fn progressing(facts: &Facts<'_>) -> Said {
     match facts.stage {
         Stage::Invalid(_) | Stage::Unreadable(_) | Stage::Unfit(_) => {
-            return no(Reason::AsWanted, "nothing is done until the manifest or the model changes");
+            return no(
+                Reason::AsWanted,
+                "nothing is done until the manifest or the model changes",
+            );
         }
         Stage::Refused(_) => return yes(Reason::ApplyFailed, "it is tried again"),
         Stage::Reading(why) => {
@@ -287,15 +317,23 @@ fn progressing(facts: &Facts<'_>) -> Said {
         }
         Stage::Applied => {}
     }
-    if let Some((reason @ (Reason::PodsUnschedulable | Reason::PodsStarting), why)) = &facts.trouble {
+    if let Some((reason @ (Reason::PodsUnschedulable | Reason::PodsStarting), why)) =
+        &facts.trouble
+    {
         return yes(*reason, why.clone());
     }
     match facts.doing {
         Doing::Restarting(rank) => {
-            return yes(Reason::RollingOut, format!("rank {rank} is emptied and started anew"));
+            return yes(
+                Reason::RollingOut,
+                format!("rank {rank} is emptied and started anew"),
+            );
         }
         Doing::Shrinking => {
-            return yes(Reason::ScalingDown, "experts move away from the ranks that are to go");
+            return yes(
+                Reason::ScalingDown,
+                "experts move away from the ranks that are to go",
+            );
         }
         Doing::Starting if facts.state.is_some_and(|state| active(state).is_some()) => {
             let message = format!("{} of {} workers serve", facts.ready, facts.workers);
@@ -307,15 +345,20 @@ fn progressing(facts: &Facts<'_>) -> Said {
         }
         Doing::Settled => {}
     }
-    let changing = facts.state.is_some_and(|state| match (&state.target, &state.active) {
-        (Some((target, _)), Some((active, _))) => target.epoch != active.epoch,
-        (target, active) => target.is_some() != active.is_some(),
-    });
+    let changing = facts
+        .state
+        .is_some_and(|state| match (&state.target, &state.active) {
+            (Some((target, _)), Some((active, _))) => target.epoch != active.epoch,
+            (target, active) => target.is_some() != active.is_some(),
+        });
     if changing {
         return yes(Reason::EpochChanging, "a placement is being prepared");
     }
     if facts.gateways < facts.gateways_wanted {
-        let message = format!("{} of {} gateways available", facts.gateways, facts.gateways_wanted);
+        let message = format!(
+            "{} of {} gateways available",
+            facts.gateways, facts.gateways_wanted
+        );
         return yes(Reason::PodsStarting, message);
     }
     let mut message = "everything is as wanted".to_owned();
@@ -338,11 +381,17 @@ fn degraded(facts: &Facts<'_>, causes: &[(ConditionType, Said)]) -> Said {
     if let Some((Reason::PodFailing, why)) = &facts.trouble {
         return yes(Reason::PodFailing, why.clone());
     }
-    let lost = facts.state.filter(|state| state.connected).and_then(|state| {
-        let plan = active(state)?;
-        let lost = plan.ranks.iter().find(|rank| !state.members.contains_key(rank))?;
-        Some(format!("rank {lost} of epoch {} is gone", plan.epoch))
-    });
+    let lost = facts
+        .state
+        .filter(|state| state.connected)
+        .and_then(|state| {
+            let plan = active(state)?;
+            let lost = plan
+                .ranks
+                .iter()
+                .find(|rank| !state.members.contains_key(rank))?;
+            Some(format!("rank {lost} of epoch {} is gone", plan.epoch))
+        });
     if let Some(why) = lost {
         return yes(Reason::RankLost, why);
     }
@@ -367,7 +416,11 @@ fn ready(
     }
     if available.0 != Some(true) {
         // What it waits for says more than that no token came.
-        let cause = if progressing.0 == Some(true) { progressing } else { available };
+        let cause = if progressing.0 == Some(true) {
+            progressing
+        } else {
+            available
+        };
         return no(cause.1, cause.2.clone());
     }
     if facts.ready < facts.workers as usize {
@@ -385,7 +438,12 @@ fn ready(
 
 /// How the model is divided, as the members say.
 fn parallelism(state: &ClusterState) -> Option<Parallelism> {
-    let serving = || state.members.values().filter(|member| member.phase == Phase::Ready);
+    let serving = || {
+        state
+            .members
+            .values()
+            .filter(|member| member.phase == Phase::Ready)
+    };
     let fewest = serving().map(|member| member.slots).min()?;
     let paths: BTreeSet<&str> = serving().map(|member| member.cpu_path.as_str()).collect();
     let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);

@@ -25,8 +25,14 @@ pub(crate) enum Told {
 pub(crate) async fn rank(recorder: &Recorder, cluster: &MoeCluster, rank: Rank, what: Told) {
     let (reason, note) = match what {
         Told::Made => ("RankStarted", format!("the pod of rank {rank} was made")),
-        Told::Ended => ("RankEnded", format!("the pod of rank {rank} was told to end")),
-        Told::Removed => ("RankRemoved", format!("what was left of rank {rank}'s pod was removed")),
+        Told::Ended => (
+            "RankEnded",
+            format!("the pod of rank {rank} was told to end"),
+        ),
+        Told::Removed => (
+            "RankRemoved",
+            format!("what was left of rank {rank}'s pod was removed"),
+        ),
     };
     tracing::info!(cluster = %cluster.manifest().metadata.name, %rank, reason, "{note}");
     publish(recorder, cluster, EventType::Normal, reason, note).await;
@@ -52,24 +58,35 @@ fn news<'a>(
 ) -> Vec<(EventType, &'a Condition)> {
     let was = |about: &str| {
         let before = before.into_iter().flat_map(|status| &status.conditions);
-        before.into_iter().find(|condition| condition.type_ == about)
+        before
+            .into_iter()
+            .find(|condition| condition.type_ == about)
     };
     let changed = |condition: &&Condition| {
         let old = was(&condition.type_);
-        old.is_none_or(|old| (&old.status, &old.reason) != (&condition.status, &condition.reason))
+        old.is_none_or(|old| {
+            (&old.status, &old.reason) != (&condition.status, &condition.reason)
+        })
     };
-    let told = after.conditions.iter().filter(changed).filter_map(|condition| {
-        let is = condition.status == "True";
-        let (ready, degraded) = (ConditionType::Ready.name(), ConditionType::Degraded.name());
-        match condition.type_.as_str() {
-            about if about == ready && is => Some((EventType::Normal, condition)),
-            about if about == degraded && is => Some((EventType::Warning, condition)),
-            about if about == ready && was(ready).is_some_and(|old| old.status == "True") => {
-                Some((EventType::Warning, condition))
+    let told = after
+        .conditions
+        .iter()
+        .filter(changed)
+        .filter_map(|condition| {
+            let is = condition.status == "True";
+            let (ready, degraded) =
+                (ConditionType::Ready.name(), ConditionType::Degraded.name());
+            match condition.type_.as_str() {
+                about if about == ready && is => Some((EventType::Normal, condition)),
+                about if about == degraded && is => Some((EventType::Warning, condition)),
+                about
+                    if about == ready && was(ready).is_some_and(|old| old.status == "True") =>
+                {
+                    Some((EventType::Warning, condition))
+                }
+                _ => None,
             }
-            _ => None,
-        }
-    });
+        });
     told.collect()
 }
 

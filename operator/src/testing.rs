@@ -66,7 +66,10 @@ pub(crate) mod api {
         pub(crate) fn names(&self, resource: &str) -> BTreeSet<String> {
             let infix = format!("/{resource}/");
             let inner = self.lock();
-            let found = inner.objects.keys().filter_map(|path| path.split_once(&infix));
+            let found = inner
+                .objects
+                .keys()
+                .filter_map(|path| path.split_once(&infix));
             found.map(|(_, name)| name.to_owned()).collect()
         }
 
@@ -79,7 +82,10 @@ pub(crate) mod api {
         ) -> T {
             let suffix = format!("/{resource}/{name}");
             let mut inner = self.lock();
-            let found = inner.objects.iter_mut().find(|(path, _)| path.ends_with(&suffix));
+            let found = inner
+                .objects
+                .iter_mut()
+                .find(|(path, _)| path.ends_with(&suffix));
             look(found.unwrap_or_else(|| panic!("no {suffix}")).1)
         }
 
@@ -94,7 +100,9 @@ pub(crate) mod api {
 
         pub(crate) fn remove(&self, resource: &str, name: &str) {
             let suffix = format!("/{resource}/{name}");
-            self.lock().objects.retain(|path, _| !path.ends_with(&suffix));
+            self.lock()
+                .objects
+                .retain(|path, _| !path.ends_with(&suffix));
         }
 
         async fn answer(&self, request: Request<Body>) -> Response<Body> {
@@ -105,7 +113,10 @@ pub(crate) mod api {
             let query = parts.uri.query().unwrap_or_default().to_owned();
             let (code, value) = self.lock().handle(&parts.method, &path, &query, body);
             let text = serde_json::to_vec(&value).unwrap();
-            Response::builder().status(code).body(Body::from(text)).unwrap()
+            Response::builder()
+                .status(code)
+                .body(Body::from(text))
+                .unwrap()
         }
     }
 
@@ -124,7 +135,8 @@ pub(crate) mod api {
             // v1/namespaces/NS/RESOURCE[/NAME[/SUBRESOURCE]]
             let steps: Vec<&str> = rest.split('/').skip(3).collect();
             let sub = steps.get(2).copied();
-            let resource = steps[0].to_owned() + &sub.map(|s| format!("/{s}")).unwrap_or_default();
+            let resource =
+                steps[0].to_owned() + &sub.map(|s| format!("/{s}")).unwrap_or_default();
             let item = steps.len() > 1;
             let verb = match *method {
                 Method::GET if item => "get",
@@ -135,11 +147,14 @@ pub(crate) mod api {
                 Method::DELETE => "delete",
                 _ => "other",
             };
-            self.calls.push((group.to_owned(), resource.clone(), verb.to_owned()));
+            self.calls
+                .push((group.to_owned(), resource.clone(), verb.to_owned()));
             if verb != "get" && verb != "list" && self.refuse.as_ref() == Some(&resource) {
                 return status(StatusCode::UNPROCESSABLE_ENTITY, "Invalid", "it is refused");
             }
-            let path = path.strip_suffix(&format!("/{}", sub.unwrap_or("-"))).unwrap_or(path);
+            let path = path
+                .strip_suffix(&format!("/{}", sub.unwrap_or("-")))
+                .unwrap_or(path);
             match verb {
                 "list" => self.list(path, query),
                 "get" => match self.objects.get(path) {
@@ -147,7 +162,10 @@ pub(crate) mod api {
                     None => status(StatusCode::NOT_FOUND, "NotFound", path),
                 },
                 "create" => {
-                    let name = body["metadata"]["name"].as_str().unwrap_or("generated").to_owned();
+                    let name = body["metadata"]["name"]
+                        .as_str()
+                        .unwrap_or("generated")
+                        .to_owned();
                     let path = format!("{path}/{name}");
                     if self.objects.contains_key(&path) {
                         return status(StatusCode::CONFLICT, "AlreadyExists", &path);
@@ -175,7 +193,8 @@ pub(crate) mod api {
             self.made += 1;
             let before = self.objects.get(path);
             let uid = before.map(|old| old["metadata"]["uid"].clone());
-            body["metadata"]["uid"] = uid.unwrap_or_else(|| json!(format!("uid-{}", self.made)));
+            body["metadata"]["uid"] =
+                uid.unwrap_or_else(|| json!(format!("uid-{}", self.made)));
             if let Some(status) = before.and_then(|old| old.get("status")) {
                 body["status"] = status.clone();
             }
@@ -192,10 +211,13 @@ pub(crate) mod api {
                 .replace("%2C", ",")
                 .replace("%2F", "/");
             let matches = |object: &Value| {
-                selector.split(',').filter(|pair| !pair.is_empty()).all(|pair| {
-                    let (key, value) = pair.split_once('=').unwrap();
-                    object["metadata"]["labels"][key] == json!(value)
-                })
+                selector
+                    .split(',')
+                    .filter(|pair| !pair.is_empty())
+                    .all(|pair| {
+                        let (key, value) = pair.split_once('=').unwrap();
+                        object["metadata"]["labels"][key] == json!(value)
+                    })
             };
             let prefix = format!("{path}/");
             let items: Vec<&Value> = self
@@ -204,7 +226,8 @@ pub(crate) mod api {
                 .filter(|(path, object)| path.starts_with(&prefix) && matches(object))
                 .map(|(_, object)| object)
                 .collect();
-            let list = json!({ "apiVersion": "v1", "kind": "List", "metadata": {}, "items": items });
+            let list =
+                json!({ "apiVersion": "v1", "kind": "List", "metadata": {}, "items": items });
             (StatusCode::OK, list)
         }
     }

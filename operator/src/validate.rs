@@ -345,7 +345,7 @@ fn gateway(checks: &mut Checks, spec: GatewaySpec) -> ValidatedGateway {
         max_queued: checks.range(&limits::MAX_QUEUED, max_queued),
         queue_timeout_ms: checks.range(&limits::QUEUE_TIMEOUT_MS, queue_timeout_ms),
         request_timeout_ms: checks.range(&limits::REQUEST_TIMEOUT_MS, request_timeout_ms),
-        replicas: gateways(checks, replicas, autoscaling, &resources),
+        replicas: gateways(checks, replicas, autoscaling.as_ref(), &resources),
         resources,
     }
 }
@@ -353,11 +353,11 @@ fn gateway(checks: &mut Checks, spec: GatewaySpec) -> ValidatedGateway {
 fn gateways(
     checks: &mut Checks,
     replicas: Option<u32>,
-    autoscaling: Option<AutoscalingSpec>,
+    autoscaling: Option<&AutoscalingSpec>,
     resources: &Resources,
 ) -> Replicas {
     let fixed = checks.range(&limits::GATEWAY_REPLICAS, replicas);
-    let Some(AutoscalingSpec {
+    let Some(&AutoscalingSpec {
         min_replicas,
         max_replicas,
         cpu_percent,

@@ -2,6 +2,7 @@
 //!
 //! The rules in CEL are evaluated here as the API server does it; what OpenAPI says beside them (ranges, patterns, lengths) is
 //! checked by the few lines at the end. A cluster's test shows the same table to a real API server.
+#![expect(clippy::unwrap_used, reason = "a failure here is the test's failure")]
 
 #[path = "admission/table.rs"]
 mod table;
@@ -17,7 +18,10 @@ use table::{BAD, GOOD, Row};
 fn schema() -> Value {
     let definition = foregate_crd::cluster::definition().unwrap();
     let value = serde_json::to_value(definition).unwrap();
-    value.pointer("/spec/versions/0/schema/openAPIV3Schema").unwrap().clone()
+    value
+        .pointer("/spec/versions/0/schema/openAPIV3Schema")
+        .unwrap()
+        .clone()
 }
 
 /// What the API server would say: first the schema, then the rules, over an object with its defaults.
@@ -92,7 +96,11 @@ fn what_cannot_be_changed_is_refused_when_it_is() {
 fn a_plan_that_cannot_fit_is_refused_with_the_sum() {
     let schema = schema();
     let mut object = table::object(|object| {
-        table::put(object, "/spec/workers/resources/limits/memory", "1Gi".into());
+        table::put(
+            object,
+            "/spec/workers/resources/limits/memory",
+            "1Gi".into(),
+        );
     });
     let facts = serde_json::json!({
         "experts": 32, "maxPositions": 1024, "kvBytesPerToken": 4096, "slotBytes": 64 << 20, "denseBytes": 32 << 20,
@@ -101,7 +109,10 @@ fn a_plan_that_cannot_fit_is_refused_with_the_sum() {
     table::put(&mut object, "/status", status);
     // 128 Mi of keys and values + 32 Mi + 18 slots of 64 Mi.
     let text = admit(&schema, object.clone(), None).expect_err("1312 Mi in 1 Gi");
-    assert!(text.contains("18 expert slots x 67108864 is more than"), "{text}");
+    assert!(
+        text.contains("18 expert slots x 67108864 is more than"),
+        "{text}"
+    );
     table::put(&mut object, "/spec/workers/count", 4.into());
     // 8 + 2 slots: 800 Mi.
     assert_eq!(admit(&schema, object, None), Ok(()));
@@ -161,7 +172,9 @@ mod openapi {
         }
         if let Some(text) = value.as_str() {
             let length = text.chars().count() as f64;
-            if of("minLength").is_some_and(|n| length < n) || of("maxLength").is_some_and(|n| length > n) {
+            if of("minLength").is_some_and(|n| length < n)
+                || of("maxLength").is_some_and(|n| length > n)
+            {
                 say(format!("has {length} characters"));
             }
             if let Some(pattern) = schema.get("pattern").and_then(Value::as_str)
@@ -169,7 +182,10 @@ mod openapi {
             {
                 say(format!("{text:?} does not match {pattern}"));
             }
-            if schema.get("type").is_some_and(|t| t == "integer" || t == "number") {
+            if schema
+                .get("type")
+                .is_some_and(|t| t == "integer" || t == "number")
+            {
                 say("is no number".to_owned());
             }
         }

@@ -175,16 +175,28 @@ async fn a_worker_that_leaves_by_intent_is_a_resize() {
 #[tokio::test(start_paused = true)]
 async fn a_rank_that_is_to_leave_is_emptied_first_and_taken_in_when_it_may_stay() {
     let (rig, operator) = started().await;
-    operator.config.send_modify(|config| config.leaving = ranks(&[1]));
+    operator
+        .config
+        .send_modify(|config| config.leaving = ranks(&[1]));
     let plan = rig
-        .until_settled("a placement without rank 1", |plan| !plan.ranks.contains(&Rank(1)))
+        .until_settled("a placement without rank 1", |plan| {
+            !plan.ranks.contains(&Rank(1))
+        })
         .await;
     assert_eq!(plan.reason, Reason::Resize);
     assert!(is_complete(&plan), "every expert has moved");
-    assert!(rig.state().members.contains_key(&Rank(1)), "it is still there");
+    assert!(
+        rig.state().members.contains_key(&Rank(1)),
+        "it is still there"
+    );
     operator.config.send_modify(|config| config.leaving.clear());
-    let plan = rig.until_settled("rank 1 again", |plan| plan.ranks.len() == 3).await;
-    assert_eq!((plan.reason, plan.ranks.clone()), (Reason::Resize, ranks(&[0, 1, 2])));
+    let plan = rig
+        .until_settled("rank 1 again", |plan| plan.ranks.len() == 3)
+        .await;
+    assert_eq!(
+        (plan.reason, plan.ranks.clone()),
+        (Reason::Resize, ranks(&[0, 1, 2]))
+    );
 }
 
 #[tokio::test(start_paused = true)]
@@ -194,10 +206,16 @@ async fn a_rank_that_nobody_can_stand_in_for_stays_in_the_placement() {
     rig.join(0, 4).await;
     rig.join(1, 4).await;
     rig.until_settled("the first placement", |_| true).await;
-    operator.config.send_modify(|config| config.leaving = ranks(&[1]));
+    operator
+        .config
+        .send_modify(|config| config.leaving = ranks(&[1]));
     tokio::time::sleep(Duration::from_secs(60)).await;
     let plan = rig.active();
-    assert_eq!(plan.ranks, ranks(&[0, 1]), "four slots hold no eight experts");
+    assert_eq!(
+        plan.ranks,
+        ranks(&[0, 1]),
+        "four slots hold no eight experts"
+    );
     assert!(is_complete(&plan));
 }
 

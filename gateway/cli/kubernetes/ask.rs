@@ -43,12 +43,18 @@ pub(crate) async fn run(args: &AskArgs) -> Result<(), CliError> {
 
 async fn answers(asker: &OneToken, args: &AskArgs) -> Result<(), String> {
     if let Some(operator) = &args.operator {
-        asker.text(&format!("{operator}/readyz")).await.map_err(|why| format!("operator: {why}"))?;
+        asker
+            .text(&format!("{operator}/readyz"))
+            .await
+            .map_err(|why| format!("operator: {why}"))?;
         print("the operator answers");
     }
     if let Some(gateway) = &args.gateway {
         let told = |why| format!("gateway: {why}");
-        let models = asker.text(&format!("{gateway}/v1/models")).await.map_err(told)?;
+        let models = asker
+            .text(&format!("{gateway}/v1/models"))
+            .await
+            .map_err(told)?;
         let models: Value = serde_json::from_str(&models).map_err(|e| told(e.to_string()))?;
         let model = models.pointer("/data/0/id").and_then(Value::as_str);
         let model = model.ok_or_else(|| told("it serves no model".to_owned()))?;

@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use foregate_api::node::{NodeConfig, RoleConfig};
 use foregate_api::weights::WeightSettings;
 use foregate_checkpoint::Checkpoint;
-use foregate_operator::launch::{Form, Instance, LaunchError, Machine, ModelFacts, Place, launch};
+use foregate_operator::launch::{
+    Form, Instance, LaunchError, Machine, ModelFacts, Place, launch,
+};
 use foregate_operator::validate::ValidatedCluster;
 use tokio::net::TcpListener;
 

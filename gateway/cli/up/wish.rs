@@ -2,9 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use foregate_api::manifest::{
-    API_VERSION, ClusterSpec, KIND, Manifest, Metadata, ModelSource,
-};
+use foregate_api::manifest::{API_VERSION, ClusterSpec, KIND, Manifest, Metadata, ModelSource};
 use foregate_operator::parse_manifest;
 use foregate_operator::validate::{ValidatedCluster, validate};
 

@@ -169,9 +169,8 @@ pub fn definition() -> Result<CustomResourceDefinition, SchemaError> {
 }
 
 fn columns() -> Vec<CustomResourceColumnDefinition> {
-    let condition = |of: &str, what: &str| {
-        format!(".status.conditions[?(@.type=='{of}')].{what}")
-    };
+    let condition =
+        |of: &str, what: &str| format!(".status.conditions[?(@.type=='{of}')].{what}");
     vec![
         schema::column("Ready", "string", &condition("Ready", "status"), 0),
         schema::column("Reason", "string", &condition("Ready", "reason"), 0),
@@ -181,7 +180,12 @@ fn columns() -> Vec<CustomResourceColumnDefinition> {
         schema::column("Age", "date", ".metadata.creationTimestamp", 0),
         schema::column("Model", "string", ".spec.model.uri", 1),
         schema::column("Gateways", "integer", ".status.gateways", 1),
-        schema::column("Covered", "string", &condition("ExpertsCovered", "status"), 1),
+        schema::column(
+            "Covered",
+            "string",
+            &condition("ExpertsCovered", "status"),
+            1,
+        ),
         schema::column("Balanced", "string", &condition("Balanced", "status"), 1),
         schema::column("URL", "string", ".status.url", 1),
     ]

@@ -135,7 +135,10 @@ mod tests {
             .map(|t| t.name())
             .chain(Reason::ALL.iter().map(|r| r.name()))
         {
-            assert!(name.len() <= 316 && name.chars().all(|c| c.is_ascii_alphabetic()), "{name}");
+            assert!(
+                name.len() <= 316 && name.chars().all(|c| c.is_ascii_alphabetic()),
+                "{name}"
+            );
             assert!(name.starts_with(|c: char| c.is_ascii_uppercase()), "{name}");
         }
     }

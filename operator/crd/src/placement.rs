@@ -105,7 +105,11 @@ fn homes(rank: Rank, at: usize, layers: &[LayerPlacement]) -> RankHomes {
     let mut experts: Vec<String> = Vec::with_capacity(layers.len());
     let mut before = None;
     for layer in layers {
-        let text = layer.slots.get(at).map(|held| ranges(held)).unwrap_or_default();
+        let text = layer
+            .slots
+            .get(at)
+            .map(|held| ranges(held))
+            .unwrap_or_default();
         let same = before.as_ref() == Some(&text);
         experts.push(if same { "=".to_owned() } else { text.clone() });
         before = Some(text);
@@ -181,9 +185,8 @@ mod tests {
         assert_eq!(ranges(&ids(&[3])), "3");
         assert_eq!(ranges(&ids(&[0, 1, 2, 7, 9, 10])), "0-2,7,9-10");
         let ranks = [Rank(0), Rank(2)];
-        let layer = |a: &[u32], b: &[u32]| {
-            LayerPlacement::from_slots(&ranks, vec![ids(a), ids(b)], 4)
-        };
+        let layer =
+            |a: &[u32], b: &[u32]| LayerPlacement::from_slots(&ranks, vec![ids(a), ids(b)], 4);
         let plan = Placement {
             epoch: Epoch(2),
             parent: Epoch(1),

@@ -62,27 +62,37 @@ const RULES: &[Rule] = &[
     Rule {
         at: "spec.model.uri",
         rule: "self == oldSelf",
-        says: Says::Text("the model of a cluster cannot be changed: make another MoeCluster beside this one"),
+        says: Says::Text(
+            "the model of a cluster cannot be changed: make another MoeCluster beside this one",
+        ),
     },
     Rule {
         at: "spec.model.dtype",
         rule: "self == oldSelf",
-        says: Says::Text("the format of weights cannot be changed: ranks of two formats cannot serve together; make another MoeCluster"),
+        says: Says::Text(
+            "the format of weights cannot be changed: ranks of two formats cannot serve together; make another MoeCluster",
+        ),
     },
     Rule {
         at: "spec.model.quantization",
         rule: "self == oldSelf",
-        says: Says::Text("the format of weights cannot be changed: ranks of two formats cannot serve together; make another MoeCluster"),
+        says: Says::Text(
+            "the format of weights cannot be changed: ranks of two formats cannot serve together; make another MoeCluster",
+        ),
     },
     Rule {
         at: "spec.workers.cpuPath",
         rule: "self == oldSelf",
-        says: Says::Text("the instruction path cannot be changed: ranks of two paths may sum differently; make another MoeCluster"),
+        says: Says::Text(
+            "the instruction path cannot be changed: ranks of two paths may sum differently; make another MoeCluster",
+        ),
     },
     Rule {
         at: "spec.model.uri",
         rule: "self.trim() != ''",
-        says: Says::Text("is empty: give hf://org/name[@revision], org/name, pvc://claim/path, oci://image or a directory"),
+        says: Says::Text(
+            "is empty: give hf://org/name[@revision], org/name, pvc://claim/path, oci://image or a directory",
+        ),
     },
     Rule {
         at: "spec.model.uri",
@@ -127,12 +137,16 @@ const RULES: &[Rule] = &[
     Rule {
         at: "spec.workers.resources",
         rule: FITS_LIMITS,
-        says: Says::Text("a request is more than its limit: raise the limit or lower the request"),
+        says: Says::Text(
+            "a request is more than its limit: raise the limit or lower the request",
+        ),
     },
     Rule {
         at: "spec.gateway.resources",
         rule: FITS_LIMITS,
-        says: Says::Text("a request is more than its limit: raise the limit or lower the request"),
+        says: Says::Text(
+            "a request is more than its limit: raise the limit or lower the request",
+        ),
     },
     Rule {
         at: "spec.gateway.autoscaling",
@@ -151,12 +165,16 @@ const RULES: &[Rule] = &[
     Rule {
         at: "spec.pods.labels",
         rule: OWN_KEYS,
-        says: Says::Text("keys of foregate.dev/ and app.kubernetes.io/ are the operator's: choose another prefix"),
+        says: Says::Text(
+            "keys of foregate.dev/ and app.kubernetes.io/ are the operator's: choose another prefix",
+        ),
     },
     Rule {
         at: "spec.pods.annotations",
         rule: OWN_KEYS,
-        says: Says::Text("keys of foregate.dev/ and app.kubernetes.io/ are the operator's: choose another prefix"),
+        says: Says::Text(
+            "keys of foregate.dev/ and app.kubernetes.io/ are the operator's: choose another prefix",
+        ),
     },
 ];
 
@@ -176,7 +194,11 @@ pub(crate) fn constrain(object: &mut Value) -> Result<(), SchemaError> {
     quantities(object)?;
     enumerations(object)?;
     threshold(object, "spec.balancing.threshold")?;
-    set(object, "spec.balancing.enabled", &[("default", json!(true))])?;
+    set(
+        object,
+        "spec.balancing.enabled",
+        &[("default", json!(true))],
+    )?;
     // Without an object there are no defaults of its fields.
     for group in [
         "spec.workers",
@@ -225,7 +247,10 @@ fn number(object: &mut Value, path: &str, limit: &Limit<u64>) -> Result<(), Sche
     set(
         object,
         path,
-        &[("minimum", json!(limit.low)), ("maximum", json!(limit.high))],
+        &[
+            ("minimum", json!(limit.low)),
+            ("maximum", json!(limit.high)),
+        ],
     )?;
     match limit.default {
         Some(default) => set(object, path, &[("default", json!(default))]),
@@ -352,7 +377,11 @@ fn quantities(object: &mut Value) -> Result<(), SchemaError> {
 
 fn enumerations(object: &mut Value) -> Result<(), SchemaError> {
     let powers: Vec<u32> = (0..=8).map(|bit| 1 << bit).collect();
-    set(object, "spec.workers.pageTokens", &[("enum", json!(powers))])?;
+    set(
+        object,
+        "spec.workers.pageTokens",
+        &[("enum", json!(powers))],
+    )?;
     for (path, default) in [
         ("spec.model.dtype", "auto"),
         ("spec.model.quantization", "none"),

@@ -8,17 +8,25 @@ use serde_json::Value;
 /// The chart carries what the binary prints. `UPDATE_GOLDEN=1` writes it.
 #[test]
 fn the_chart_has_the_same_definitions() {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../charts/foregate-crds/templates");
+    let folder =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../../charts/foregate-crds/templates");
     for definition in definitions().unwrap() {
         let name = definition.metadata.name.clone().unwrap();
         let path = folder.join(format!("{name}.yaml"));
         let text = serde_yaml_ng::to_string(&definition).unwrap();
-        #[expect(clippy::disallowed_methods, reason = "golden files are rewritten on demand")]
+        #[expect(
+            clippy::disallowed_methods,
+            reason = "golden files are rewritten on demand"
+        )]
         if std::env::var("UPDATE_GOLDEN").is_ok() {
             std::fs::write(&path, &text).unwrap();
         }
         let golden = std::fs::read_to_string(&path).unwrap_or_default();
-        assert!(golden == text, "{} differs: run with UPDATE_GOLDEN=1 and read the difference", path.display());
+        assert!(
+            golden == text,
+            "{} differs: run with UPDATE_GOLDEN=1 and read the difference",
+            path.display()
+        );
     }
 }
 
@@ -28,7 +36,9 @@ fn every_field_has_a_description() {
     let mut missing = Vec::new();
     for definition in definitions().unwrap() {
         let value = serde_json::to_value(&definition).unwrap();
-        let schema = value.pointer("/spec/versions/0/schema/openAPIV3Schema").unwrap();
+        let schema = value
+            .pointer("/spec/versions/0/schema/openAPIV3Schema")
+            .unwrap();
         for group in ["spec", "status"] {
             walk(&schema["properties"][group], group, &mut missing);
         }
@@ -37,13 +47,25 @@ fn every_field_has_a_description() {
 }
 
 fn walk(schema: &Value, path: &str, missing: &mut Vec<String>) {
-    if schema.get("description").and_then(Value::as_str).is_none_or(str::is_empty) {
+    if schema
+        .get("description")
+        .and_then(Value::as_str)
+        .is_none_or(str::is_empty)
+    {
         missing.push(path.to_owned());
     }
-    for (name, field) in schema.get("properties").and_then(Value::as_object).into_iter().flatten() {
+    for (name, field) in schema
+        .get("properties")
+        .and_then(Value::as_object)
+        .into_iter()
+        .flatten()
+    {
         walk(field, &format!("{path}.{name}"), missing);
     }
-    if let Some(fields) = schema.pointer("/items/properties").and_then(Value::as_object) {
+    if let Some(fields) = schema
+        .pointer("/items/properties")
+        .and_then(Value::as_object)
+    {
         for (name, field) in fields {
             walk(field, &format!("{path}[].{name}"), missing);
         }

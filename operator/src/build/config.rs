@@ -107,7 +107,9 @@ pub(super) fn container(
     Container {
         name: name.to_owned(),
         image: Some(pods.image.clone().unwrap_or_else(|| defaults.image.clone())),
-        image_pull_policy: pods.image_pull_policy.map(|policy| policy.name().to_owned()),
+        image_pull_policy: pods
+            .image_pull_policy
+            .map(|policy| policy.name().to_owned()),
         args: Some(arguments),
         env: some(own.collect()),
         volume_mounts: Some(vec![mount("tmp", "/tmp", false)]),
@@ -198,7 +200,9 @@ pub(super) fn probe(path: &str, port: &str, period: i32, failures: i32) -> Probe
 
 pub(super) fn requirements(resources: &Resources) -> Option<ResourceRequirements> {
     let amounts = |of: &BTreeMap<String, String>| {
-        let pairs = of.iter().map(|(name, text)| (name.clone(), Quantity(text.clone())));
+        let pairs = of
+            .iter()
+            .map(|(name, text)| (name.clone(), Quantity(text.clone())));
         (!of.is_empty()).then(|| pairs.collect())
     };
     let requirements = ResourceRequirements {

@@ -133,7 +133,9 @@ fn spec(inputs: &Inputs<'_>, source: &Source) -> PodSpec {
 
 /// The Service that clients call; it has the cluster's own name.
 fn service(inputs: &Inputs<'_>) -> Service {
-    let metadata = inputs.owner.meta(inputs.owner.name.clone(), Component::Gateway);
+    let metadata = inputs
+        .owner
+        .meta(inputs.owner.name.clone(), Component::Gateway);
     Service {
         metadata,
         spec: Some(ServiceSpec {

@@ -114,7 +114,9 @@ fn placement(inputs: &Inputs<'_>) -> ExpertPlacement {
     let balancing = &inputs.cluster.balancing;
     ExpertPlacement {
         types: Some(ExpertPlacement::types()),
-        metadata: inputs.owner.meta(inputs.owner.name.clone(), Component::Cluster),
+        metadata: inputs
+            .owner
+            .meta(inputs.owner.name.clone(), Component::Cluster),
         spec: ExpertPlacementSpec {
             cluster: inputs.owner.name.clone(),
             balancing: BalancingSpec {

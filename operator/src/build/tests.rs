@@ -48,7 +48,11 @@ fn prepared(manifest: Manifest, slots: &BTreeMap<Rank, u32>) -> Prepared {
         slots,
     };
     let prepared = build(&inputs).unwrap();
-    assert_eq!(prepared, build(&inputs).unwrap(), "the same input, the same objects");
+    assert_eq!(
+        prepared,
+        build(&inputs).unwrap(),
+        "the same input, the same objects"
+    );
     prepared
 }
 
@@ -88,12 +92,19 @@ fn objects_of_the_examples_are_as_recorded() {
         }
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/build/golden");
         let path = folder.join(format!("{name}.yaml"));
-        #[expect(clippy::disallowed_methods, reason = "golden files are rewritten on demand")]
+        #[expect(
+            clippy::disallowed_methods,
+            reason = "golden files are rewritten on demand"
+        )]
         if std::env::var("UPDATE_GOLDEN").is_ok() {
             std::fs::write(&path, &text).unwrap();
         }
         let golden = std::fs::read_to_string(&path).unwrap_or_default();
-        assert!(golden == text, "{} differs: run with UPDATE_GOLDEN=1 and read the difference", path.display());
+        assert!(
+            golden == text,
+            "{} differs: run with UPDATE_GOLDEN=1 and read the difference",
+            path.display()
+        );
     }
 }
 
@@ -102,13 +113,22 @@ fn objects_of_the_examples_are_as_recorded() {
 fn pods_are_restricted() {
     for name in EXAMPLES {
         let prepared = prepared(example(name), &BTreeMap::new());
-        let templates = prepared.objects.iter().filter_map(|object| object.body.pointer("/spec/template/spec"));
-        let pods = prepared.pods.values().map(|pod| serde_json::to_value(&pod.pod.spec).unwrap());
+        let templates = prepared
+            .objects
+            .iter()
+            .filter_map(|object| object.body.pointer("/spec/template/spec"));
+        let pods = prepared
+            .pods
+            .values()
+            .map(|pod| serde_json::to_value(&pod.pod.spec).unwrap());
         let specs: Vec<Value> = templates.cloned().chain(pods).collect();
         assert!(specs.len() > 1);
         for spec in specs {
             assert_eq!(spec["securityContext"]["runAsNonRoot"], true);
-            assert_eq!(spec["securityContext"]["seccompProfile"]["type"], "RuntimeDefault");
+            assert_eq!(
+                spec["securityContext"]["seccompProfile"]["type"],
+                "RuntimeDefault"
+            );
             assert_eq!(spec["automountServiceAccountToken"], false);
             for absent in ["hostNetwork", "hostPID", "hostIPC"] {
                 assert!(spec.get(absent).is_none());
@@ -122,7 +142,10 @@ fn pods_are_restricted() {
             }
             for volume in spec["volumes"].as_array().unwrap() {
                 let kinds = ["configMap", "emptyDir", "persistentVolumeClaim", "image"];
-                assert!(kinds.iter().any(|kind| volume.get(kind).is_some()), "{volume}");
+                assert!(
+                    kinds.iter().any(|kind| volume.get(kind).is_some()),
+                    "{volume}"
+                );
             }
         }
     }
@@ -137,10 +160,11 @@ fn a_pod_keeps_the_slots_that_it_was_started_with() {
     let fewer = prepared(example("tiny"), &BTreeMap::from([(Rank(0), 10)]));
     assert_ne!(config(&few), config(&more));
     assert_eq!(config(&few), config(&fewer));
-    let slots = |prepared: &Prepared| {
-        prepared.pods[&Rank(0)].pod.annotations()[SLOTS].clone()
-    };
-    assert_eq!((slots(&few), slots(&more)), ("18".to_owned(), "25".to_owned()));
+    let slots = |prepared: &Prepared| prepared.pods[&Rank(0)].pod.annotations()[SLOTS].clone();
+    assert_eq!(
+        (slots(&few), slots(&more)),
+        ("18".to_owned(), "25".to_owned())
+    );
 }
 
 /// A change of one setting starts exactly what it is about anew.
@@ -151,7 +175,10 @@ fn what_a_pod_is_made_from_is_in_its_hash() {
     let changes: [(Change, bool); 5] = [
         (|m| m.spec.workers.max_num_seqs = Some(7), true),
         (|m| m.spec.pods.image = Some("other".to_owned()), true),
-        (|m| drop(m.spec.pods.env.insert("A".to_owned(), "b".to_owned())), true),
+        (
+            |m| drop(m.spec.pods.env.insert("A".to_owned(), "b".to_owned())),
+            true,
+        ),
         (|m| m.spec.gateway.max_queued = Some(7), false),
         (|m| m.spec.balancing.min_rows = Some(7), false),
     ];

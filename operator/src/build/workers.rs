@@ -10,9 +10,7 @@ use k8s_openapi::api::core::v1::{
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
-use super::{
-    CONFIG, Component, Inputs, Object, Prepared, RANK, RankPod, SLOTS, config, hash,
-};
+use super::{CONFIG, Component, Inputs, Object, Prepared, RANK, RankPod, SLOTS, config, hash};
 use crate::launch::ports;
 use crate::source::Source;
 

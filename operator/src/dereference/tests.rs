@@ -37,23 +37,38 @@ fn found(pod: Pod) -> Found {
 
 #[test]
 fn a_pod_of_an_earlier_cluster_is_nobodys() {
-    let other = pod("worker", |pod| pod["metadata"]["ownerReferences"][0]["uid"] = "u-0".into());
+    let other = pod("worker", |pod| {
+        pod["metadata"]["ownerReferences"][0]["uid"] = "u-0".into()
+    });
     assert!(found(other).workers.is_empty());
 }
 
 #[test]
 fn lives_of_pods() {
-    let life = |change: fn(&mut Value)| found(pod("worker", change)).seen(&now())[&Rank(1)].life;
+    let life =
+        |change: fn(&mut Value)| found(pod("worker", change)).seen(&now())[&Rank(1)].life;
     assert_eq!(life(|_| {}), Life::Lives);
-    assert_eq!(life(|pod| pod["status"]["phase"] = "Failed".into()), Life::Ended);
-    assert_eq!(life(|pod| pod["metadata"]["deletionTimestamp"] = "1970-01-01T00:16:45Z".into()), Life::Ending);
-    assert_eq!(life(|pod| pod["metadata"]["deletionTimestamp"] = "1970-01-01T00:16:20Z".into()), Life::Overdue);
+    assert_eq!(
+        life(|pod| pod["status"]["phase"] = "Failed".into()),
+        Life::Ended
+    );
+    assert_eq!(
+        life(|pod| pod["metadata"]["deletionTimestamp"] = "1970-01-01T00:16:45Z".into()),
+        Life::Ending
+    );
+    assert_eq!(
+        life(|pod| pod["metadata"]["deletionTimestamp"] = "1970-01-01T00:16:20Z".into()),
+        Life::Overdue
+    );
     let seen = found(pod("worker", |pod| {
         pod["status"]["conditions"] = json!([{ "type": "Ready", "status": "True" }]);
     }))
     .seen(&now());
     assert!(seen[&Rank(1)].ready);
-    assert_eq!((seen[&Rank(1)].config.as_str(), seen[&Rank(1)].slots), ("c", 18));
+    assert_eq!(
+        (seen[&Rank(1)].config.as_str(), seen[&Rank(1)].slots),
+        ("c", 18)
+    );
 }
 
 #[test]
@@ -66,7 +81,10 @@ fn the_schedulers_and_the_kubelets_sentences_are_passed_on() {
     }));
     let (reason, what) = waits.trouble().unwrap();
     assert_eq!(reason, Reason::PodsUnschedulable);
-    assert!(what.contains("1 of 1 worker pods have no node: tiny-worker-1: 0/3 nodes"), "{what}");
+    assert!(
+        what.contains("1 of 1 worker pods have no node: tiny-worker-1: 0/3 nodes"),
+        "{what}"
+    );
     let fails = found(pod("worker", |pod| {
         pod["status"]["containerStatuses"] = json!([{
             "name": "worker", "image": "", "imageID": "", "ready": false, "restartCount": 3,
@@ -76,7 +94,10 @@ fn the_schedulers_and_the_kubelets_sentences_are_passed_on() {
     }));
     let (reason, what) = fails.trouble().unwrap();
     assert_eq!(reason, Reason::PodFailing);
-    assert!(what.contains("CrashLoopBackOff: error: no config.json"), "{what}");
+    assert!(
+        what.contains("CrashLoopBackOff: error: no config.json"),
+        "{what}"
+    );
     assert_eq!(found(pod("worker", |_| {})).trouble(), None);
 }
 
@@ -96,12 +117,21 @@ fn an_inspector_says_sizes_or_why_not() {
         panic!("it is done");
     };
     assert_eq!((done.experts, done.dense_bytes), (32, 7));
-    assert!(matches!(ended(0, "what?").inspection("s"), Some(Inspection::Failed(_))));
+    assert!(matches!(
+        ended(0, "what?").inspection("s"),
+        Some(Inspection::Failed(_))
+    ));
     let Some(Inspection::Failed(why)) = ended(1, "no config.json").inspection("s") else {
         panic!("it failed");
     };
     assert!(why.contains("code 1: no config.json"), "{why}");
-    assert_eq!(ended(0, facts).inspection("other"), Some(Inspection::Outdated));
-    assert_eq!(found(pod("inspector", |_| {})).inspection("s"), Some(Inspection::Working(None)));
+    assert_eq!(
+        ended(0, facts).inspection("other"),
+        Some(Inspection::Outdated)
+    );
+    assert_eq!(
+        found(pod("inspector", |_| {})).inspection("s"),
+        Some(Inspection::Working(None))
+    );
     assert_eq!(Found::default().inspection("s"), None);
 }

@@ -37,7 +37,9 @@ impl World {
     }
 
     fn want(&mut self, count: u32, config: &str) {
-        self.wanted = (0..count).map(|rank| (Rank(rank), config.to_owned())).collect();
+        self.wanted = (0..count)
+            .map(|rank| (Rank(rank), config.to_owned()))
+            .collect();
     }
 
     fn orders(&self) -> Orders {
@@ -75,10 +77,16 @@ impl World {
     /// The balancer: all ranks but the leaving ones, if they hold every expert.
     fn plan(&mut self) {
         for (rank, seen) in &self.pods {
-            self.state.members.insert(*rank, Arc::new(member(*rank, seen.slots)));
+            self.state
+                .members
+                .insert(*rank, Arc::new(member(*rank, seen.slots)));
         }
-        let ranks: Vec<Rank> =
-            self.pods.keys().filter(|rank| !self.leaving.contains(rank)).copied().collect();
+        let ranks: Vec<Rank> = self
+            .pods
+            .keys()
+            .filter(|rank| !self.leaving.contains(rank))
+            .copied()
+            .collect();
         let slots: u32 = ranks.iter().map(|rank| self.pods[rank].slots).sum();
         let before = self.state.active.as_ref().map(|(plan, _)| Arc::clone(plan));
         if slots < EXPERTS || before.as_ref().is_some_and(|plan| plan.ranks == ranks) {
@@ -116,9 +124,10 @@ impl World {
                 "{rank} ends with experts that others could hold: {orders:?}"
             );
         }
-        let restarted = orders.end.iter().filter(|rank| {
-            self.wanted.contains_key(rank) && self.pods[*rank].ready
-        });
+        let restarted = orders
+            .end
+            .iter()
+            .filter(|rank| self.wanted.contains_key(rank) && self.pods[*rank].ready);
         assert!(restarted.count() <= 1, "{orders:?}");
     }
 
@@ -138,7 +147,10 @@ impl World {
 }
 
 fn placement(epoch: Epoch, parent: Epoch, ranks: &[Rank]) -> Placement {
-    let slots = ranks.iter().map(|_| (0..EXPERTS).map(ExpertId).collect()).collect();
+    let slots = ranks
+        .iter()
+        .map(|_| (0..EXPERTS).map(ExpertId).collect())
+        .collect();
     Placement {
         epoch,
         parent,
@@ -237,7 +249,11 @@ fn a_lost_rank_comes_back_alone() {
     for life in [Life::Ending, Life::Overdue, Life::Ended] {
         world.pods.get_mut(&Rank(1)).unwrap().life = life;
         let orders = world.orders();
-        assert_eq!(orders.remove.contains(&Rank(1)), life != Life::Ending, "{life:?}");
+        assert_eq!(
+            orders.remove.contains(&Rank(1)),
+            life != Life::Ending,
+            "{life:?}"
+        );
         assert!(orders.create.is_empty(), "its name is taken until then");
         assert!(orders.end.is_empty());
     }
@@ -297,7 +313,9 @@ fn a_rank_has_left_when_no_step_can_call_it() {
 fn any_history_settles() {
     let mut seed = 7_u64;
     let mut draw = move |below: u64| {
-        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        seed = seed
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
         (seed >> 33) % below
     };
     for _ in 0..200 {

@@ -251,5 +251,9 @@ fn pods_have_known_ports_and_live_on_their_resources() {
     let error = launch(&wanted("1", "140Mi"), &DEMO, &pods).unwrap_err();
     assert!(error.to_string().contains("= 154140672 bytes"), "{error}");
     let plan = launch(&cluster(|_| {}), &DEMO, &pods).unwrap();
-    assert!(plan.notes.iter().any(|note| note.contains("one thread")), "{:?}", plan.notes);
+    assert!(
+        plan.notes.iter().any(|note| note.contains("one thread")),
+        "{:?}",
+        plan.notes
+    );
 }

@@ -79,7 +79,9 @@ impl World {
     }
 
     async fn look(&self) -> Result<Action, ReconcileError> {
-        let object = self.api.with("moeclusters", "tiny", |object| object.clone());
+        let object = self
+            .api
+            .with("moeclusters", "tiny", |object| object.clone());
         let cluster: MoeCluster = serde_json::from_value(object).unwrap();
         reconcile(Arc::new(cluster), Arc::clone(&self.context)).await
     }
@@ -115,8 +117,12 @@ impl World {
             .iter()
             .filter_map(|name| name.strip_prefix(prefix)?.parse().ok().map(Rank))
             .collect();
-        let gone: Vec<Rank> =
-            self.workers.keys().filter(|rank| !ranks.contains(rank)).copied().collect();
+        let gone: Vec<Rank> = self
+            .workers
+            .keys()
+            .filter(|rank| !ranks.contains(rank))
+            .copied()
+            .collect();
         for rank in gone {
             let worker = self.workers.remove(&rank).unwrap();
             worker.lease.revoke().await.unwrap();
@@ -136,7 +142,10 @@ impl World {
                 slots,
             };
             let member = member(rank, &worker);
-            self.coord.register(&member, worker.lease.as_ref()).await.unwrap();
+            self.coord
+                .register(&member, worker.lease.as_ref())
+                .await
+                .unwrap();
             self.workers.insert(rank, worker);
         }
     }
@@ -154,7 +163,10 @@ impl World {
             drained: Epoch(active.0.saturating_sub(1)),
         };
         for (rank, worker) in &self.workers {
-            self.coord.acknowledge(*rank, ack, worker.lease.as_ref()).await.unwrap();
+            self.coord
+                .acknowledge(*rank, ack, worker.lease.as_ref())
+                .await
+                .unwrap();
         }
     }
 
@@ -162,7 +174,11 @@ impl World {
         let end = tokio_util::sync::CancellationToken::new();
         let mut states = self.coord.watch_cluster(end.clone());
         let _end = end.drop_guard();
-        states.wait_for(|state| state.connected).await.unwrap().clone()
+        states
+            .wait_for(|state| state.connected)
+            .await
+            .unwrap()
+            .clone()
     }
 
     /// Looks until the cluster is ready with so many workers. Every expert that was placed stays covered.
@@ -176,7 +192,11 @@ impl World {
                 return;
             }
         }
-        panic!("not {count} workers: {:#?}", self.api.with("moeclusters", "tiny", |o| o["status"].clone()));
+        panic!(
+            "not {count} workers: {:#?}",
+            self.api
+                .with("moeclusters", "tiny", |o| o["status"].clone())
+        );
     }
 
     fn done(&self) -> bool {
@@ -185,8 +205,14 @@ impl World {
 
     fn condition(&self, about: &str) -> Value {
         self.api.with("moeclusters", "tiny", |object| {
-            let conditions = object["status"]["conditions"].as_array().cloned().unwrap_or_default();
-            conditions.into_iter().find(|c| c["type"] == about).unwrap_or_default()
+            let conditions = object["status"]["conditions"]
+                .as_array()
+                .cloned()
+                .unwrap_or_default();
+            conditions
+                .into_iter()
+                .find(|c| c["type"] == about)
+                .unwrap_or_default()
         })
     }
 
@@ -197,7 +223,9 @@ impl World {
         };
         for copies in plan.layers.iter().flat_map(|layer| &layer.copies) {
             assert!(
-                copies.iter().any(|copy| self.workers.contains_key(&copy.rank)),
+                copies
+                    .iter()
+                    .any(|copy| self.workers.contains_key(&copy.rank)),
                 "an expert is nowhere: epoch {} over {:?}, workers {:?}",
                 plan.epoch,
                 plan.ranks,
@@ -246,19 +274,36 @@ fn member(rank: Rank, worker: &Worker) -> Member {
 
 /// Calls that change something.
 fn writes(calls: &[Call]) -> Vec<&Call> {
-    calls.iter().filter(|(_, _, verb)| verb != "get" && verb != "list").collect()
+    calls
+        .iter()
+        .filter(|(_, _, verb)| verb != "get" && verb != "list")
+        .collect()
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_manifest_becomes_a_cluster_that_serves() {
     let mut world = World::new(3);
     world.look().await.unwrap();
-    assert_eq!(world.api.names("pods"), BTreeSet::from(["tiny-inspect".to_owned()]));
+    assert_eq!(
+        world.api.names("pods"),
+        BTreeSet::from(["tiny-inspect".to_owned()])
+    );
     assert_eq!(world.condition("Ready")["reason"], "ReadingModel");
     world.settle(3).await;
-    assert!(!world.api.names("pods").contains("tiny-inspect"), "it has done its work");
+    assert!(
+        !world.api.names("pods").contains("tiny-inspect"),
+        "it has done its work"
+    );
     for (resource, names) in [
-        ("configmaps", &["tiny-gateway", "tiny-worker-0", "tiny-worker-1", "tiny-worker-2"][..]),
+        (
+            "configmaps",
+            &[
+                "tiny-gateway",
+                "tiny-worker-0",
+                "tiny-worker-1",
+                "tiny-worker-2",
+            ][..],
+        ),
         ("services", &["tiny", "tiny-workers"]),
         ("deployments", &["tiny-gateway"]),
         ("poddisruptionbudgets", &["tiny-gateway", "tiny-workers"]),
@@ -268,11 +313,15 @@ async fn a_manifest_becomes_a_cluster_that_serves() {
         let wanted: BTreeSet<String> = names.iter().map(|name| (*name).to_owned()).collect();
         assert_eq!(world.api.names(resource), wanted, "{resource}");
     }
-    let status = world.api.with("moeclusters", "tiny", |object| object["status"].clone());
+    let status = world
+        .api
+        .with("moeclusters", "tiny", |object| object["status"].clone());
     assert_eq!(status["readyReplicas"], 3);
     assert_eq!(status["parallelism"]["expertRanks"], 3);
     assert_eq!(status["memory"]["kvBytes"], 1 << 20);
-    let placement = world.api.with("expertplacements", "tiny", |object| object["status"].clone());
+    let placement = world.api.with("expertplacements", "tiny", |object| {
+        object["status"].clone()
+    });
     assert_eq!(placement["epoch"], status["epoch"]);
     assert_eq!(placement["reason"], "initial");
     assert_eq!(placement["homes"].as_array().unwrap().len(), 3);
@@ -338,17 +387,33 @@ async fn a_lost_rank_comes_back_and_nobody_else_is_touched() {
     world.look().await.unwrap();
     assert!(world.api.names("pods").contains("tiny-worker-1"));
     world.settle(3).await;
-    assert_eq!((world.workers[&Rank(0)].incarnation, world.workers[&Rank(2)].incarnation), (1, 3));
+    assert_eq!(
+        (
+            world.workers[&Rank(0)].incarnation,
+            world.workers[&Rank(2)].incarnation
+        ),
+        (1, 3)
+    );
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_wrong_manifest_is_answered_in_its_status_and_nothing_is_made() {
     let world = World::new(2);
-    world.api.with("moeclusters", "tiny", |o| o["spec"]["workers"]["kvMemory"] = json!("much"));
+    world.api.with("moeclusters", "tiny", |o| {
+        o["spec"]["workers"]["kvMemory"] = json!("much")
+    });
     world.look().await.unwrap();
     let degraded = world.condition("Degraded");
-    assert_eq!((&degraded["status"], &degraded["reason"]), (&json!("True"), &json!("InvalidManifest")));
-    assert!(degraded["message"].as_str().unwrap().contains("spec.workers.kvMemory"));
+    assert_eq!(
+        (&degraded["status"], &degraded["reason"]),
+        (&json!("True"), &json!("InvalidManifest"))
+    );
+    assert!(
+        degraded["message"]
+            .as_str()
+            .unwrap()
+            .contains("spec.workers.kvMemory")
+    );
     assert!(world.api.names("pods").is_empty());
 }
 
@@ -365,7 +430,13 @@ async fn what_does_not_fit_is_answered_with_the_sum() {
     let degraded = world.condition("Degraded");
     assert_eq!(degraded["reason"], "DoesNotFit");
     // 1 Mi of keys and values, 5 slots of 1000, 1000 of other weights.
-    assert!(degraded["message"].as_str().unwrap().contains("= 1054576 bytes"), "{degraded}");
+    assert!(
+        degraded["message"]
+            .as_str()
+            .unwrap()
+            .contains("= 1054576 bytes"),
+        "{degraded}"
+    );
     assert!(world.workers.is_empty());
 }
 
@@ -378,7 +449,7 @@ async fn what_the_api_server_refuses_is_told_and_tried_again() {
     let error = world.look().await.unwrap_err();
     assert_eq!(error.category(), "apply");
     assert_eq!(world.condition("Degraded")["reason"], "ApplyFailed");
-    assert!([1, 2, 3, 40].map(pause) .is_sorted() && pause(40) == LONGEST_PAUSE);
+    assert!([1, 2, 3, 40].map(pause).is_sorted() && pause(40) == LONGEST_PAUSE);
     world.api.refuse(None);
     world.settle(2).await;
 }
@@ -414,7 +485,11 @@ async fn the_charts_rules_are_what_the_operator_needs() {
     }
     needed.insert(call("events.k8s.io", "events", "patch"));
     // An apply makes what is not there; a prune removes whatever of its kinds is not wanted any more.
-    let made: Vec<Call> = needed.iter().filter(|(_, _, verb)| verb == "patch").cloned().collect();
+    let made: Vec<Call> = needed
+        .iter()
+        .filter(|(_, _, verb)| verb == "patch")
+        .cloned()
+        .collect();
     for (group, resource, _) in made {
         if resource.contains('/') || resource == "events" {
             continue;
@@ -429,7 +504,9 @@ async fn the_charts_rules_are_what_the_operator_needs() {
 
 fn granted() -> BTreeSet<Call> {
     let chart = include_str!("../../../charts/foregate/templates/_helpers.tpl");
-    let (_, rest) = chart.split_once("{{- define \"foregate.rules\" -}}").unwrap();
+    let (_, rest) = chart
+        .split_once("{{- define \"foregate.rules\" -}}")
+        .unwrap();
     let (rules, _) = rest.split_once("{{- end }}").unwrap();
     let rules: Vec<BTreeMap<String, Vec<String>>> = serde_yaml_ng::from_str(rules).unwrap();
     let mut granted = BTreeSet::new();

@@ -14,7 +14,10 @@ fn time(second: i64) -> Time {
 /// Two ranks that serve epoch 3.
 fn state() -> ClusterState {
     let ranks = [Rank(0), Rank(1)];
-    let slots = vec![vec![ExpertId(0), ExpertId(1)], vec![ExpertId(2), ExpertId(3)]];
+    let slots = vec![
+        vec![ExpertId(0), ExpertId(1)],
+        vec![ExpertId(2), ExpertId(3)],
+    ];
     let plan = Arc::new(Placement {
         epoch: Epoch(3),
         parent: Epoch(2),
@@ -80,7 +83,9 @@ fn facts(state: &ClusterState) -> Facts<'_> {
 /// Status and reason of every condition, in words.
 fn said(status: &MoeClusterStatus) -> Vec<String> {
     let conditions = status.conditions.iter();
-    conditions.map(|c| format!("{} {} {}", c.type_, c.status, c.reason)).collect()
+    conditions
+        .map(|c| format!("{} {} {}", c.type_, c.status, c.reason))
+        .collect()
 }
 
 #[test]
@@ -101,9 +106,17 @@ fn a_cluster_that_serves_is_ready() {
             "RouterReady True GatewayAvailable",
         ]
     );
-    assert!(status.conditions.iter().all(|c| c.observed_generation == Some(7)));
+    assert!(
+        status
+            .conditions
+            .iter()
+            .all(|c| c.observed_generation == Some(7))
+    );
     let parallelism = status.parallelism.unwrap();
-    assert_eq!((parallelism.attention_ranks, parallelism.expert_ranks), (2, 2));
+    assert_eq!(
+        (parallelism.attention_ranks, parallelism.expert_ranks),
+        (2, 2)
+    );
     assert_eq!(parallelism.cpu_paths, ["avx2"]);
     assert_eq!(status.epoch, 3);
 }
@@ -154,10 +167,22 @@ fn what_is_wrong_says_so_with_its_reason() {
         (stage(&INVALID), 0, "Ready False InvalidManifest"),
         (stage(&UNFIT), 3, "Degraded True DoesNotFit"),
         (stage(&REFUSED), 3, "Degraded True ApplyFailed"),
-        (stage(&INVALID), 5, "ExpertsCovered Unknown StoreUnreachable"),
+        (
+            stage(&INVALID),
+            5,
+            "ExpertsCovered Unknown StoreUnreachable",
+        ),
         (trouble(Reason::PodFailing), 3, "Degraded True PodFailing"),
-        (trouble(Reason::PodsUnschedulable), 2, "Progressing True PodsUnschedulable"),
-        (trouble(Reason::PodsUnschedulable), 0, "Ready False PodsUnschedulable"),
+        (
+            trouble(Reason::PodsUnschedulable),
+            2,
+            "Progressing True PodsUnschedulable",
+        ),
+        (
+            trouble(Reason::PodsUnschedulable),
+            0,
+            "Ready False PodsUnschedulable",
+        ),
     ] {
         let status = status(&facts, None, &time(0));
         assert_eq!(said(&status)[line], is, "{:#?}", status.conditions);

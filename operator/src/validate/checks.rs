@@ -98,7 +98,10 @@ impl Checks {
         self.add(
             PAGE_TOKENS.field,
             format!("is {value}"),
-            format!("give a power of two from {} to {}", PAGE_TOKENS.low, PAGE_TOKENS.high),
+            format!(
+                "give a power of two from {} to {}",
+                PAGE_TOKENS.low, PAGE_TOKENS.high
+            ),
         );
         right
     }
@@ -174,7 +177,8 @@ impl Checks {
             );
             return unknown();
         }
-        let odd = |d: &String| d.is_empty() || d.len() > MAX_DOMAIN || !d.chars().all(domain_char);
+        let odd =
+            |d: &String| d.is_empty() || d.len() > MAX_DOMAIN || !d.chars().all(domain_char);
         if let Some(i) = domains.iter().position(odd) {
             self.add(
                 format!("{FIELD}[{i}]"),
@@ -197,7 +201,11 @@ impl Checks {
             for (name, Quantity(amount)) in amounts {
                 if let Err(error) = parse_milli(amount) {
                     let field = format!("{field}.{map}[{name}]");
-                    self.add(field, error.to_string(), "give an amount, such as 500m or 2Gi");
+                    self.add(
+                        field,
+                        error.to_string(),
+                        "give an amount, such as 500m or 2Gi",
+                    );
                 }
             }
         }
@@ -219,7 +227,9 @@ impl Checks {
         let memory = of("memory").and_then(|Quantity(text)| parse_bytes(text).ok());
         let texts = |amounts: &BTreeMap<String, Quantity>| {
             let pairs = amounts.iter();
-            pairs.map(|(name, Quantity(text))| (name.clone(), text.clone())).collect()
+            pairs
+                .map(|(name, Quantity(text))| (name.clone(), text.clone()))
+                .collect()
         };
         Resources {
             requests: texts(&requests),
@@ -262,7 +272,11 @@ impl Checks {
         };
         if let Some(key) = keys.keys().find(own) {
             let field = format!("{field}[{key}]");
-            self.add(field, "is the operator's".to_owned(), "choose another prefix");
+            self.add(
+                field,
+                "is the operator's".to_owned(),
+                "choose another prefix",
+            );
         }
     }
 }

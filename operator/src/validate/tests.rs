@@ -188,7 +188,9 @@ const WRONG: &[Wrong] = &[
     ("spec.workers.kvMemory", |m| {
         m.spec.workers.resources.limits = amounts(&[("memory", "512Mi")])
     }),
-    ("spec.gateway.replicas", |m| m.spec.gateway.replicas = Some(0)),
+    ("spec.gateway.replicas", |m| {
+        m.spec.gateway.replicas = Some(0)
+    }),
     ("spec.gateway.resources.requests.cpu", |m| {
         m.spec.gateway.autoscaling = Some(AutoscalingSpec::default())
     }),
@@ -207,13 +209,18 @@ const WRONG: &[Wrong] = &[
         });
     }),
     ("spec.pods.labels[foregate.dev/x]", |m| {
-        m.spec.pods.labels.insert("foregate.dev/x".into(), "y".into());
+        m.spec
+            .pods
+            .labels
+            .insert("foregate.dev/x".into(), "y".into());
     }),
 ];
 
 fn amounts(pairs: &[(&str, &str)]) -> BTreeMap<String, Quantity> {
     let pairs = pairs.iter();
-    pairs.map(|(name, text)| ((*name).to_owned(), Quantity((*text).to_owned()))).collect()
+    pairs
+        .map(|(name, text)| ((*name).to_owned(), Quantity((*text).to_owned())))
+        .collect()
 }
 
 #[test]
