@@ -3,6 +3,7 @@
 mod least_loaded;
 mod round_robin;
 mod signature;
+pub mod window;
 
 use std::fmt;
 use std::sync::atomic::{AtomicUsize, Ordering};
