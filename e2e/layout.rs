@@ -131,6 +131,8 @@ const DOORS: &[(&str, &[&str])] = &[
     ("opentelemetry-proto", &[BINARY]),
     ("opentelemetry_sdk", &[BINARY]),
     ("plotters", &[BINARY]),
+    // The token model of `foregate simulate`.
+    ("rand_chacha", &[BINARY]),
     ("rustix", &[BINARY, "foregate-worker"]),
     // The load generator of `foregate bench`.
     ("reqwest", &[BINARY]),

@@ -13,6 +13,7 @@ mod fetch;
 mod progress;
 mod roles;
 mod shutdown;
+mod simulate;
 mod status;
 mod telemetry;
 mod up;
@@ -51,6 +52,8 @@ enum Command {
     Worker(roles::RoleArgs),
     /// Measure a running gateway, a rebalance, or the engine alone.
     Bench(bench::BenchArgs),
+    /// Run routing, batching and caches on synthetic loads, without a cluster.
+    Simulate(simulate::SimulateArgs),
     /// Keep an etcd running for `up --processes`.
     #[command(hide = true)]
     OwnEtcd,
@@ -66,6 +69,7 @@ impl Command {
             Self::Gateway(_) => "gateway",
             Self::Worker(_) => "worker",
             Self::Bench(_) => "bench",
+            Self::Simulate(_) => "simulate",
             Self::OwnEtcd => "own-etcd",
             Self::Doctor(_) => "doctor",
         }
@@ -118,6 +122,7 @@ async fn run(cli: Cli) -> ExitCode {
                 roles::run_alone("worker", &args, &mut telemetry, drain).await
             }
             Command::Bench(args) => bench::run(args, &progress, drain).await,
+            Command::Simulate(args) => simulate::run(args, &progress).await,
             Command::OwnEtcd => up::run_own(drain).await,
             Command::Doctor(args) => doctor::run(&args).await,
         }

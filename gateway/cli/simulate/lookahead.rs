@@ -2,18 +2,28 @@
 //! cluster. The policies are the product's code; only workers and tokens are simulated.
 
 mod arm;
+mod caches;
 mod cluster;
 mod dice;
 mod figures;
+mod plot;
+mod report;
 mod settings;
 mod tokens;
 mod traffic;
 
 use std::path::PathBuf;
 
+use foregate_gateway::signature::Profile;
+
+use crate::bench::write_json;
+use crate::error::{CliError, print};
+use crate::progress::{Progress, Task};
 use arm::{Arm, PATIENCE, Policy};
+use cluster::Run;
 use figures::Figures;
-use settings::{Setting, Subject};
+use report::{CacheReport, OfPolicy, Report};
+use settings::{Cluster, Setting, Subject};
 use traffic::Traffic;
 
 /// Arguments of `foregate simulate lookahead`.
@@ -22,39 +32,147 @@ pub(crate) struct LookaheadArgs {
     /// What is simulated.
     #[arg(long, value_enum)]
     setting: Setting,
-    /// Policies, the first is the baseline.
-    #[arg(long, value_delimiter = ',', default_value = "least,round-robin,prefix,band,ms:16,ms:64,label:64,placebo:64")]
+    /// Policies, the first is the baseline: least, round-robin, prefix, band, ms:W (the window over W requests),
+    /// label:W (only a topic label is known), placebo:W (signatures exchanged). Caches are always compared with all
+    /// of theirs.
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "least,round-robin,prefix,band,ms:16,ms:64,label:64,placebo:64"
+    )]
     policies: Vec<Policy>,
     /// Seeds.
     #[arg(long, value_delimiter = ',', default_value = "0,1,2,3,4")]
     seeds: Vec<u64>,
+    /// Share of requests placed at random, in place of the policy's own slice; 0 also stops the guard from judging.
+    #[arg(long)]
+    control: Option<f64>,
     /// Write the figures as JSON to this file.
     #[arg(long)]
     json: Option<PathBuf>,
-    /// Write the plot as SVG to this file.
+    /// Write the plot as SVG to this file (not for caches).
     #[arg(long)]
     svg: Option<PathBuf>,
 }
 
-pub(crate) fn try_run(args: &LookaheadArgs) {
-    let Subject::Router(c) = args.setting.subject() else { return };
-    let mut base: Vec<Figures> = Vec::new();
-    let traffic: Vec<Traffic> = args.seeds.iter().map(|s| Traffic::new(c, *s)).collect();
-    for t in &traffic { println!("corr {:.3} random {:.1}", t.correlation, t.random_batch); }
-    for p in &args.policies {
-        let runs: Vec<_> = traffic.iter().map(|t| {
-            let profiles = match p { Policy::Label(_) => t.labels.clone(), Policy::Placebo(_) => { let n = t.profiles.len(); (0..n).map(|i| t.profiles[(i*337+11) % n].clone()).collect() }, _ => t.profiles.clone() };
-            cluster::run(t, &profiles, c.slots, Arm::new(*p, t), PATIENCE)
-        }).collect();
-        let f: Vec<Figures> = runs.iter().map(Figures::of).collect();
-        if base.is_empty() { base = f.clone(); }
-        let m = Figures::mean(&f);
-        print!("{:<12} b {:.1} D {:.1} per {:.2} tpot {:.2} wait {:.0} lat {:.0} old {:.0} |", p.to_string(), m.batch, m.distinct_experts, m.experts_per_token, m.time_per_token_ms_p50, m.wait_ms_p95, m.latency_ms_p95, m.oldest_wait_ms);
-        for (n, of) in figures::COMPARED {
-            let ch = figures::Change::of(base.iter().zip(&f).map(|(b, f)| (of(b), of(f))));
-            if n.contains("p95") || n.contains("p50") || n.contains("dist") || n.contains("bytes") { print!(" {} {:+.1}[{:+.1},{:+.1}]", &n.replace("_ms",""), ch.mean, ch.lowest, ch.highest); }
+/// Simulates, prints a table and writes the files.
+///
+/// # Errors
+/// Wrong arguments; files that cannot be written; a request that waited longer than it may.
+pub(super) fn run(args: &LookaheadArgs, progress: &Progress) -> Result<(), CliError> {
+    if args.policies.is_empty() || args.seeds.is_empty() {
+        return Err(CliError::Usage(
+            "--policies and --seeds need at least one each".into(),
+        ));
+    }
+    if args
+        .control
+        .is_some_and(|share| !(0.0..=1.0).contains(&share))
+    {
+        return Err(CliError::Usage("--control must be from 0 to 1".into()));
+    }
+    match args.setting.subject() {
+        Subject::Router(cluster) => route(args, cluster, progress),
+        Subject::Cache { .. } if args.svg.is_some() => {
+            Err(CliError::Usage("--svg: there is no plot of caches".into()))
         }
-        println!(" ctl {:.3} off {:.1} dec {:.1}/{:.1} over {}", m.control_share, m.switch_offs, m.decision_us_p50, m.decision_us_p99, runs.iter().map(|r| r.overtaken).sum::<u32>());
-        println!("   gain {:?} sep {:?} grouping {:?}", runs.iter().map(|r| r.gain.map(|g| (g*1000.0).round()/1000.0)).collect::<Vec<_>>(), runs.iter().map(|r| r.separation.map(|g| (g*1000.0).round()/1000.0)).collect::<Vec<_>>(), runs.iter().map(|r| r.grouping).collect::<Vec<_>>());
+        Subject::Cache { fit, share, decay } => {
+            let task = progress.steps(args.setting.name(), caches::cases() as u64);
+            let rows = caches::run(fit, share, decay, &args.seeds, || task.add(1));
+            task.finish("done");
+            let report = CacheReport {
+                setting: args.setting.name(),
+                seeds: args.seeds.clone(),
+                share,
+                decay,
+                rows,
+            };
+            print(&report.text());
+            args.json
+                .as_ref()
+                .map_or(Ok(()), |path| write_json(path, &report))
+        }
+    }
+}
+
+fn route(args: &LookaheadArgs, cluster: Cluster, progress: &Progress) -> Result<(), CliError> {
+    let steps = args.seeds.len() * (args.policies.len() + 1);
+    let task = progress.steps(args.setting.name(), steps as u64);
+    let draw = |seed: &u64| {
+        let traffic = Traffic::new(cluster, *seed);
+        task.add(1);
+        traffic
+    };
+    let traffic: Vec<Traffic> = args.seeds.iter().map(draw).collect();
+    let mut policies: Vec<OfPolicy> = Vec::new();
+    let mut base: Option<Vec<Figures>> = None;
+    for policy in &args.policies {
+        let runs = simulate(*policy, cluster, &traffic, args.control, &task);
+        if let Some(run) = runs.iter().find(|run| run.overtaken > 0) {
+            return Err(CliError::Runtime(format!(
+                "{policy}: {} requests that had waited for their patience were overtaken",
+                run.overtaken
+            )));
+        }
+        let own = OfPolicy::new(policy.to_string(), &runs, base.as_deref().unwrap_or(&[]));
+        if base.is_none() {
+            base = Some(own.by_seed.clone());
+        }
+        policies.push(own);
+    }
+    task.finish("done");
+    let mean =
+        |of: fn(&Traffic) -> f64| traffic.iter().map(of).sum::<f64>() / traffic.len() as f64;
+    let report = Report {
+        setting: args.setting.name(),
+        seeds: args.seeds.clone(),
+        correlation: mean(|traffic| traffic.correlation),
+        random_batch: mean(|traffic| traffic.random_batch),
+        policies,
+    };
+    print(&report.text());
+    if let Some(path) = &args.svg {
+        plot::write(path, &report)?;
+    }
+    args.json
+        .as_ref()
+        .map_or(Ok(()), |path| write_json(path, &report))
+}
+
+fn simulate(
+    policy: Policy,
+    cluster: Cluster,
+    traffic: &[Traffic],
+    control: Option<f64>,
+    task: &Task,
+) -> Vec<Run> {
+    let run = |traffic: &Traffic| {
+        let profiles = told(policy, traffic);
+        let arm = Arm::new(policy, traffic, control);
+        let run = cluster::run(traffic, &profiles, cluster.slots, arm, PATIENCE);
+        task.add(1);
+        run
+    };
+    traffic.iter().map(run).collect()
+}
+
+/// What a policy is told of the requests.
+fn told(policy: Policy, traffic: &Traffic) -> Vec<Profile> {
+    match policy {
+        Policy::Label(_) => traffic.labels.clone(),
+        // Everybody's goes to somebody far away in the order of arrival.
+        Policy::Placebo(_) => {
+            let mut exchanged = traffic.profiles.clone();
+            let n = exchanged.len();
+            for at in 0..n {
+                exchanged[at] = traffic.profiles[(at * 337 + 11) % n].clone();
+            }
+            exchanged
+        }
+        Policy::Least
+        | Policy::RoundRobin
+        | Policy::Prefix
+        | Policy::Band
+        | Policy::Window(_) => traffic.profiles.clone(),
     }
 }

@@ -60,7 +60,7 @@ pub struct Settings {
     pub step: StepModel,
     /// Milliseconds per prompt token that is not cached.
     pub prefill_ms: f64,
-    /// Share of requests placed at random.
+    /// Share of requests placed at random until the gain is proven; then a fifth of it.
     pub control: f64,
     /// Experts per layer, and how many of them a token uses.
     pub experts: (usize, usize),
@@ -237,7 +237,10 @@ impl Window {
 
     /// Takes new kinds, which [`Kinds::fit`] made elsewhere.
     pub fn adopt(&mut self, kinds: Arc<Kinds>) {
-        let (batch, version) = self.unused.as_ref().map_or((1.0, 0), |u| (u.batch, u.version));
+        let (batch, version) = self
+            .unused
+            .as_ref()
+            .map_or((1.0, 0), |u| (u.batch, u.version));
         self.unused = Some(Unused::new(&kinds, batch, version + 1));
         self.kinds = Some(kinds);
         self.look_at_prize(batch);
@@ -279,7 +282,10 @@ impl Window {
             return None;
         }
         let overdue = now_ms - oldest.arrived_ms > oldest.patience_ms;
-        let batch = workers.iter().map(|worker| f64::from(worker.active)).sum::<f64>()
+        let batch = workers
+            .iter()
+            .map(|worker| f64::from(worker.active))
+            .sum::<f64>()
             / workers.len() as f64;
         self.follow(batch.max(1.0));
         let grouping = self.is_grouping();
@@ -290,7 +296,11 @@ impl Window {
             let drawn = split_mix(self.decisions.wrapping_mul(0xD134_2543_DE82_EF95));
             (0, open[(drawn % open.len() as u64) as usize], Why::Control)
         } else {
-            let width = if overdue || !grouping { 1 } else { self.settings.width };
+            let width = if overdue || !grouping {
+                1
+            } else {
+                self.settings.width
+            };
             let why = match (overdue, grouping) {
                 (true, _) => Why::Overdue,
                 (false, true) => Why::Cost,
@@ -302,10 +312,11 @@ impl Window {
         self.place(at, worker.rank, why)
     }
 
-    /// One request in twenty, evenly spread but not in step with anything that comes in turns.
+    /// Drawn, so that it is not in step with anything that comes in turns.
     fn is_control(&self) -> bool {
         let drawn = split_mix(self.decisions.wrapping_mul(0x9E37_79B9_7F4A_7C15));
-        (drawn as f64) < self.settings.control * 2f64.powi(64)
+        let slice = self.settings.control * self.guard.slice();
+        (drawn as f64) < slice * 2f64.powi(64)
     }
 
     fn cheapest(
@@ -318,7 +329,11 @@ impl Window {
     ) -> Option<(usize, Worker)> {
         let kinds: Vec<usize> = open.iter().map(|worker| self.kind(worker.rank)).collect();
         let step = self.settings.step;
-        let per_expert = if grouping { (batch + 1.0) * step.expert } else { 0.0 };
+        let per_expert = if grouping {
+            (batch + 1.0) * step.expert
+        } else {
+            0.0
+        };
         let width = width.min(self.queue.len());
         let mut best: Option<(f64, usize, Worker)> = None;
         for at in 0..width {
@@ -347,7 +362,9 @@ impl Window {
     /// What is paid once, per token of the answer.
     fn once(&self, request: &Waiting, worker: Rank) -> f64 {
         let cached = request.cached.iter().find(|(rank, _)| *rank == worker);
-        let missing = request.prompt.saturating_sub(cached.map_or(0, |(_, tokens)| *tokens));
+        let missing = request
+            .prompt
+            .saturating_sub(cached.map_or(0, |(_, tokens)| *tokens));
         self.settings.prefill_ms * f64::from(missing) / request.answer.clamp(16.0, 1024.0)
     }
 
@@ -382,23 +399,33 @@ impl Window {
         let Some(placed) = self.placed.remove(&id) else {
             return;
         };
-        let Some(running) = self.running.get_mut(&placed.worker) else {
-            return;
-        };
-        if let Some(profile) = &placed.profile {
+        if let (Some(profile), Some(running)) =
+            (&placed.profile, self.running.get_mut(&placed.worker))
+        {
             running.add(profile, -1.0);
         }
-        let Some(added) = used.and_then(|used| running.added(used)) else {
-            return;
-        };
-        if let (Some(kinds), Some(unused)) = (self.kinds.as_deref(), &self.unused) {
-            let batch = unused.batch;
+        let saved = used.and_then(|used| self.saved(placed.worker, used));
+        if let (Some(saved), Some(kinds), Some(unused)) = (saved, &self.kinds, &self.unused) {
+            let (batch, step) = (unused.batch, self.settings.step);
             let (mixed, _) = kinds.distinct(batch);
-            let step = self.settings.step;
+            // The last that joins its like saves all of it and the first nothing: half on average.
             let value =
-                |less: f64| step.expert * less * batch / 2.0 / step.step(mixed, batch);
-            self.guard.ended(placed.control, added, value);
+                |saved: f64| step.expert * saved * batch / 2.0 / step.step(mixed, batch);
+            self.guard.ended(placed.control, saved, value);
         }
+    }
+
+    /// Experts that the tokens of a request would have added on the average worker, less what they added on its own.
+    fn saved(&self, worker: Rank, used: &Profile) -> Option<f64> {
+        let likely: Vec<f32> = used.probabilities().collect();
+        let layers = used.layers() as f64;
+        let own = self.running.get(&worker)?.added(&likely, layers)?;
+        let all: Vec<f64> = self
+            .running
+            .values()
+            .filter_map(|running| running.added(&likely, layers))
+            .collect();
+        Some(all.iter().sum::<f64>() / all.len() as f64 - own)
     }
 
     /// Follows the usual batch.
@@ -422,7 +449,6 @@ impl Window {
             self.regime = self.regime.next(prize);
         }
     }
-
 }
 
 impl Queued {

@@ -63,6 +63,12 @@ impl Profile {
         self.experts
     }
 
+    /// Sampled layers.
+    #[must_use]
+    pub fn layers(&self) -> usize {
+        self.levels.len() / self.experts.max(1)
+    }
+
     /// Entries: sampled layers × experts, and bytes.
     #[must_use]
     pub fn len(&self) -> usize {
@@ -134,13 +140,22 @@ mod tests {
 
     #[test]
     fn a_deep_model_is_sampled_and_stays_small() {
-        for (layers, experts) in [(94, 128), (61, 256), (61, 384), (3, 8), (8, 512), (40, 4096)]
-        {
+        for (layers, experts) in [
+            (94, 128),
+            (61, 256),
+            (61, 384),
+            (3, 8),
+            (8, 512),
+            (40, 4096),
+        ] {
             let signature = Signature::new(experts, vec![1; layers * experts]).unwrap();
             let profile = Profile::of(&signature, 8.min(experts)).unwrap();
             assert!(profile.len() <= MAX_BYTES, "{layers} × {experts}");
             let chosen = sampled(layers, LAYERS.min(MAX_BYTES / experts));
-            assert!(chosen.windows(2).all(|pair| pair[0] < pair[1]), "{chosen:?}");
+            assert!(
+                chosen.windows(2).all(|pair| pair[0] < pair[1]),
+                "{chosen:?}"
+            );
             assert!(chosen.iter().all(|layer| *layer < layers));
         }
         assert!(Profile::of(&Signature::new(5000, vec![1; 5000]).unwrap(), 1).is_none());

@@ -7,7 +7,9 @@ use std::sync::Arc;
 
 use foregate_api::ids::Rank;
 use foregate_api::manifest::RoutingPolicy;
-use foregate_gateway::route::window::{self, Kinds, Settings, Waiting, Window, Worker};
+use foregate_gateway::route::window::{
+    self, CONTROL, Kinds, Settings, Waiting, Window, Worker,
+};
 use foregate_gateway::route::{Candidate, Router};
 use foregate_gateway::signature::{Known, Profile};
 
@@ -61,9 +63,17 @@ impl FromStr for Policy {
                 "no policy `{text}`: use least, round-robin, prefix, band, ms:W, label:W or placebo:W with a window W from 1 to 4096"
             )
         };
-        let (name, width) = text.split_once(':').map_or((text, None), |(n, w)| (n, Some(w)));
+        let (name, width) = text
+            .split_once(':')
+            .map_or((text, None), |(n, w)| (n, Some(w)));
         let width = width
-            .map(|width| width.parse().ok().filter(|w| (1..=4096).contains(w)).ok_or_else(wrong))
+            .map(|width| {
+                width
+                    .parse()
+                    .ok()
+                    .filter(|w| (1..=4096).contains(w))
+                    .ok_or_else(wrong)
+            })
             .transpose()?;
         match (name, width) {
             ("least", None) => Ok(Self::Least),
@@ -80,7 +90,7 @@ impl FromStr for Policy {
 
 /// How a request is chosen when it is not the window's turn to choose.
 #[derive(Debug)]
-enum InOrder {
+pub(super) enum InOrder {
     Router(Router),
     Band(Arc<Kinds>),
 }
@@ -88,16 +98,16 @@ enum InOrder {
 /// A policy at work.
 #[derive(Debug)]
 pub(super) enum Arm {
-    InOrder { queue: VecDeque<usize>, choose: InOrderBox },
+    InOrder {
+        queue: VecDeque<usize>,
+        choose: InOrder,
+    },
     Window(Box<Window>),
 }
 
-#[derive(Debug)]
-pub(super) struct InOrderBox(InOrder);
-
 impl Arm {
-    /// A policy that has seen what came before the run.
-    pub(super) fn new(policy: Policy, traffic: &Traffic) -> Self {
+    /// A policy that has seen what came before the run; `control` in place of its own control slice.
+    pub(super) fn new(policy: Policy, traffic: &Traffic, control: Option<f64>) -> Self {
         let ranks: Vec<Rank> = (0..WORKERS as u32).map(Rank).collect();
         let kinds = || Kinds::fit(&traffic.before, &ranks, None).map(Arc::new);
         let router = |policy| Self::in_order(InOrder::Router(Router::new(policy)));
@@ -108,9 +118,9 @@ impl Arm {
                 || router(RoutingPolicy::LeastLoaded),
                 |kinds| Self::in_order(InOrder::Band(kinds)),
             ),
-            Policy::Prefix => Self::window(1, None),
+            Policy::Prefix => Self::window(1, None, control),
             Policy::Window(width) | Policy::Label(width) | Policy::Placebo(width) => {
-                Self::window(width, kinds())
+                Self::window(width, kinds(), control)
             }
         }
     }
@@ -118,13 +128,14 @@ impl Arm {
     fn in_order(choose: InOrder) -> Self {
         Self::InOrder {
             queue: VecDeque::new(),
-            choose: InOrderBox(choose),
+            choose,
         }
     }
 
-    fn window(width: usize, kinds: Option<Arc<Kinds>>) -> Self {
+    fn window(width: usize, kinds: Option<Arc<Kinds>>, control: Option<f64>) -> Self {
         let mut window = Window::new(Settings {
             width,
+            control: control.unwrap_or(CONTROL),
             ..Settings::new(EXPERTS, TOP_K)
         });
         if let Some(kinds) = kinds {
@@ -162,9 +173,10 @@ impl Arm {
                 Some((pick.request.id as usize, pick.worker))
             }
             Self::InOrder { queue, choose } => {
-                let open: Vec<Worker> = workers.iter().copied().filter(|w| w.has_room).collect();
+                let open: Vec<Worker> =
+                    workers.iter().copied().filter(|w| w.has_room).collect();
                 let first = *queue.front()?;
-                let rank = choose.0.choose(&open, &profiles[first])?;
+                let rank = choose.choose(&open, &profiles[first])?;
                 queue.pop_front();
                 Some((first, rank))
             }
@@ -200,7 +212,9 @@ impl InOrder {
                     signature: Vec::new(),
                 };
                 let candidates: Vec<Candidate> = open.iter().map(candidate).collect();
-                router.choose(&candidates, &Known::default()).map(|choice| choice.rank)
+                router
+                    .choose(&candidates, &Known::default())
+                    .map(|choice| choice.rank)
             }
         }
     }

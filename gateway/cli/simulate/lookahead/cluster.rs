@@ -56,7 +56,13 @@ enum Event {
 }
 
 /// Simulates `arm` on `traffic`; `profiles` is what it is told of the requests.
-pub(super) fn run(traffic: &Traffic, profiles: &[Profile], slots: u32, arm: Arm, patience: f64) -> Run {
+pub(super) fn run(
+    traffic: &Traffic,
+    profiles: &[Profile],
+    slots: u32,
+    arm: Arm,
+    patience: f64,
+) -> Run {
     let mut cluster = Cluster {
         traffic,
         profiles,
@@ -73,7 +79,9 @@ pub(super) fn run(traffic: &Traffic, profiles: &[Profile], slots: u32, arm: Arm,
         events: BinaryHeap::new(),
     };
     for (at, ms) in traffic.arrivals.iter().enumerate() {
-        cluster.events.push(Reverse((nanos(*ms), Event::Arrival(at))));
+        cluster
+            .events
+            .push(Reverse((nanos(*ms), Event::Arrival(at))));
     }
     while let Some(Reverse((at, event))) = cluster.events.pop() {
         match event {
@@ -184,15 +192,24 @@ impl Cluster<'_> {
         let mut used = [0u128; LAYERS];
         for id in &self.active[worker] {
             let token = self.traffic.requests[*id].tokens[self.done[*id]];
-            used.iter_mut().zip(token).for_each(|(used, token)| *used |= token);
+            used.iter_mut()
+                .zip(token)
+                .for_each(|(used, token)| *used |= token);
             self.done[*id] += 1;
         }
         let bits: u32 = used.iter().map(|bits| bits.count_ones()).sum();
-        let (distinct, batch) =
-            (f64::from(bits) / LAYERS as f64, self.active[worker].len() as f64);
+        let (distinct, batch) = (
+            f64::from(bits) / LAYERS as f64,
+            self.active[worker].len() as f64,
+        );
         let ms = StepModel::default().step(distinct, batch);
-        self.steps.push(Step { distinct, batch, ms });
-        self.events.push(Reverse((at + nanos(ms), Event::Step(worker))));
+        self.steps.push(Step {
+            distinct,
+            batch,
+            ms,
+        });
+        self.events
+            .push(Reverse((at + nanos(ms), Event::Step(worker))));
     }
 }
 

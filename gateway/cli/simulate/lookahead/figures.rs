@@ -58,7 +58,8 @@ impl Figures {
         let at = |percent: f64, of: fn(&Life) -> f64| {
             percentile(middle.iter().map(of).collect(), percent)
         };
-        let per_token = |life: &Life| (life.ended - life.started) / f64::from(life.tokens.max(1));
+        let per_token =
+            |life: &Life| (life.ended - life.started) / f64::from(life.tokens.max(1));
         let wait = |life: &Life| life.started - life.arrived;
         let latency = |life: &Life| life.ended - life.arrived;
         let experts_per_token = sum(|s| s.distinct) / sum(|s| s.batch);
@@ -82,7 +83,8 @@ impl Figures {
 
     /// Mean over runs.
     pub(super) fn mean(runs: &[Self]) -> Self {
-        let mean = |of: fn(&Self) -> f64| runs.iter().map(of).sum::<f64>() / runs.len().max(1) as f64;
+        let mean =
+            |of: fn(&Self) -> f64| runs.iter().map(of).sum::<f64>() / runs.len().max(1) as f64;
         Self {
             distinct_experts: mean(|f| f.distinct_experts),
             experts_per_token: mean(|f| f.experts_per_token),
@@ -102,7 +104,7 @@ impl Figures {
     }
 }
 
-/// Change against a baseline in percent: mean over the seeds, lowest and highest.
+/// A figure in percent: mean over the seeds, lowest and highest.
 #[derive(Debug, Clone, Copy, Default, Serialize)]
 pub(super) struct Change {
     pub(super) mean: f64,
@@ -111,12 +113,18 @@ pub(super) struct Change {
 }
 
 impl Change {
-    /// Of pairs (baseline, figure), one per seed.
+    /// Change against a baseline, of pairs (baseline, figure), one per seed.
     pub(super) fn of(pairs: impl Iterator<Item = (f64, f64)>) -> Self {
         let changes: Vec<f64> = pairs
             .filter(|(base, _)| *base > 1e-9)
             .map(|(base, figure)| 100.0 * (figure / base - 1.0))
             .collect();
+        Self::over(changes.into_iter())
+    }
+
+    /// Of figures, one per seed.
+    pub(super) fn over(figures: impl Iterator<Item = f64>) -> Self {
+        let changes: Vec<f64> = figures.collect();
         if changes.is_empty() {
             return Self::default();
         }

@@ -4,7 +4,7 @@ use super::tokens::{Fit, NONE, STRONG, WEAK};
 
 /// What is simulated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub(crate) enum Setting {
+pub(super) enum Setting {
     /// Strong correlation of prefill and decode, 16 slots per worker, load 1.25.
     StrongB16Sat,
     /// The same at load 0.8: hardly a queue.
@@ -37,8 +37,13 @@ pub(super) struct Cluster {
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Subject {
     Router(Cluster),
-    /// With the share of signature in the value of a cached expert.
-    Cache(Fit),
+    /// The share of the signature in the value of a cached expert, and what a use still weighs a step later: one pair
+    /// per fit, the same for all cache sizes.
+    Cache {
+        fit: Fit,
+        share: f64,
+        decay: f64,
+    },
 }
 
 impl Setting {
@@ -63,8 +68,20 @@ impl Setting {
             Self::NoneB16Sat => (NONE, 16, 1.25),
             Self::StrongB8Sat => (STRONG, 8, 1.25),
             Self::StrongB32 => (STRONG, 32, 1.25),
-            Self::CacheStrong => return Subject::Cache(STRONG),
-            Self::CacheWeak => return Subject::Cache(WEAK),
+            Self::CacheStrong => {
+                return Subject::Cache {
+                    fit: STRONG,
+                    share: 0.6,
+                    decay: 0.9,
+                };
+            }
+            Self::CacheWeak => {
+                return Subject::Cache {
+                    fit: WEAK,
+                    share: 0.3,
+                    decay: 0.9,
+                };
+            }
         };
         Subject::Router(Cluster { fit, slots, load })
     }

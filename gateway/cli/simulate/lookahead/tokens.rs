@@ -36,11 +36,23 @@ pub(super) struct Fit {
 }
 
 /// Prefill and decode of a request agree with correlation 0.89.
-pub(super) const STRONG: Fit = Fit { topic: 1.6, request: 1.48, token: 1.0 };
+pub(super) const STRONG: Fit = Fit {
+    topic: 1.6,
+    request: 1.48,
+    token: 1.0,
+};
 /// With correlation 0.69.
-pub(super) const WEAK: Fit = Fit { topic: 1.2, request: 1.45, token: 1.8 };
+pub(super) const WEAK: Fit = Fit {
+    topic: 1.2,
+    request: 1.45,
+    token: 1.8,
+};
 /// Topics nearly absent.
-pub(super) const NONE: Fit = Fit { topic: 0.4, request: 1.84, token: 1.8 };
+pub(super) const NONE: Fit = Fit {
+    topic: 0.4,
+    request: 1.84,
+    token: 1.8,
+};
 
 /// Logits by (layer, expert), without the walk and the noise.
 type Logits = Vec<f64>;
@@ -73,8 +85,12 @@ impl World {
             out
         };
         let base = draw(BASE);
-        let topics = (0..TOPICS)
-            .map(|_| base.iter().zip(draw(fit.topic)).map(|(base, own)| base + own).collect());
+        let topics = (0..TOPICS).map(|_| {
+            base.iter()
+                .zip(draw(fit.topic))
+                .map(|(base, own)| base + own)
+                .collect()
+        });
         Self {
             fit,
             topics: topics.collect(),
@@ -82,7 +98,13 @@ impl World {
     }
 
     /// Draws a request of `topic` with an answer of `answer` tokens from stream `number` of the seed.
-    pub(super) fn request(&self, seed: u64, number: u64, topic: usize, answer: usize) -> Request {
+    pub(super) fn request(
+        &self,
+        seed: u64,
+        number: u64,
+        topic: usize,
+        answer: usize,
+    ) -> Request {
         let mut dice = Dice::new(seed, number);
         let mut logits = vec![0.0; LAYERS * EXPERTS];
         dice.fill(&mut logits);
@@ -91,7 +113,11 @@ impl World {
         }
         let prompt = shares(&self.walk(&logits, PROMPT, &mut dice));
         let tokens = self.walk(&logits, answer, &mut dice);
-        Request { topic, prompt, tokens }
+        Request {
+            topic,
+            prompt,
+            tokens,
+        }
     }
 
     fn walk(&self, logits: &[f64], tokens: usize, dice: &mut Dice) -> Vec<Token> {
@@ -123,7 +149,10 @@ fn first(arrivals: &mut [f64; EXPERTS]) -> u128 {
     let mut last = *arrivals;
     let (_, limit, _) = last.select_nth_unstable_by(TOP_K - 1, f64::total_cmp);
     let limit = *limit;
-    let early = arrivals.iter().enumerate().filter(|(_, arrival)| **arrival <= limit);
+    let early = arrivals
+        .iter()
+        .enumerate()
+        .filter(|(_, arrival)| **arrival <= limit);
     early.fold(0, |bits, (expert, _)| bits | 1 << expert)
 }
 
@@ -157,7 +186,9 @@ pub(super) fn correlation(a: &[f64], b: &[f64]) -> f64 {
     let of = |(a, b): (&[f64], &[f64])| {
         let mean = |x: &[f64]| x.iter().sum::<f64>() / x.len() as f64;
         let (ma, mb) = (mean(a), mean(b));
-        let sum = |f: fn(f64, f64) -> f64| a.iter().zip(b).map(|(x, y)| f(x - ma, y - mb)).sum::<f64>();
+        let sum = |f: fn(f64, f64) -> f64| {
+            a.iter().zip(b).map(|(x, y)| f(x - ma, y - mb)).sum::<f64>()
+        };
         sum(|x, y| x * y) / (sum(|x, _| x * x) * sum(|_, y| y * y)).sqrt()
     };
     layers.map(of).sum::<f64>() / LAYERS as f64

@@ -11,8 +11,9 @@ use foregate_gateway::route::window::StepModel;
 pub(super) const WORKERS: usize = 8;
 /// Requests of a run.
 pub(super) const REQUESTS: usize = 900;
-/// Requests that the gateway saw before the run; its kinds are made from them.
-const BEFORE: usize = 400;
+/// Requests that the gateway saw before the run; its kinds are made from them, as the product's are from the last
+/// thousand.
+const BEFORE: usize = 1000;
 /// Tokens of an answer: mean and least.
 const ANSWER: (f64, u32) = (120.0, 8);
 /// A request repeats the topic of the one before with this probability.
@@ -24,7 +25,10 @@ const ZIPF: f64 = 0.6;
 
 /// Stream of the traffic; request `n` has stream `n` + 16.
 const TRAFFIC: u64 = 1;
-const FIRST_REQUEST: u64 = 16;
+pub(super) const FIRST_REQUEST: u64 = 16;
+/// Requests of which the correlation is taken, and the first of their streams.
+const AGREEMENT: usize = 50;
+const FIRST_OTHER: u64 = 1 << 32;
 
 /// A run's requests, ascending by arrival.
 #[derive(Debug)]
@@ -50,11 +54,18 @@ impl Traffic {
         let mut dice = Dice::new(seed, TRAFFIC);
         let mut topic = Topics::default();
         let mut drawn: Vec<(usize, u32)> = (0..BEFORE + REQUESTS)
-            .map(|_| (topic.next(&mut dice), dice.geometric(ANSWER.0).max(ANSWER.1)))
+            .map(|_| {
+                (
+                    topic.next(&mut dice),
+                    dice.geometric(ANSWER.0).max(ANSWER.1),
+                )
+            })
             .collect();
         // Only the prompts of earlier requests matter.
-        drawn[..BEFORE].iter_mut().for_each(|(_, answer)| *answer = 0);
-        let mut requests = draw(&world, seed, &drawn);
+        drawn[..BEFORE]
+            .iter_mut()
+            .for_each(|(_, answer)| *answer = 0);
+        let mut requests = draw(&world, seed, FIRST_REQUEST, &drawn);
         let before: Vec<Request> = requests.drain(..BEFORE).collect();
         let random_batch = random_batch(&requests, f64::from(cluster.slots));
         let step = StepModel::default().step(random_batch, f64::from(cluster.slots));
@@ -66,17 +77,32 @@ impl Traffic {
         };
         let arrivals = requests.iter().map(|_| arrival()).collect();
         let labels = labels(&requests, &mut dice);
-        let agree = requests.iter().map(|r| correlation(&r.prompt, &shares(&r.tokens)));
         Self {
-            correlation: agree.sum::<f64>() / requests.len() as f64,
-            profiles: requests.iter().map(|request| profile(&request.prompt)).collect(),
-            before: before.iter().map(|request| profile(&request.prompt)).collect(),
+            correlation: agreement(&world, seed),
+            profiles: requests
+                .iter()
+                .map(|request| profile(&request.prompt))
+                .collect(),
+            before: before
+                .iter()
+                .map(|request| profile(&request.prompt))
+                .collect(),
             labels,
             arrivals,
             random_batch,
             requests,
         }
     }
+}
+
+/// Mean correlation of prompts with answers of the usual length, over requests of their own.
+fn agreement(world: &World, seed: u64) -> f64 {
+    let wanted: Vec<(usize, u32)> = (0..AGREEMENT)
+        .map(|at| (at % TOPICS, ANSWER.0 as u32))
+        .collect();
+    let requests = draw(world, seed, FIRST_OTHER, &wanted);
+    let of = |request: &Request| correlation(&request.prompt, &shares(&request.tokens));
+    requests.iter().map(of).sum::<f64>() / AGREEMENT as f64
 }
 
 /// Topics come in short runs.
@@ -95,7 +121,12 @@ impl Topics {
 }
 
 /// Draws all requests, on every processor there is: it is what takes the time.
-fn draw(world: &World, seed: u64, wanted: &[(usize, u32)]) -> Vec<Request> {
+pub(super) fn draw(
+    world: &World,
+    seed: u64,
+    first: u64,
+    wanted: &[(usize, u32)],
+) -> Vec<Request> {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let share = wanted.len().div_ceil(threads).max(1);
     std::thread::scope(|scope| {
@@ -104,15 +135,20 @@ fn draw(world: &World, seed: u64, wanted: &[(usize, u32)]) -> Vec<Request> {
             .enumerate()
             .map(|(part, wanted)| {
                 scope.spawn(move || {
-                    let first = FIRST_REQUEST + (part * share) as u64;
+                    let first = first + (part * share) as u64;
                     let numbered = wanted.iter().zip(first..);
                     numbered
-                        .map(|((topic, answer), n)| world.request(seed, n, *topic, *answer as usize))
+                        .map(|((topic, answer), n)| {
+                            world.request(seed, n, *topic, *answer as usize)
+                        })
                         .collect::<Vec<_>>()
                 })
             })
             .collect();
-        parts.into_iter().flat_map(|part| part.join().unwrap_or_default()).collect()
+        parts
+            .into_iter()
+            .flat_map(|part| part.join().unwrap_or_default())
+            .collect()
     })
 }
 
@@ -128,7 +164,10 @@ fn random_batch(requests: &[Request], slots: f64) -> f64 {
             *mean += share / requests.len() as f64;
         }
     }
-    mean.iter().map(|q| 1.0 - (1.0 - q.min(1.0)).powf(slots)).sum::<f64>() / LAYERS as f64
+    mean.iter()
+        .map(|q| 1.0 - (1.0 - q.min(1.0)).powf(slots))
+        .sum::<f64>()
+        / LAYERS as f64
 }
 
 /// What is known of requests by a label of their topic alone.
@@ -137,16 +176,29 @@ fn labels(requests: &[Request], dice: &mut Dice) -> Vec<Profile> {
     for request in requests {
         let (count, mean) = &mut means[request.topic];
         *count += 1.0;
-        mean.iter_mut().zip(&request.prompt).for_each(|(mean, share)| *mean += share);
+        mean.iter_mut()
+            .zip(&request.prompt)
+            .for_each(|(mean, share)| *mean += share);
     }
     let of: Vec<Profile> = means
         .iter()
-        .map(|(count, sum)| profile(&sum.iter().map(|s| s / f64::max(*count, 1.0)).collect::<Vec<_>>()))
+        .map(|(count, sum)| {
+            profile(
+                &sum.iter()
+                    .map(|s| s / f64::max(*count, 1.0))
+                    .collect::<Vec<_>>(),
+            )
+        })
         .collect();
     let label = |request: &Request| {
         let right = dice.uniform() < LABEL;
         let other = (dice.uniform() * TOPICS as f64) as usize;
-        of[if right { request.topic } else { other.min(TOPICS - 1) }].clone()
+        of[if right {
+            request.topic
+        } else {
+            other.min(TOPICS - 1)
+        }]
+        .clone()
     };
     requests.iter().map(label).collect()
 }

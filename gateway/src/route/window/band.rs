@@ -15,8 +15,12 @@ pub fn choose(kinds: &Kinds, profile: Option<&Profile>, open: &[Worker]) -> Opti
     let far = |worker: &Worker| known.map_or(0.0, |p| kinds.distance(p, kinds.of(worker.rank)));
     let distances: Vec<f32> = open.iter().map(far).collect();
     let nearest = distances.iter().copied().fold(f32::INFINITY, f32::min);
-    let near = open.iter().zip(&distances).filter(|(_, far)| **far <= nearest * (1.0 + BAND));
-    near.map(|(worker, _)| *worker).min_by_key(|worker| (worker.active, worker.rank))
+    let near = open
+        .iter()
+        .zip(&distances)
+        .filter(|(_, far)| **far <= nearest * (1.0 + BAND));
+    near.map(|(worker, _)| *worker)
+        .min_by_key(|worker| (worker.active, worker.rank))
 }
 
 #[cfg(test)]
@@ -33,7 +37,11 @@ mod tests {
         let kinds = Kinds::fit(&profiles, &ranks, None).unwrap();
         let open: Vec<Worker> = ranks
             .iter()
-            .map(|rank| Worker { rank: *rank, active: 9 - rank.0, has_room: true })
+            .map(|rank| Worker {
+                rank: *rank,
+                active: 9 - rank.0,
+                has_room: true,
+            })
             .collect();
         let chosen: Vec<u32> = profiles[..4]
             .iter()

@@ -39,7 +39,8 @@ fn once(points: &[Vec<f32>], m: usize, seed: u64) -> Clusters {
     };
     for _ in 0..ROUNDS {
         let before = clusters.of.clone();
-        assign(points, &mut clusters);
+        let costs = distances(points, &clusters.centres);
+        clusters.spread = assign(&costs, m, &mut clusters.of);
         average(points, &mut clusters);
         if clusters.of == before {
             break;
@@ -84,33 +85,38 @@ pub(super) const fn split_mix(state: u64) -> u64 {
     z ^ (z >> 31)
 }
 
-fn assign(points: &[Vec<f32>], clusters: &mut Clusters) {
-    let m = clusters.centres.len();
-    let distances: Vec<Vec<f32>> = points
-        .iter()
-        .map(|point| {
-            let to = clusters.centres.iter().map(|centre| squared(point, centre));
-            to.collect()
-        })
-        .collect();
+fn distances(points: &[Vec<f32>], centres: &[Vec<f32>]) -> Vec<Vec<f32>> {
+    let to = |point: &Vec<f32>| {
+        centres
+            .iter()
+            .map(|centre| squared(point, centre))
+            .collect()
+    };
+    points.iter().map(to).collect()
+}
+
+/// Gives every point the group of least cost that has room. The most decided point chooses first. Returns the sum of
+/// the costs.
+pub(super) fn assign(costs: &[Vec<f32>], m: usize, of: &mut [usize]) -> f64 {
     let decided = |at: &usize| {
-        let all = &distances[*at];
+        let all = &costs[*at];
         let least = all.iter().copied().fold(f32::INFINITY, f32::min);
         all.iter().copied().fold(0.0, f32::max) - least
     };
-    let mut order: Vec<usize> = (0..points.len()).collect();
+    let mut order: Vec<usize> = (0..costs.len()).collect();
     order.sort_by(|a, b| decided(b).total_cmp(&decided(a)).then(a.cmp(b)));
-    let mut room = vec![points.len().div_ceil(m.max(1)); m];
-    clusters.spread = 0.0;
+    let mut room = vec![costs.len().div_ceil(m.max(1)); m];
+    let mut sum = 0.0;
     for at in order {
         let open = (0..m).filter(|group| room[*group] > 0);
-        let nearest = open.min_by(|a, b| distances[at][*a].total_cmp(&distances[at][*b]));
+        let nearest = open.min_by(|a, b| costs[at][*a].total_cmp(&costs[at][*b]));
         if let Some(group) = nearest {
             room[group] -= 1;
-            clusters.of[at] = group;
-            clusters.spread += f64::from(distances[at][group]);
+            of[at] = group;
+            sum += f64::from(costs[at][group]);
         }
     }
+    sum
 }
 
 fn average(points: &[Vec<f32>], clusters: &mut Clusters) {

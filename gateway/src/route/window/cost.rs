@@ -30,14 +30,19 @@ impl StepModel {
     /// Milliseconds of a step.
     #[must_use]
     pub fn step(&self, distinct: f64, batch: f64) -> f64 {
-        self.expert.mul_add(distinct, self.sequence.mul_add(batch, self.base))
+        self.expert
+            .mul_add(distinct, self.sequence.mul_add(batch, self.base))
     }
 
     /// Share of a step that goes into reading experts.
     #[must_use]
     pub fn expert_share(&self, distinct: f64, batch: f64) -> f64 {
         let step = self.step(distinct, batch);
-        if step > 0.0 { self.expert * distinct / step } else { 0.0 }
+        if step > 0.0 {
+            self.expert * distinct / step
+        } else {
+            0.0
+        }
     }
 }
 
@@ -68,7 +73,11 @@ impl Unused {
             all: table(None),
             stranger: Vec::new(),
         };
-        let mean: Vec<f32> = kinds.centre(None).iter().map(|root| probability(root * root)).collect();
+        let mean: Vec<f32> = kinds
+            .centre(None)
+            .iter()
+            .map(|root| probability(root * root))
+            .collect();
         unused.stranger = unused.added(Some(&mean));
         unused
     }
@@ -80,7 +89,9 @@ impl Unused {
             return self.stranger.clone();
         };
         let tables = self.kinds.iter().chain([&self.all]);
-        tables.map(|table| product(probabilities, table) / self.layers).collect()
+        tables
+            .map(|table| product(probabilities, table) / self.layers)
+            .collect()
     }
 }
 
@@ -88,7 +99,12 @@ impl Unused {
 pub(super) fn product(a: &[f32], b: &[f32]) -> f32 {
     let mut lanes = [0.0f32; 8];
     let (a, b) = (a.chunks_exact(8), b.chunks_exact(8));
-    let tail: f32 = a.remainder().iter().zip(b.remainder()).map(|(x, y)| x * y).sum();
+    let tail: f32 = a
+        .remainder()
+        .iter()
+        .zip(b.remainder())
+        .map(|(x, y)| x * y)
+        .sum();
     for (a, b) in a.zip(b) {
         for (lane, (x, y)) in lanes.iter_mut().zip(a.iter().zip(b)) {
             *lane += x * y;
@@ -97,36 +113,33 @@ pub(super) fn product(a: &[f32], b: &[f32]) -> f32 {
     lanes.iter().sum::<f32>() + tail
 }
 
-/// Use of experts by what a worker runs: `Σ ln(1 − p)` per entry over its sequences.
+/// Use of experts by what a worker runs: `Σ ln(1 − p)` per entry over its sequences, and the power of it.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Running {
     log_unused: Vec<f64>,
+    unused: Vec<f32>,
 }
 
 impl Running {
+    /// Counts a sequence in (`sign` 1) or out (−1).
     pub(super) fn add(&mut self, profile: &Profile, sign: f64) {
         if self.log_unused.len() != profile.len() {
             self.log_unused = vec![0.0; profile.len()];
+            self.unused = vec![1.0; profile.len()];
         }
-        for (sum, p) in self.log_unused.iter_mut().zip(profile.probabilities()) {
-            *sum += sign * f64::from(1.0 - p).ln();
+        let sums = self.log_unused.iter_mut().zip(&mut self.unused);
+        for ((sum, unused), p) in sums.zip(profile.probabilities()) {
+            *sum += sign * f64::from((1.0 - p).ln());
+            *unused = (*sum as f32).exp();
         }
     }
 
-    /// Experts that a token with these probabilities adds to what runs here, mean over layers.
-    pub(super) fn added(&self, profile: &Profile) -> Option<f64> {
-        if self.log_unused.is_empty() {
-            return Some((profile.probabilities().map(f64::from).sum::<f64>()) / layers(profile));
-        }
-        (self.log_unused.len() == profile.len()).then(|| {
-            let terms = profile.probabilities().zip(&self.log_unused);
-            terms.map(|(p, log)| f64::from(p) * log.exp()).sum::<f64>() / layers(profile)
-        })
+    /// Experts that a token with these probabilities adds to what runs here, mean over `layers`; `None` if the model
+    /// is another one. Of an idle worker nothing is known: `None` too.
+    pub(super) fn added(&self, likely: &[f32], layers: f64) -> Option<f64> {
+        let known = !likely.is_empty() && self.unused.len() == likely.len();
+        known.then(|| f64::from(product(likely, &self.unused)) / layers)
     }
-}
-
-fn layers(profile: &Profile) -> f64 {
-    (profile.len() / profile.experts().max(1)).max(1) as f64
 }
 
 #[cfg(test)]
@@ -137,13 +150,15 @@ mod tests {
     fn a_batch_of_ones_like_leaves_little_to_add() {
         let same = Profile::from_shares(4, &[1.0, 1.0, 0.0, 0.0]).unwrap();
         let other = Profile::from_shares(4, &[0.0, 0.0, 1.0, 1.0]).unwrap();
+        let likely = |profile: &Profile| profile.probabilities().collect::<Vec<f32>>();
         let mut running = Running::default();
-        assert!((running.added(&same).unwrap() - 1.96).abs() < 0.01);
+        assert!(running.added(&likely(&same), 1.0).is_none());
         running.add(&same, 1.0);
-        assert!(running.added(&same).unwrap() < 0.1);
-        assert!(running.added(&other).unwrap() > 1.9);
+        assert!(running.added(&likely(&same), 1.0).unwrap() < 0.1);
+        assert!(running.added(&likely(&other), 1.0).unwrap() > 1.9);
         running.add(&same, -1.0);
-        assert!((running.added(&same).unwrap() - 1.96).abs() < 0.01);
+        assert!((running.added(&likely(&same), 1.0).unwrap() - 1.96).abs() < 0.01);
+        assert!(running.added(&[0.5; 3], 1.0).is_none());
     }
 
     #[test]

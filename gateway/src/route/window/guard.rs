@@ -1,25 +1,27 @@
-//! Does it earn its cost? A slice of the requests is placed at random, and what they cost is compared.
+//! Does it earn its cost? A slice of the requests is placed at random, and what placement saves is compared.
 //!
-//! When a request ends, the experts that it really used are known. The *added* experts of a request are those of a
-//! token of its that no other sequence of its worker is expected to use. A request that was placed at random adds
-//! more than one that joined its like: by half the difference per sequence the batch shrinks, because the last that
-//! joins gains all of it and the first none. Where that is worth less than [`LEAST_GAIN`] of a step's time for
-//! [`PATIENCE`] intervals in a row, the policy is off; it is tried again after a pause that doubles.
+//! When a request ends, the experts that it really used are known. What its placement *saved* is the number of
+//! experts that its tokens would have added on the average worker, less what they added on its own. A request that was
+//! placed at random saves nothing on average; one that joined its like should. The difference of both is the gain.
+//! Where it is worth less than [`LEAST_GAIN`] of a step's time for [`PATIENCE`] intervals in a row, the policy is off;
+//! it is tried again after a pause that doubles.
 
-/// Share of requests placed at random.
+/// Share of requests placed at random until the gain is proven.
 pub const CONTROL: f64 = 0.05;
-/// Control requests that end in an interval.
-const INTERVAL: u32 = 5;
+/// What is left of that share afterwards: a stranger costs a grouped batch more than it costs a mixed one.
+const PROVEN: f64 = 0.2;
+/// Requests that end in an interval.
+const INTERVAL: u32 = 100;
 /// What older intervals still weigh, per interval.
-const MEMORY: f64 = 0.7;
+const MEMORY: f64 = 0.8;
 /// Gain that pays for the trouble, as a share of a step's time.
-const LEAST_GAIN: f64 = 0.03;
+const LEAST_GAIN: f64 = 0.02;
 /// Intervals in a row below it after which the policy is off.
 const PATIENCE: u32 = 3;
 /// Requests of the first pause, and of the longest.
 const PAUSE: (u64, u64) = (400, 100_000);
 
-/// Mean of added experts, the old ones fading.
+/// Mean of saved experts, the old ones fading.
 #[derive(Debug, Clone, Copy, Default)]
 struct Mean {
     sum: f64,
@@ -47,7 +49,7 @@ impl Mean {
 pub struct Guard {
     control: Mean,
     grouped: Mean,
-    /// Control requests that ended in this interval.
+    /// Requests that ended in this interval.
     ended: u32,
     /// Intervals in a row without gain.
     low: u32,
@@ -83,6 +85,16 @@ impl Guard {
         self.pause == 0
     }
 
+    /// Of the settings' control slice, the part that is needed now.
+    #[must_use]
+    pub const fn slice(&self) -> f64 {
+        if self.low == 0 && self.intervals >= PATIENCE {
+            PROVEN
+        } else {
+            1.0
+        }
+    }
+
     /// How often it was switched off.
     #[must_use]
     pub const fn switch_offs(&self) -> u64 {
@@ -100,25 +112,27 @@ impl Guard {
         self.pause = self.pause.saturating_sub(1);
     }
 
-    /// A request ended that added so many experts. `value` turns fewer experts added per sequence into a share of
+    /// A request ended whose placement saved so many experts. `value` turns experts saved per sequence into a share of
     /// a step's time.
-    pub fn ended(&mut self, control: bool, added: f64, value: impl Fn(f64) -> f64) {
+    pub fn ended(&mut self, control: bool, saved: f64, value: impl Fn(f64) -> f64) {
         if !self.is_on() {
             return;
         }
-        if !control {
-            return self.grouped.add(added);
+        if control {
+            self.control.add(saved)
+        } else {
+            self.grouped.add(saved)
         }
-        self.control.add(added);
         self.ended += 1;
         if self.ended < INTERVAL {
             return;
         }
-        self.ended = 0;
         let (Some(random), Some(grouped)) = (self.control.value(), self.grouped.value()) else {
+            // Without anything to compare with the interval goes on.
             return;
         };
-        let gain = value(random - grouped);
+        self.ended = 0;
+        let gain = value(grouped - random);
         self.gain = Some(gain);
         self.control.fade();
         self.grouped.fade();
@@ -151,33 +165,33 @@ impl Guard {
 mod tests {
     use super::*;
 
-    /// Ends intervals in which control requests add `control` and others `grouped`.
-    fn run(guard: &mut Guard, intervals: u32, control: f64, grouped: f64) {
-        for _ in 0..intervals * INTERVAL {
-            for _ in 0..19 {
-                guard.ended(false, grouped, |less| less / 10.0);
-            }
-            guard.ended(true, control, |less| less / 10.0);
+    /// Ends intervals in which a request in twenty saves nothing and the others save `grouped`.
+    fn run(guard: &mut Guard, intervals: u32, grouped: f64) {
+        for at in 0..intervals * INTERVAL {
+            let control = at % 20 == 7;
+            let saved = if control { 0.0 } else { grouped };
+            guard.ended(control, saved, |saved| saved / 10.0);
         }
     }
 
     #[test]
     fn no_gain_switches_off_after_three_intervals_and_gain_does_not() {
         let mut guard = Guard::default();
-        run(&mut guard, 20, 3.0, 2.0);
-        assert!(guard.is_on() && guard.switch_offs() == 0);
+        assert!((guard.slice() - 1.0).abs() < 1e-9);
+        run(&mut guard, 20, 1.0);
+        assert!(guard.is_on() && guard.switch_offs() == 0 && guard.slice() < 0.5);
         let mut guard = Guard::default();
-        run(&mut guard, 2, 3.0, 3.0);
+        run(&mut guard, 2, 0.0);
         assert!(guard.is_on());
-        run(&mut guard, 1, 3.0, 3.0);
+        run(&mut guard, 1, 0.0);
         assert!(!guard.is_on() && guard.switch_offs() == 1);
     }
 
     #[test]
     fn a_change_for_the_worse_is_seen_within_ten_intervals() {
         let mut guard = Guard::default();
-        run(&mut guard, 30, 3.0, 2.0);
-        run(&mut guard, 10, 3.0, 3.0);
+        run(&mut guard, 30, 1.0);
+        run(&mut guard, 10, 0.0);
         assert_eq!(guard.switch_offs(), 1);
     }
 
@@ -186,7 +200,7 @@ mod tests {
         let mut guard = Guard::default();
         let mut pauses = Vec::new();
         for _ in 0..4 {
-            run(&mut guard, 3, 2.0, 2.0);
+            run(&mut guard, 3, 0.0);
             let mut pause = 0;
             while !guard.is_on() {
                 guard.placed();
@@ -195,10 +209,10 @@ mod tests {
             pauses.push(pause);
         }
         assert_eq!(pauses, [400, 800, 1600, 3200]);
-        run(&mut guard, 3, 3.0, 2.0);
-        run(&mut guard, 6, 2.0, 2.0);
+        run(&mut guard, 3, 1.0);
+        run(&mut guard, 6, 0.0);
         while guard.is_on() {
-            run(&mut guard, 1, 2.0, 2.0);
+            run(&mut guard, 1, 0.0);
         }
         assert_eq!(guard.pause, 400);
     }

@@ -88,7 +88,11 @@ impl Kinds {
     /// Sampled layers.
     #[must_use]
     pub const fn layers(&self) -> usize {
-        if self.experts == 0 { 0 } else { self.mean.len() / self.experts }
+        if self.experts == 0 {
+            0
+        } else {
+            self.mean.len() / self.experts
+        }
     }
 
     /// Squared distance of a profile to the centre of a kind; to the mean of all where there is no such kind.
@@ -130,7 +134,10 @@ type Judged = (f64, (Vec<f32>, Vec<Vec<f32>>));
 fn judge(points: &[Vec<f32>], m: usize, seed: u64) -> Option<Judged> {
     // Drawn, not in turns: what comes in turns would fall into one half.
     let half = |odd: u64| -> Vec<Vec<f32>> {
-        let drawn = points.iter().enumerate().filter(|(at, _)| split_mix(*at as u64 + 1) & 1 == odd);
+        let drawn = points
+            .iter()
+            .enumerate()
+            .filter(|(at, _)| split_mix(*at as u64 + 1) & 1 == odd);
         drawn.map(|(_, point)| point.clone()).collect()
     };
     let (made, other) = (half(0), half(1));
@@ -140,30 +147,46 @@ fn judge(points: &[Vec<f32>], m: usize, seed: u64) -> Option<Judged> {
     for parity in 0..2 {
         let of = by_entries(&other, &centres, 1 - parity);
         for (kind, centre) in centres.iter().enumerate() {
-            let own: Vec<&Vec<f32>> =
-                other.iter().zip(&of).filter(|(_, of)| **of == kind).map(|(p, _)| p).collect();
+            let own: Vec<&Vec<f32>> = other
+                .iter()
+                .zip(&of)
+                .filter(|(_, of)| **of == kind)
+                .map(|(p, _)| p)
+                .collect();
             for at in (parity..all.len()).step_by(2) {
-                let sum = |of: fn(f32) -> f32| own.iter().map(|point| of(point[at])).sum::<f32>();
+                let sum =
+                    |of: fn(f32) -> f32| own.iter().map(|point| of(point[at])).sum::<f32>();
                 let distance = sum(|root| root) - own.len() as f32 * all[at];
                 between += f64::from(distance * (centre[at] - all[at]));
                 shares[kind][at] = sum(|root| root * root) / own.len().max(1) as f32;
             }
         }
     }
-    let variance: f64 = other.iter().map(|point| f64::from(squared(point, &all))).sum();
-    let squares: Vec<Vec<f32>> =
-        other.iter().map(|point| point.iter().map(|root| root * root).collect()).collect();
+    let variance: f64 = other
+        .iter()
+        .map(|point| f64::from(squared(point, &all)))
+        .sum();
+    let squares: Vec<Vec<f32>> = other
+        .iter()
+        .map(|point| point.iter().map(|root| root * root).collect())
+        .collect();
     let mean = means(&squares, &vec![0; other.len()], 1).pop()??;
-    Some(((between / variance.max(f64::MIN_POSITIVE)).clamp(0.0, 1.0), (mean, shares)))
+    Some((
+        (between / variance.max(f64::MIN_POSITIVE)).clamp(0.0, 1.0),
+        (mean, shares),
+    ))
 }
 
 /// Nearest centre of each point by its entries of one parity.
 fn by_entries(points: &[Vec<f32>], centres: &[Vec<f32>], parity: usize) -> Vec<usize> {
-    let part = |of: &Vec<f32>| -> Vec<f32> { of.iter().skip(parity).step_by(2).copied().collect() };
+    let part =
+        |of: &Vec<f32>| -> Vec<f32> { of.iter().skip(parity).step_by(2).copied().collect() };
     let centres: Vec<Vec<f32>> = centres.iter().map(part).collect();
     let nearest = |point: Vec<f32>| {
         let far = |at: &usize| squared(&point, &centres[*at]);
-        (0..centres.len()).min_by(|a, b| far(a).total_cmp(&far(b))).unwrap_or(0)
+        (0..centres.len())
+            .min_by(|a, b| far(a).total_cmp(&far(b)))
+            .unwrap_or(0)
     };
     points.iter().map(|point| nearest(part(point))).collect()
 }
@@ -194,7 +217,12 @@ pub(super) mod tests {
 
     /// `n` profiles of 16 experts in one layer, of `kinds` kinds in turns; `purity` is the share of a kind's own
     /// experts in its tokens.
-    pub(in super::super) fn profiles(n: usize, kinds: usize, purity: f64, seed: u64) -> Vec<Profile> {
+    pub(in super::super) fn profiles(
+        n: usize,
+        kinds: usize,
+        purity: f64,
+        seed: u64,
+    ) -> Vec<Profile> {
         (0..n)
             .map(|at| {
                 let shares: Vec<f64> = (0..16)
@@ -230,7 +258,10 @@ pub(super) mod tests {
         let first = Kinds::fit(&profiles(160, 4, 0.8, 1), &ranks(4), None).unwrap();
         let again = Kinds::fit(&profiles(200, 4, 0.8, 9), &ranks(4), Some(&first)).unwrap();
         for worker in ranks(4) {
-            let (old, new) = (first.centre(first.of(worker)), again.centre(again.of(worker)));
+            let (old, new) = (
+                first.centre(first.of(worker)),
+                again.centre(again.of(worker)),
+            );
             let far = squared(old, new);
             let others = ranks(4).into_iter().filter(|other| *other != worker);
             for other in others {

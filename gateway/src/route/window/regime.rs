@@ -30,7 +30,11 @@ impl Regime {
     #[must_use]
     pub fn by_shape(batch: f64, experts: usize, top_k: usize) -> Self {
         let saturated = 3.0 * experts as f64 / top_k.max(1) as f64;
-        if batch < saturated { Self::Group } else { Self::Mix }
+        if batch < saturated {
+            Self::Group
+        } else {
+            Self::Mix
+        }
     }
 
     /// The regime after a look at the prize: the share of a step's time that grouping would save.
