@@ -136,7 +136,7 @@ impl Table {
 }
 
 /// Chained hashes of the full blocks of a prompt (SipHash with a fixed key: equal prompts, equal hashes).
-fn prefixes(prompt: &[u32]) -> Vec<u64> {
+pub(crate) fn prefixes(prompt: &[u32]) -> Vec<u64> {
     let mut chain = 0_u64;
     prompt
         .chunks_exact(BLOCK)

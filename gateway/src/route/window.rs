@@ -189,10 +189,10 @@ impl Window {
 
     /// A request joins the end of the queue.
     pub fn push(&mut self, request: Waiting) {
-        let likely = request.profile.as_ref().map(|profile| {
-            self.seen(profile.clone());
-            profile.probabilities().collect()
-        });
+        let likely = request
+            .profile
+            .as_ref()
+            .map(|profile| profile.probabilities().collect());
         let mut queued = Queued {
             request,
             likely,
@@ -201,14 +201,6 @@ impl Window {
         // Now, so that the pick finds it done.
         queued.refresh(self.kinds.as_deref(), self.unused.as_ref());
         self.queue.push_back(queued);
-    }
-
-    /// A profile for the next fit of kinds.
-    pub fn seen(&mut self, profile: Profile) {
-        if self.recent.len() == RECENT {
-            self.recent.pop_front();
-        }
-        self.recent.push_back(profile);
     }
 
     /// Takes a request that gave up out of the queue.
@@ -221,6 +213,12 @@ impl Window {
     #[must_use]
     pub fn waiting(&self) -> usize {
         self.queue.len()
+    }
+
+    /// Number of profiles to fit kinds on.
+    #[must_use]
+    pub fn known(&self) -> usize {
+        self.recent.len()
     }
 
     /// Profiles to fit kinds on.
@@ -394,18 +392,39 @@ impl Window {
         })
     }
 
-    /// A placed request ended; `used` is what its answer really used, if that is known.
-    pub fn ended(&mut self, id: u64, used: Option<&Profile>) {
-        let Some(placed) = self.placed.remove(&id) else {
-            return;
-        };
+    /// The prompt of a placed request was read: what it used is known now, and is remembered for the next fit.
+    pub fn measured(&mut self, id: u64, profile: Profile) {
+        if let Some(placed) = self.placed.get_mut(&id) {
+            let running = self.running.entry(placed.worker).or_default();
+            if let Some(guessed) = placed.profile.replace(profile.clone()) {
+                running.add(&guessed, -1.0);
+            }
+            running.add(&profile, 1.0);
+        }
+        if self.recent.len() == RECENT {
+            self.recent.pop_front();
+        }
+        self.recent.push_back(profile);
+    }
+
+    /// Forgets workers that are gone and run nothing of ours.
+    pub fn keep_only(&mut self, alive: impl Fn(Rank) -> bool) {
+        let placed = &self.placed;
+        let used = |rank: Rank| placed.values().any(|placed| placed.worker == rank);
+        self.running.retain(|rank, _| alive(*rank) || used(*rank));
+    }
+
+    /// A placed request ended; `used` is what its answer really used, if that is known. Returns the experts per layer
+    /// that its tokens added to those of its worker's other sequences.
+    pub fn ended(&mut self, id: u64, used: Option<&Profile>) -> Option<f64> {
+        let placed = self.placed.remove(&id)?;
         if let (Some(profile), Some(running)) =
             (&placed.profile, self.running.get_mut(&placed.worker))
         {
             running.add(profile, -1.0);
         }
-        let saved = used.and_then(|used| self.saved(placed.worker, used));
-        if let (Some(saved), Some(kinds), Some(unused)) = (saved, &self.kinds, &self.unused) {
+        let (saved, own) = self.saved(placed.worker, used?)?;
+        if let (Some(kinds), Some(unused)) = (&self.kinds, &self.unused) {
             let (batch, step) = (unused.batch, self.settings.step);
             let (mixed, _) = kinds.distinct(batch);
             // The last that joins its like saves all of it and the first nothing: half on average.
@@ -413,10 +432,12 @@ impl Window {
                 |saved: f64| step.expert * saved * batch / 2.0 / step.step(mixed, batch);
             self.guard.ended(placed.control, saved, value);
         }
+        Some(own)
     }
 
-    /// Experts that the tokens of a request would have added on the average worker, less what they added on its own.
-    fn saved(&self, worker: Rank, used: &Profile) -> Option<f64> {
+    /// Experts that the tokens of a request would have added on the average worker, less what they added on its own;
+    /// and the latter.
+    fn saved(&self, worker: Rank, used: &Profile) -> Option<(f64, f64)> {
         let likely: Vec<f32> = used.probabilities().collect();
         let layers = used.layers() as f64;
         let own = self.running.get(&worker)?.added(&likely, layers)?;
@@ -425,7 +446,7 @@ impl Window {
             .values()
             .filter_map(|running| running.added(&likely, layers))
             .collect();
-        Some(all.iter().sum::<f64>() / all.len() as f64 - own)
+        Some((all.iter().sum::<f64>() / all.len() as f64 - own, own))
     }
 
     /// Follows the usual batch.

@@ -8,7 +8,7 @@ use super::Signature;
 /// Layers that are looked at. Neighbouring layers say much the same.
 const LAYERS: usize = 8;
 /// Largest profile in bytes, one per entry.
-pub const MAX_BYTES: usize = 4096;
+const MAX_BYTES: usize = 4096;
 
 /// Share of tokens by (sampled layer, expert), on a square-root scale of 256 levels.
 #[derive(Debug, Clone, PartialEq, Eq)]
