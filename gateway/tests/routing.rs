@@ -2,10 +2,12 @@
 
 mod support;
 
+use std::sync::atomic::Ordering;
+
 use foregate_api::load::EngineLoad;
 use foregate_api::manifest::RoutingPolicy;
 use serde_json::{Value, json};
-use support::{Cluster, config, header, window};
+use support::{Cluster, config, header, window, with};
 
 fn routed_by(policy: RoutingPolicy) -> foregate_api::node::GatewayConfig {
     let mut config = config();
@@ -133,6 +135,9 @@ async fn load_that_others_brought_counts() {
 
 /// Answers prompts of two kinds until the window knows their experts.
 async fn taught(cluster: &Cluster) {
+    for worker in &cluster.workers {
+        worker.behaviour.tells_whole.store(true, Ordering::SeqCst);
+    }
     for at in 0..40 {
         let ids = vec![(1 + at % 2) * 100 + 1; 64];
         let body = json!({"prompt": ids, "max_tokens": 2, "ignore_eos": true});
@@ -179,20 +184,21 @@ async fn the_window_gives_each_kind_its_worker() {
         .shows("foregate_gateway_window_regime{regime=\"group\"} 1")
         .await;
     cluster.shows("foregate_gateway_window_grouping 1").await;
-    cluster
-        .shows("foregate_gateway_window_added_experts_count{when=\"predicted\"}")
-        .await;
+    for when in ["predicted", "measured"] {
+        let count = format!("foregate_gateway_window_added_experts_count{{when=\"{when}\"}}");
+        cluster.shows(&count).await;
+    }
 }
 
 #[tokio::test]
-async fn a_prefix_that_a_worker_has_outweighs_nothing_else_known() {
+async fn a_prefix_that_a_worker_has_outweighs_a_little_load() {
     let cluster = Cluster::start(2, "x", routed_by(RoutingPolicy::Window)).await;
     let long: Vec<u32> = (0..640).map(|at| 100 + at % 90).collect();
     let body = json!({"prompt": long, "max_tokens": 1, "ignore_eos": true});
     let first = cluster.post("/v1/completions", &body).await;
     assert_eq!(header(&first, "x-foregate-worker"), "0");
-    let text = first.text().await.unwrap();
-    assert!(text.contains("choices"), "{text}");
+    assert!(first.text().await.unwrap().contains("choices"));
+    let body = with(body, &json!({"max_tokens": 200, "stream": true}));
     cluster.hold_after(1);
     let other = cluster.post("/v1/completions", &prompt(3, 0)).await;
     assert_eq!(header(&other, "x-foregate-worker"), "0");
