@@ -485,3 +485,6 @@ impl Queued {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
