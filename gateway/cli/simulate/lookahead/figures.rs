@@ -148,3 +148,22 @@ pub(super) fn percentile(mut figures: Vec<f64>, percent: f64) -> f64 {
         _ => 0.0,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percentiles_lie_between_neighbours() {
+        assert!((percentile(vec![4.0, 1.0, 3.0, 2.0], 50.0) - 2.5).abs() < 1e-9);
+        assert!((percentile(vec![7.0], 95.0) - 7.0).abs() < 1e-9);
+        assert!(percentile(Vec::new(), 50.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn a_change_is_in_percent_of_each_seed() {
+        let change = Change::of([(10.0, 9.0), (10.0, 11.0), (0.0, 5.0)].into_iter());
+        assert!((change.mean).abs() < 1e-9);
+        assert!((change.lowest + 10.0).abs() < 1e-9 && (change.highest - 10.0).abs() < 1e-9);
+    }
+}
