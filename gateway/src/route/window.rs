@@ -43,7 +43,7 @@ use clusters::split_mix;
 use cost::{Running, Unused};
 
 /// Profiles of the newest requests that kinds are made from.
-const RECENT: usize = 1000;
+const RECENT: usize = 2000;
 /// Share of variance between kinds below which there are none.
 const LEAST_SEPARATION: f64 = 0.05;
 /// The table of usual batches is made anew when the batch is off by this factor.

@@ -226,11 +226,22 @@ mod tests {
 
     #[test]
     fn policies_are_read_as_they_are_written() {
-        for text in ["least", "round-robin", "prefix", "band", "ms:64", "label:1", "placebo:16"] {
+        for text in [
+            "least",
+            "round-robin",
+            "prefix",
+            "band",
+            "ms:64",
+            "label:1",
+            "placebo:16",
+        ] {
             assert_eq!(text.parse::<Policy>().unwrap().to_string(), text);
         }
         for text in ["", "ms", "ms:0", "ms:x", "least:3", "eldr"] {
-            assert!(text.parse::<Policy>().unwrap_err().contains("no policy"), "{text}");
+            assert!(
+                text.parse::<Policy>().unwrap_err().contains("no policy"),
+                "{text}"
+            );
         }
     }
 }

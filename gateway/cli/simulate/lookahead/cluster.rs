@@ -41,8 +41,6 @@ pub(super) struct Run {
     pub(super) overtaken: u32,
     pub(super) control_share: f64,
     pub(super) switch_offs: u64,
-    /// Whether requests were grouped at the end.
-    pub(super) grouping: bool,
     /// The gain that the guard saw last.
     pub(super) gain: Option<f64>,
     /// Share of the signatures' variance between kinds.
@@ -97,7 +95,6 @@ pub(super) fn run(
         overtaken: cluster.overtaken,
         control_share: controls as f64 / (decisions as f64).max(1.0),
         switch_offs: window.map_or(0, |window| window.guard().switch_offs()),
-        grouping: window.is_some_and(|window| window.is_grouping()),
         gain: window.and_then(|window| window.guard().gain()),
         separation: window.and_then(|w| w.kinds().map(|kinds| kinds.separation)),
     }

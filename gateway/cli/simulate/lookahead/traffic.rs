@@ -11,8 +11,7 @@ use foregate_gateway::route::window::StepModel;
 pub(super) const WORKERS: usize = 8;
 /// Requests of a run.
 pub(super) const REQUESTS: usize = 900;
-/// Requests that the gateway saw before the run; its kinds are made from them, as the product's are from the last
-/// thousand.
+/// Requests that the gateway saw before the run; its kinds are made from them.
 const BEFORE: usize = 1000;
 /// Tokens of an answer: mean and least.
 const ANSWER: (f64, u32) = (120.0, 8);

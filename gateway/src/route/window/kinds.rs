@@ -9,7 +9,7 @@ use super::matching::cheapest;
 use crate::signature::Profile;
 
 /// Fewest profiles per worker that a fit is made from.
-pub const LEAST_PER_WORKER: usize = 16;
+pub const LEAST_PER_WORKER: usize = 8;
 
 /// One kind per worker. Made beside the request path by [`Kinds::fit`], then only read.
 #[derive(Debug, Clone, PartialEq)]
@@ -272,7 +272,7 @@ pub(super) mod tests {
 
     #[test]
     fn too_little_or_mixed_evidence_makes_no_kinds() {
-        let few = profiles(40, 4, 0.8, 1);
+        let few = profiles(31, 4, 0.8, 1);
         assert!(Kinds::fit(&few, &ranks(4), None).is_none());
         assert!(Kinds::fit(&profiles(100, 4, 0.8, 1), &ranks(1), None).is_none());
         let mut mixed = profiles(100, 4, 0.8, 1);
