@@ -148,7 +148,7 @@ async fn taught(cluster: &Cluster) {
             let metrics = cluster.get("/metrics").await.1;
             let line = "foregate_gateway_window_separation_ratio ";
             let value = metrics.lines().find_map(|text| text.strip_prefix(line));
-            value.is_some_and(|value| value.parse::<f64>().unwrap() > 0.5)
+            value.is_some_and(|value| value.parse::<f64>().is_ok_and(|value| value > 0.5))
         })
         .await;
 }

@@ -43,11 +43,10 @@ mod tests {
                 has_room: true,
             })
             .collect();
-        let chosen: Vec<u32> = profiles[..4]
+        let mut workers: Vec<u32> = profiles[..4]
             .iter()
             .map(|profile| choose(&kinds, Some(profile), &open).unwrap().rank.0)
             .collect();
-        let mut workers = chosen.clone();
         workers.sort_unstable();
         assert_eq!(workers, [0, 1, 2, 3], "each kind has its worker");
         assert_eq!(choose(&kinds, None, &open).unwrap().rank, Rank(3));

@@ -87,12 +87,8 @@ impl Kinds {
 
     /// Sampled layers.
     #[must_use]
-    pub const fn layers(&self) -> usize {
-        if self.experts == 0 {
-            0
-        } else {
-            self.mean.len() / self.experts
-        }
+    pub fn layers(&self) -> usize {
+        self.mean.len().checked_div(self.experts).unwrap_or(0)
     }
 
     /// Squared distance of a profile to the centre of a kind; to the mean of all where there is no such kind.
