@@ -162,12 +162,9 @@ fn told(policy: Policy, traffic: &Traffic) -> Vec<Profile> {
         Policy::Label(_) => traffic.labels.clone(),
         // Everybody's goes to somebody far away in the order of arrival.
         Policy::Placebo(_) => {
-            let mut exchanged = traffic.profiles.clone();
-            let n = exchanged.len();
-            for at in 0..n {
-                exchanged[at] = traffic.profiles[(at * 337 + 11) % n].clone();
-            }
-            exchanged
+            let n = traffic.profiles.len();
+            let other = |at: usize| traffic.profiles[(at * 337 + 11) % n].clone();
+            (0..n).map(other).collect()
         }
         Policy::Least
         | Policy::RoundRobin
