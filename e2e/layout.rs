@@ -147,6 +147,8 @@ const DOORS: &[(&str, &[&str])] = &[
     ("opentelemetry_sdk", &[BINARY]),
     ("plotters", &[BINARY]),
     ("rustix", &[BINARY, "foregate-worker", HARNESS]),
+    // The token model of `foregate simulate`.
+    ("rand_chacha", &[BINARY]),
     // The load generator of `foregate bench`.
     ("reqwest", &[BINARY]),
     // The data directory of an own etcd.

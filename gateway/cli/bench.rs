@@ -15,6 +15,9 @@ mod workload;
 
 use tokio_util::sync::CancellationToken;
 
+pub(crate) use plot::text;
+pub(crate) use serve::write_json;
+
 use crate::error::CliError;
 use crate::progress::Progress;
 

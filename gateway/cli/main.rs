@@ -16,6 +16,7 @@ mod kubernetes;
 mod progress;
 mod roles;
 mod shutdown;
+mod simulate;
 mod status;
 mod telemetry;
 mod up;
@@ -54,6 +55,8 @@ enum Command {
     Worker(roles::RoleArgs),
     /// Measure a running gateway, a rebalance, or the engine alone.
     Bench(bench::BenchArgs),
+    /// Run routing, batching and caches on synthetic loads, without a cluster.
+    Simulate(simulate::SimulateArgs),
     /// Keep an etcd running for `up --processes`.
     #[command(hide = true)]
     OwnEtcd,
@@ -77,6 +80,7 @@ impl Command {
             Self::Gateway(_) => "gateway",
             Self::Worker(_) => "worker",
             Self::Bench(_) => "bench",
+            Self::Simulate(_) => "simulate",
             Self::OwnEtcd => "own-etcd",
             Self::Fetch(_) => "fetch",
             Self::Inspect(_) => "inspect",
@@ -131,6 +135,7 @@ async fn run(cli: Cli) -> ExitCode {
                 roles::run_alone("worker", &args, &mut telemetry, drain).await
             }
             Command::Bench(args) => bench::run(args, &progress, drain).await,
+            Command::Simulate(args) => simulate::run(args, &progress).await,
             Command::OwnEtcd => up::run_own(drain).await,
             Command::Fetch(args) => fetch::run(args, &progress, drain).await,
             Command::Inspect(args) => inspect::run(args).await,

@@ -14,6 +14,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use foregate_api::manifest::RoutingPolicy;
 use foregate_api::node::GatewayConfig;
 use foregate_store::coord::Coord;
 use foregate_store::kv::Store;
@@ -22,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 pub mod admission;
+pub mod cached;
 pub mod clock;
 pub mod error;
 pub mod generate;
@@ -47,7 +49,7 @@ use http::{Defaults, Gateway};
 use loads::Loads;
 use metrics::Metrics;
 use prompt::Prompter;
-use upstream::Upstream;
+use upstream::{Upstream, WIDTH};
 use view::Views;
 
 /// Longest time that requests in work may take after `shutdown`.
@@ -200,16 +202,24 @@ fn gateway(
     shutdown: &CancellationToken,
 ) -> Gateway {
     let router = route::Router::new(config.routing);
-    let upstream = Upstream::new(Arc::clone(&views), loads, router, Arc::clone(&metrics));
+    let windowed = router.policy() == RoutingPolicy::Window;
+    let queue_timeout = Duration::from_millis(config.queue_timeout_ms);
+    let mut upstream = Upstream::new(Arc::clone(&views), loads, router, Arc::clone(&metrics));
+    if windowed {
+        upstream = upstream.with_window(config.max_in_flight, queue_timeout);
+    }
     let runner = Runner {
         prompter: prompter.clone(),
         upstream: Arc::new(upstream),
         metrics: Arc::clone(&metrics),
     };
     let admission = Admission::new(
-        config.max_in_flight,
+        // The head of the queue is the window.
+        config
+            .max_in_flight
+            .saturating_add(if windowed { WIDTH } else { 0 }),
         config.max_queued,
-        Duration::from_millis(config.queue_timeout_ms),
+        queue_timeout,
         shutdown.clone(),
     );
     Gateway {

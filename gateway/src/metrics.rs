@@ -8,6 +8,7 @@
 mod cluster;
 mod gen_ai;
 mod scraped;
+mod window;
 
 use std::time::Duration;
 
@@ -21,9 +22,11 @@ use crate::route::{self, Choice};
 use cluster::Cluster;
 use gen_ai::GenAi;
 use scraped::Scraped;
+use window::WindowMetrics;
 
 pub(crate) use cluster::{imbalance, rank_rows};
 pub(crate) use gen_ai::{Call, Operation};
+pub(crate) use window::WindowState;
 
 /// Seconds from a millisecond to ten minutes.
 const SECONDS: [f64; 20] = [
@@ -61,6 +64,7 @@ pub struct Metrics {
     waiting: IntGauge,
     known_prefixes: IntGauge,
     cluster: Cluster,
+    window: WindowMetrics,
     scraped: Scraped,
     gen_ai: GenAi,
 }
@@ -78,6 +82,8 @@ pub(crate) struct Known<'a> {
     pub(crate) waiting: u32,
     /// Prompt prefixes with a known signature.
     pub(crate) prefixes: usize,
+    /// The window, if the policy has one.
+    pub(crate) window: Option<WindowState>,
 }
 
 /// What one sequence looked like from outside.
@@ -188,6 +194,7 @@ impl Metrics {
                 "Prompt prefixes with a known expert signature.",
             )?,
             cluster: Cluster::new(&copied, model)?,
+            window: WindowMetrics::new(&copied, &make)?,
             scraped: Scraped::register(&registry, inner.clone())?,
             gen_ai: GenAi::new(&make)?,
             registry,
@@ -208,6 +215,7 @@ impl Metrics {
         let prefixes = i64::try_from(known.prefixes).unwrap_or(i64::MAX);
         self.known_prefixes.set(prefixes);
         self.cluster.show(known.state, known.now);
+        self.window.show(known.window.as_ref());
     }
 
     /// Has `refresh` called whenever the registry is gathered.
@@ -223,6 +231,14 @@ impl Metrics {
         self.routed
             .with_label_values(&[route::word(choice.policy), choice.outcome.word()])
             .inc();
+    }
+
+    /// Experts per layer that a request adds, `predicted` or `measured`.
+    pub(crate) fn added(&self, when: &str, experts: f64) {
+        self.window
+            .added
+            .with_label_values(&[when])
+            .observe(experts);
     }
 
     pub(crate) fn resumed(&self) {

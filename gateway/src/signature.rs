@@ -4,9 +4,13 @@
 //! hash stands for a whole prefix. A finished prefill stores its histogram under the prefixes of its prompt;
 //! a new request takes the histogram of its longest known prefix. The newest histogram of a prefix wins.
 
+mod profile;
+
 use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hasher};
 use std::sync::{Arc, Mutex, PoisonError};
+
+pub use profile::{Profile, probability};
 
 /// Tokens per block.
 pub const BLOCK: usize = 32;
@@ -132,7 +136,7 @@ impl Table {
 }
 
 /// Chained hashes of the full blocks of a prompt (SipHash with a fixed key: equal prompts, equal hashes).
-fn prefixes(prompt: &[u32]) -> Vec<u64> {
+pub(crate) fn prefixes(prompt: &[u32]) -> Vec<u64> {
     let mut chain = 0_u64;
     prompt
         .chunks_exact(BLOCK)

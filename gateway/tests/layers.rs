@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 
 /// From the bottom up.
-const ORDER: [&str; 18] = [
+const ORDER: [&str; 19] = [
     "clock",
     "random",
     "error",
@@ -14,6 +14,7 @@ const ORDER: [&str; 18] = [
     "prompt",
     "output",
     "signature",
+    "cached",
     "loads",
     "route",
     "metrics",

@@ -2,10 +2,12 @@
 
 mod support;
 
+use std::sync::atomic::Ordering;
+
 use foregate_api::load::EngineLoad;
 use foregate_api::manifest::RoutingPolicy;
 use serde_json::{Value, json};
-use support::{Cluster, config, header, window};
+use support::{Cluster, config, header, window, with};
 
 fn routed_by(policy: RoutingPolicy) -> foregate_api::node::GatewayConfig {
     let mut config = config();
@@ -129,4 +131,185 @@ async fn load_that_others_brought_counts() {
             header(&response, "x-foregate-worker") == "0"
         })
         .await;
+}
+
+/// Answers prompts of two kinds until the window knows their experts.
+async fn taught(cluster: &Cluster) {
+    for worker in &cluster.workers {
+        worker.behaviour.tells_whole.store(true, Ordering::SeqCst);
+    }
+    for at in 0..40 {
+        let ids = vec![(1 + at % 2) * 100 + 1; 64];
+        let body = json!({"prompt": ids, "max_tokens": 2, "ignore_eos": true});
+        cluster.json("/v1/completions", &body).await;
+    }
+    cluster
+        .eventually("a fit of kinds", async || {
+            let metrics = cluster.get("/metrics").await.1;
+            let line = "foregate_gateway_window_separation_ratio ";
+            let value = metrics.lines().find_map(|text| text.strip_prefix(line));
+            value.is_some_and(|value| value.parse::<f64>().is_ok_and(|value| value > 0.5))
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn the_window_gives_each_kind_its_worker() {
+    let cluster = Cluster::start(2, "x", routed_by(RoutingPolicy::Window)).await;
+    taught(&cluster).await;
+    cluster.hold_after(1);
+    let mut running = Vec::new();
+    let mut workers =
+        std::collections::BTreeMap::<u32, std::collections::BTreeSet<String>>::new();
+    let mut fits = 0;
+    for at in 0..14 {
+        let expert = 1 + at % 2;
+        let response = cluster.post("/v1/completions", &prompt(expert, at)).await;
+        let route = header(&response, "x-foregate-route");
+        assert!(route.starts_with("window; outcome="), "{route}");
+        assert!(route.ends_with("; known=64"), "{route}");
+        // Until batches are large enough to gain, the order stays; a control request goes anywhere.
+        if route.contains("outcome=fit") {
+            fits += 1;
+            let worker = header(&response, "x-foregate-worker");
+            workers.entry(expert).or_default().insert(worker);
+        }
+        running.push(response);
+    }
+    assert!(fits >= 4, "{fits} of 14");
+    assert!(workers.values().all(|own| own.len() == 1), "{workers:?}");
+    assert_eq!(workers.len(), 2);
+    assert_ne!(workers[&1], workers[&2]);
+    cluster
+        .shows("foregate_gateway_window_regime{regime=\"group\"} 1")
+        .await;
+    cluster.shows("foregate_gateway_window_grouping 1").await;
+    for when in ["predicted", "measured"] {
+        let count = format!("foregate_gateway_window_added_experts_count{{when=\"{when}\"}}");
+        cluster.shows(&count).await;
+    }
+}
+
+#[tokio::test]
+async fn a_prefix_that_a_worker_has_outweighs_a_little_load() {
+    let cluster = Cluster::start(2, "x", routed_by(RoutingPolicy::Window)).await;
+    let long: Vec<u32> = (0..640).map(|at| 100 + at % 90).collect();
+    let body = json!({"prompt": long, "max_tokens": 1, "ignore_eos": true});
+    let first = cluster.post("/v1/completions", &body).await;
+    assert_eq!(header(&first, "x-foregate-worker"), "0");
+    assert!(first.text().await.unwrap().contains("choices"));
+    let body = with(body, &json!({"max_tokens": 200, "stream": true}));
+    cluster.hold_after(1);
+    let other = cluster.post("/v1/completions", &prompt(3, 0)).await;
+    assert_eq!(header(&other, "x-foregate-worker"), "0");
+    // Worker 0 is busier now, and still has the prefix.
+    let again = cluster.post("/v1/completions", &body).await;
+    assert_eq!(header(&again, "x-foregate-worker"), "0");
+    let strange = cluster.post("/v1/completions", &prompt(4, 0)).await;
+    assert_eq!(header(&strange, "x-foregate-worker"), "1");
+}
+
+#[tokio::test]
+async fn who_waits_in_the_window_too_long_is_told_so() {
+    let mut config = routed_by(RoutingPolicy::Window);
+    (config.max_in_flight, config.queue_timeout_ms) = (1, 300);
+    let cluster = Cluster::start(1, "x", config).await;
+    cluster.hold_after(1);
+    let held = cluster.post("/v1/completions", &prompt(1, 0)).await;
+    let refused = cluster.post("/v1/completions", &prompt(1, 1)).await;
+    assert_eq!(refused.status(), 429);
+    assert!(
+        refused
+            .text()
+            .await
+            .unwrap()
+            .contains("no free place within 300 ms")
+    );
+    cluster.shows("foregate_gateway_window_waiting 0").await;
+    drop(held);
+    cluster.idle().await;
+    cluster.hold_after(0);
+    cluster
+        .json("/v1/completions", &json!({"prompt": "hi"}))
+        .await;
+}
+
+#[tokio::test]
+async fn places_come_back_from_clients_that_leave_and_workers_that_are_lost() {
+    let mut config = routed_by(RoutingPolicy::Window);
+    config.max_in_flight = 2;
+    let mut cluster = Cluster::start(2, "x", config).await;
+    cluster.hold_after(1);
+    let first = cluster.post("/v1/completions", &prompt(1, 0)).await;
+    let second = cluster.post("/v1/completions", &prompt(1, 1)).await;
+    let waits = {
+        let body = prompt(2, 2);
+        let (client, url) = (
+            cluster.client.clone(),
+            format!("{}/v1/completions", cluster.url),
+        );
+        tokio::time::timeout(
+            std::time::Duration::from_millis(300),
+            client.post(url).json(&body).send(),
+        )
+        .await
+    };
+    assert!(waits.is_err(), "the third had no place and its client left");
+    cluster.shows("foregate_gateway_window_waiting 0").await;
+    drop(first);
+    let third = cluster.post("/v1/completions", &prompt(2, 3)).await;
+    assert_eq!(third.status(), 200);
+    cluster.workers[0].kill();
+    cluster.hold_after(0);
+    for response in [second, third] {
+        let text = response.text().await.unwrap();
+        assert!(text.contains("[DONE]") && !text.contains("error"), "{text}");
+    }
+    for _ in 0..3 {
+        cluster
+            .json("/v1/completions", &json!({"prompt": "hi"}))
+            .await;
+    }
+}
+
+#[tokio::test]
+async fn requests_of_several_sequences_never_wait_for_each_other() {
+    let mut config = routed_by(RoutingPolicy::Window);
+    config.max_in_flight = 2;
+    let cluster = Cluster::start(2, "x", config).await;
+    let body = |n: u32| json!({"prompt": "hi", "n": n, "temperature": 1.0, "seed": 1, "max_tokens": 4, "ignore_eos": true});
+    let (two, three, one) = (body(2), body(3), body(1));
+    let (a, b, c, d) = tokio::join!(
+        cluster.json("/v1/completions", &two),
+        cluster.json("/v1/completions", &three),
+        cluster.json("/v1/completions", &two),
+        cluster.json("/v1/completions", &one),
+    );
+    let choices = [a, b, c, d].map(|answer| answer["choices"].as_array().unwrap().len());
+    assert_eq!(choices, [2, 3, 2, 1]);
+}
+
+#[tokio::test]
+async fn no_policy_changes_a_token() {
+    let mut answers = Vec::new();
+    for policy in [
+        RoutingPolicy::LeastLoaded,
+        RoutingPolicy::Signature,
+        RoutingPolicy::Window,
+        RoutingPolicy::RoundRobin,
+    ] {
+        let cluster = Cluster::start(3, "some text to say", routed_by(policy)).await;
+        let mut texts = Vec::new();
+        for at in 0..6 {
+            let body = json!({"prompt": "hi", "temperature": 1.0, "seed": at, "max_tokens": 6, "ignore_eos": true});
+            let answer = cluster.json("/v1/completions", &body).await;
+            texts.push(answer["choices"][0]["text"].clone());
+        }
+        answers.push(texts);
+    }
+    assert!(
+        answers.windows(2).all(|pair| pair[0] == pair[1]),
+        "{answers:?}"
+    );
+    assert_ne!(answers[0][0], answers[0][1], "the seed matters");
 }

@@ -158,7 +158,7 @@ fn words(record: &Record, range: &Range) -> String {
 }
 
 /// A line of text for an SVG.
-pub(super) fn text(x: f64, y: f64, colour: &str, words: &str) -> String {
+pub(crate) fn text(x: f64, y: f64, colour: &str, words: &str) -> String {
     let words = words.replace('&', "&amp;").replace('<', "&lt;");
     format!(
         "<text x=\"{x:.1}\" y=\"{y:.1}\" fill=\"{colour}\" font-family=\"sans-serif\" font-size=\"11\">{words}</text>\n"

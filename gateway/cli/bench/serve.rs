@@ -217,7 +217,7 @@ impl ServeArgs {
 }
 
 /// Writes figures as JSON.
-pub(super) fn write_json(path: &PathBuf, figures: &impl Serialize) -> Result<(), CliError> {
+pub(crate) fn write_json(path: &PathBuf, figures: &impl Serialize) -> Result<(), CliError> {
     let what = path.display().to_string();
     let text = serde_json::to_vec_pretty(figures).map_err(|e| CliError::runtime(&what, &e))?;
     std::fs::write(path, text).map_err(|error| CliError::runtime(&what, &error))

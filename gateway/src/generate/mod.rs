@@ -18,7 +18,7 @@ use crate::error::ApiError;
 use crate::metrics::Metrics;
 use crate::prompt::Prompter;
 use crate::trace::Identity;
-use crate::upstream::Upstream;
+use crate::upstream::{Places, Upstream};
 use choice::ChoiceStream;
 
 /// A running request. Dropping it cancels everything and gives the permit back.
@@ -29,6 +29,7 @@ pub struct Answer {
     pub workers: Vec<Rank>,
     /// The first decision, as the header shows it.
     pub route: String,
+    _places: Option<Places>,
     _permit: Permit,
 }
 
@@ -65,6 +66,11 @@ impl Runner {
     ) -> Result<Answer, ApiError> {
         let total = job.choices();
         let width = (permit.sequences as usize).clamp(1, total.max(1));
+        let alone = total == 1;
+        let places = match &self.upstream {
+            upstream if alone || !upstream.is_windowed() => None,
+            upstream => upstream.places(permit.sequences, job.deadline).await?,
+        };
         let job = Arc::new(job);
         let started =
             try_join_all((0..width).map(|index| self.open(&job, index, identity))).await?;
@@ -94,6 +100,7 @@ impl Runner {
             deltas: first.chain(later).flatten_unordered(width).boxed(),
             workers,
             route,
+            _places: places,
             _permit: permit,
         })
     }
@@ -105,10 +112,15 @@ impl Runner {
         identity: &Identity,
     ) -> Result<ChoiceStream, ApiError> {
         let request = job.request(index, &identity.request_id);
-        let sequence = self
-            .upstream
-            .open(request, identity, job.began, job.deadline)
-            .await?;
+        let (upstream, began, deadline) = (&self.upstream, job.began, job.deadline);
+        // Several sequences have their places already.
+        let sequence = if job.choices() == 1 {
+            upstream
+                .open_in_turn(request, identity, began, deadline)
+                .await?
+        } else {
+            upstream.open(request, identity, began, deadline).await?
+        };
         Ok(ChoiceStream::new(
             &self.prompter,
             &self.metrics,

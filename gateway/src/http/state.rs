@@ -97,6 +97,7 @@ impl Gateway {
             in_flight: self.admission.running(),
             waiting: self.admission.queued(),
             prefixes: self.runner.upstream.known_prefixes(),
+            window: self.runner.upstream.window(),
         });
     }
 

@@ -3,6 +3,7 @@
 mod least_loaded;
 mod round_robin;
 mod signature;
+pub mod window;
 
 use std::fmt;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -34,6 +35,8 @@ pub struct Choice {
     pub outcome: Outcome,
     /// How well the worker's running requests fit, from 0 to 1, if that was asked and is known.
     pub fit: Option<f64>,
+    /// Experts per layer that the request is expected to add to a usual batch of the worker, if the window chose.
+    pub added: Option<f64>,
     /// Prompt tokens whose signature was known.
     pub known: usize,
 }
@@ -49,6 +52,12 @@ pub enum Outcome {
     Turn,
     /// There was one worker only.
     Only,
+    /// The request had waited for as long as it may.
+    Overdue,
+    /// Placed at random, to compare with.
+    Control,
+    /// In order of arrival, by prefix and load: grouping is off.
+    Order,
 }
 
 impl Outcome {
@@ -60,6 +69,9 @@ impl Outcome {
             Self::Load => "load",
             Self::Turn => "turn",
             Self::Only => "only",
+            Self::Overdue => "overdue",
+            Self::Control => "control",
+            Self::Order => "order",
         }
     }
 }
@@ -69,6 +81,7 @@ impl Outcome {
 pub const fn word(policy: RoutingPolicy) -> &'static str {
     match policy {
         RoutingPolicy::Signature => "signature",
+        RoutingPolicy::Window => "window",
         RoutingPolicy::LeastLoaded => "least_loaded",
         RoutingPolicy::RoundRobin => "round_robin",
     }
@@ -82,6 +95,14 @@ impl fmt::Display for Choice {
             match self.fit {
                 Some(fit) => write!(f, "; fit={fit:.2}")?,
                 None => f.write_str("; fit=none")?,
+            }
+            write!(f, "; known={}", self.known)?;
+        }
+        if self.policy == RoutingPolicy::Window {
+            write!(f, "; outcome={}", self.outcome.word())?;
+            match self.added {
+                Some(added) => write!(f, "; added={added:.2}")?,
+                None => f.write_str("; added=none")?,
             }
             write!(f, "; known={}", self.known)?;
         }
@@ -106,10 +127,19 @@ impl Router {
         }
     }
 
+    /// The policy.
+    #[must_use]
+    pub const fn policy(&self) -> RoutingPolicy {
+        self.policy
+    }
+
     /// Chooses among `candidates` (ascending by rank); `None` if there are none.
     pub fn choose(&self, candidates: &[Candidate], known: &Known) -> Option<Choice> {
         let (at, outcome, fit) = match self.policy {
-            RoutingPolicy::Signature => signature::choose(candidates, known)?,
+            // A sequence that the window places never comes here; one that may not wait does.
+            RoutingPolicy::Signature | RoutingPolicy::Window => {
+                signature::choose(candidates, known)?
+            }
             RoutingPolicy::LeastLoaded => {
                 (least_loaded::choose(candidates)?, Outcome::Load, None)
             }
@@ -127,6 +157,7 @@ impl Router {
                 outcome
             },
             fit,
+            added: None,
             known: known.tokens,
         })
     }

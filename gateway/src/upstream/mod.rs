@@ -1,6 +1,7 @@
 //! Sequences on workers: choose, connect, guard, and go on elsewhere after a loss.
 
 mod sequence;
+mod window;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -14,14 +15,16 @@ use foregate_wire::tonic::transport::Channel;
 use tokio::time::Instant;
 
 pub use sequence::{Event, Sequence};
+pub use window::{Places, WIDTH};
 
 use crate::error::ApiError;
 use crate::loads::{LoadGuard, Loads};
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, WindowState};
 use crate::route::{Candidate, Choice, Router};
 use crate::signature::{Known, Signatures};
 use crate::trace::Identity;
 use crate::view::Views;
+use window::Ahead;
 
 /// How long a worker that was lost is asked last.
 const SUSPICION: Duration = Duration::from_secs(2);
@@ -36,6 +39,8 @@ pub struct Upstream {
     metrics: Arc<Metrics>,
     channels: Mutex<BTreeMap<String, Channel>>,
     suspects: Mutex<BTreeMap<Rank, (u64, Instant)>>,
+    /// Where sequences wait for their place, if the policy is that of the window.
+    ahead: Option<Ahead>,
 }
 
 impl Upstream {
@@ -55,7 +60,35 @@ impl Upstream {
             metrics,
             channels: Mutex::default(),
             suspects: Mutex::default(),
+            ahead: None,
         }
+    }
+
+    /// With `places` for sequences on all workers, for which they wait in a window for `longest` at most.
+    #[must_use]
+    pub fn with_window(mut self, places: u32, longest: Duration) -> Self {
+        self.ahead = Some(Ahead::new(places, longest));
+        self
+    }
+
+    /// The window at the moment.
+    pub(crate) fn window(&self) -> Option<WindowState> {
+        self.ahead.as_ref()?.look()
+    }
+
+    /// Starts a sequence in the place that it gets from the window; without one it is [`Upstream::open`].
+    ///
+    /// # Errors
+    /// As [`Upstream::open`]; 429 also after the longest wait for a place.
+    pub async fn open_in_turn(
+        self: &Arc<Self>,
+        request: GenerateRequest,
+        identity: &Identity,
+        began: Instant,
+        deadline: Instant,
+    ) -> Result<Sequence, ApiError> {
+        let (upstream, identity) = (Arc::clone(self), identity.clone());
+        Sequence::open(upstream, request, identity, began, deadline, true).await
     }
 
     /// Starts a sequence on the worker that the policy chooses. Its request came at `began`.
@@ -71,7 +104,7 @@ impl Upstream {
         deadline: Instant,
     ) -> Result<Sequence, ApiError> {
         let upstream = Arc::clone(self);
-        Sequence::open(upstream, request, identity.clone(), began, deadline).await
+        Sequence::open(upstream, request, identity.clone(), began, deadline, false).await
     }
 
     /// Prompt prefixes whose signature is known.

@@ -19,6 +19,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 use tracing::{Instrument, Span};
 
 use super::Upstream;
+use super::window::{Grant, Place};
 use crate::error::ApiError;
 use crate::loads::LoadGuard;
 use crate::route::{self, Choice};
@@ -76,6 +77,10 @@ pub struct Sequence {
     cached: u32,
     choice: Option<Choice>,
     running: Option<Running>,
+    /// Its place in the window's count, for as long as it lives.
+    place: Option<Place>,
+    /// What its prompt used, as measured.
+    prompt: Option<Arc<Signature>>,
 }
 
 #[derive(Debug)]
@@ -93,6 +98,7 @@ impl Sequence {
         identity: Identity,
         began: Instant,
         deadline: Instant,
+        in_turn: bool,
     ) -> Result<Self, ApiError> {
         let known = upstream.signatures.known(&request.token_ids);
         let mut sequence = Self {
@@ -110,8 +116,18 @@ impl Sequence {
             cached: 0,
             choice: None,
             running: None,
+            place: None,
+            prompt: None,
         };
-        sequence.connect(Instant::now()).await?;
+        let upstream = Arc::clone(&sequence.upstream);
+        let grant = match upstream.ahead.as_ref().filter(|_| in_turn) {
+            None => None,
+            Some(ahead) => {
+                let place = upstream.place(ahead, &sequence.request, &sequence.known, deadline);
+                Some(place.await?)
+            }
+        };
+        sequence.connect(Instant::now(), grant).await?;
         Ok(sequence)
     }
 
@@ -171,7 +187,7 @@ impl Sequence {
                 return Ok(Event::Finished(self.last_words()));
             }
             self.upstream.metrics.resumed();
-            self.connect(Instant::now() + PATIENCE).await?;
+            self.connect(Instant::now() + PATIENCE, None).await?;
         }
     }
 
@@ -195,6 +211,7 @@ impl Sequence {
                 FinishReason::Stop | FinishReason::Length => {
                     self.remember_all(&finished);
                     self.running = None;
+                    self.leave(&finished);
                     Ok(Some(Event::Finished(finished)))
                 }
                 FinishReason::Deadline => Err(Failure::Final(self.over())),
@@ -218,6 +235,11 @@ impl Sequence {
         self.prefilled = true;
         self.cached = prefilled.cached_tokens;
         self.remember_prompt(&mut prefilled);
+        if let (Some(place), Some(running)) = (&self.place, &self.running) {
+            let prompt = self.request.prompt_len as usize;
+            let prompt = self.request.token_ids.get(..prompt).unwrap_or_default();
+            place.read(prompt, running.member.rank, self.prompt.as_deref());
+        }
         prefilled.routed = reported;
         Some(Event::Prefilled(prefilled))
     }
@@ -274,8 +296,9 @@ impl Sequence {
         let prompt = self.request.token_ids.get(..prompt).unwrap_or_default();
         self.upstream.signatures.remember(prompt, &signature);
         if let Some(running) = &mut self.running {
-            running.guard.measured(signature);
+            running.guard.measured(Arc::clone(&signature));
         }
+        self.prompt = Some(signature);
     }
 
     /// Keeps the histogram of prompt and answer: the next turn of a conversation begins with both.
@@ -293,6 +316,25 @@ impl Sequence {
                 .signatures
                 .remember(&self.request.token_ids, &signature);
         }
+    }
+
+    /// Gives the place back, with what the answer used: the whole without the prompt.
+    fn leave(&mut self, finished: &Finished) {
+        let Some(mut place) = self.place.take() else {
+            return;
+        };
+        let whole = &finished.signature;
+        let prompt = self.prompt.as_deref().filter(|prompt| {
+            self.losses == 0 && self.cached == 0 && prompt.counts.len() == whole.len()
+        });
+        let answer = prompt.and_then(|prompt| {
+            let both = whole.iter().zip(&prompt.counts);
+            let rest = both
+                .map(|(whole, prompt)| whole.saturating_sub(*prompt))
+                .collect();
+            Signature::new(prompt.experts, rest)
+        });
+        place.answered(finished.generated_tokens, answer.as_ref());
     }
 
     /// Drops the stream of a lost worker.
@@ -318,15 +360,18 @@ impl Sequence {
     }
 
     /// Opens a stream on some worker. Waits for one until `patience` if there is none.
-    async fn connect(&mut self, patience: Instant) -> Result<(), ApiError> {
+    /// The first try goes to the worker that the window chose, if it did.
+    async fn connect(
+        &mut self,
+        patience: Instant,
+        mut grant: Option<Grant>,
+    ) -> Result<(), ApiError> {
         let patience = patience.min(self.deadline);
         let mut avoid: BTreeSet<Rank> = BTreeSet::new();
         let mut busy = false;
         let mut pause = PAUSE.0;
         loop {
-            let members = self.upstream.candidates(&avoid);
-            let Some((choice, member, guard)) = self.upstream.choose(&members, &self.known)
-            else {
+            let Some((choice, member, guard)) = self.worker(&avoid, grant.take()) else {
                 if Instant::now() + pause >= patience {
                     return Err(self.nowhere(busy));
                 }
@@ -364,6 +409,28 @@ impl Sequence {
             }
             avoid.insert(member.rank);
         }
+    }
+
+    fn worker(
+        &mut self,
+        avoid: &BTreeSet<Rank>,
+        grant: Option<Grant>,
+    ) -> Option<(Choice, Arc<Member>, LoadGuard)> {
+        if let Some(grant) = grant {
+            let Grant {
+                choice,
+                member,
+                guard,
+                place,
+            } = grant;
+            self.place = Some(place);
+            return Some((choice, member, guard));
+        }
+        if let Some(place) = &self.place {
+            place.moved();
+        }
+        let members = self.upstream.candidates(avoid);
+        self.upstream.choose(&members, &self.known)
     }
 
     /// Opens the spans of a decision and of the call that follows.

@@ -28,6 +28,8 @@ pub struct Behaviour {
     pub break_after: AtomicU32,
     /// Break by ending the stream instead of an error.
     pub end_quietly: AtomicBool,
+    /// Tell at the end which experts prompt and answer used, not only the prompt's.
+    pub tells_whole: AtomicBool,
     /// Answer RESOURCE_EXHAUSTED.
     pub busy: AtomicBool,
     /// Answer INVALID_ARGUMENT.
@@ -252,6 +254,15 @@ async fn answer(
     }
     send.send(Ok(event(Event::Prefilled(prefilled)))).await?;
     let mut last = None;
+    let mut whole = request.token_ids.clone();
+    let tells_whole = behaviour.tells_whole.load(Ordering::SeqCst);
+    let told = |ids: &[u32]| {
+        if tells_whole {
+            signature(ids)
+        } else {
+            Vec::new()
+        }
+    };
     let break_after = behaviour.break_after.load(Ordering::SeqCst);
     let mut hold_after = behaviour.hold_after.subscribe();
     for index in have..=request.max_tokens as usize {
@@ -274,10 +285,26 @@ async fn answer(
             .copied()
             .or(request.ignore_eos.then_some(5))
         else {
-            return finish(send, FinishReason::Stop, prompt, index, Some(0)).await;
+            return finish(
+                send,
+                FinishReason::Stop,
+                prompt,
+                index,
+                Some(0),
+                told(&whole),
+            )
+            .await;
         };
         if request.stop_token_ids.contains(&id) {
-            return finish(send, FinishReason::Stop, prompt, index, Some(id)).await;
+            return finish(
+                send,
+                FinishReason::Stop,
+                prompt,
+                index,
+                Some(id),
+                told(&whole),
+            )
+            .await;
         }
         let seed = request
             .sampling
@@ -302,6 +329,7 @@ async fn answer(
                 .map(|last| routed(&[last], prompt + index - 1)),
         };
         last = Some(id);
+        whole.push(id);
         send.send(Ok(event(Event::Token(token)))).await?;
     }
     finish(
@@ -310,6 +338,7 @@ async fn answer(
         prompt,
         request.max_tokens as usize,
         None,
+        told(&whole),
     )
     .await
 }
@@ -320,13 +349,14 @@ async fn finish(
     prompt: usize,
     generated: usize,
     stop_token: Option<u32>,
+    signature: Vec<u32>,
 ) -> Result<(), tokio::sync::mpsc::error::SendError<Result<GenerateEvent, Status>>> {
     send.send(Ok(event(Event::Finished(Finished {
         reason: reason.into(),
         stop_token,
         prompt_tokens: prompt as u32,
         generated_tokens: generated as u32,
-        signature: Vec::new(),
+        signature,
         preemptions: 0,
     }))))
     .await

@@ -219,6 +219,8 @@ pub enum RoutingPolicy {
     /// The worker whose running requests use the most similar experts, within a band of load.
     #[default]
     Signature,
+    /// The pair of a waiting request and a worker that costs least, over a window of the queue.
+    Window,
     /// The worker with the fewest running and waiting requests.
     LeastLoaded,
     /// One after the other.

@@ -6,6 +6,7 @@
 //!  follow.rs    the actor that does what the rollover machine orders
 //!  migrate.rs   loads what a placement wants, from a peer or the checkpoint, and verifies it
 //!  background.rs  packing and unpacking beside serving, with low priority
+//!  cache.rs     which experts stay where not all fit; pure, not asked yet: a worker holds what its placement says
 //!  serve.rs     the Experts service: hands resident experts to peers
 //! ```
 //!
@@ -13,6 +14,7 @@
 //! Invariant: a table holds only what an active, draining or wanted placement gives this rank.
 
 mod background;
+pub mod cache;
 pub mod follow;
 pub mod gate;
 pub mod migrate;
