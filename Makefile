@@ -23,7 +23,7 @@ endif
 # What tests could not run here and why: `make test` ends with it.
 SKIPPED := $(CURDIR)/target/skipped
 
-.PHONY: help up test lint cluster unit soak fuzz bench bench-peers
+.PHONY: help up test lint cluster test-cluster unit soak fuzz bench bench-peers
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -36,7 +36,6 @@ up: ## install what is missing, build, serve the demonstration model on port 800
 test: ## install what is missing, lint, every test, every fuzz target for a minute
 	@.ci/need test
 	@$(MAKE) --no-print-directory lint
-	@$(MAKE) --no-print-directory cluster
 	@$(MAKE) --no-print-directory unit
 	@$(MAKE) --no-print-directory fuzz
 	@if [ -s $(SKIPPED) ]; then sort $(SKIPPED) | uniq -c | sed 's/^ *\([0-9]*\) skipped/SKIPPED \1/'; fi
@@ -50,6 +49,11 @@ cluster: ## the components of the tests' own Kubernetes cluster, built where roo
 	@if [ -n "$${KUBECONFIG:-}" ] || [ "$$(id -u)" != 0 ] || [ "$$(uname -s)" != Linux ]; then \
 	  echo "cluster: nothing to build here"; \
 	else e2e/cluster/run build >/dev/null; fi
+
+test-cluster: ## install what is missing, build a Kubernetes cluster's components once (25 minutes), test on a real cluster
+	@.ci/need cluster
+	@$(MAKE) --no-print-directory cluster
+	cargo test --test cluster
 
 # Test programs run one after the other, so the end-to-end ones do not fight for the cores.
 unit:
