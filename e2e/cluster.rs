@@ -178,6 +178,12 @@ fn a_pod_serves_tokens_through_a_service() {
     let url = format!("http://{}", address.as_str().unwrap());
     let body = json!({"prompt": [5, 6, 7], "max_tokens": 4, "temperature": 0, "return_token_ids": true});
     let answer = made.in_network(|| {
+        // A pod is ready a moment before the nodes know that its service leads to it.
+        let place = format!("{}:80", address.as_str().unwrap());
+        awaited("the service to lead to its pod", ROLLOUT, || {
+            let connected = std::net::TcpStream::connect(&place);
+            connected.map(drop).map_err(|error| error.to_string())
+        });
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build();
