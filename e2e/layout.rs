@@ -17,6 +17,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("foregate-api", &[]),
     ("foregate-crd", &["foregate-api"]),
     ("foregate-planner", &["foregate-api"]),
+    ("foregate-simulate", &["foregate-api", "foregate-planner"]),
     ("foregate-store", &["foregate-api"]),
     (
         "foregate-operator",
@@ -59,6 +60,8 @@ const EDGES: &[(&str, &[&str])] = &[
             "foregate-kernels",
             "foregate-api",
             "foregate-crd",
+            "foregate-planner",
+            "foregate-simulate",
             "foregate-store",
             "foregate-operator",
             "foregate-wire",
@@ -147,8 +150,8 @@ const DOORS: &[(&str, &[&str])] = &[
     ("opentelemetry_sdk", &[BINARY]),
     ("plotters", &[BINARY]),
     ("rustix", &[BINARY, "foregate-worker", HARNESS]),
-    // The token model of `foregate simulate`.
-    ("rand_chacha", &[BINARY]),
+    // The loads and the token model of `foregate simulate`.
+    ("rand_chacha", &["foregate-simulate"]),
     // The load generator of `foregate bench`.
     ("reqwest", &[BINARY]),
     // The data directory of an own etcd.

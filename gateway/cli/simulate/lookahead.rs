@@ -4,7 +4,6 @@
 mod arm;
 mod caches;
 mod cluster;
-mod dice;
 mod figures;
 mod plot;
 mod report;

@@ -4,10 +4,10 @@ use foregate_api::ids::ExpertId;
 use foregate_worker::residency::cache::{Cache, Outlook, Policy};
 use serde::Serialize;
 
-use super::dice::Dice;
 use super::figures::Change;
 use super::tokens::{EXPERTS, Fit, TOPICS, Token, World, experts};
 use super::traffic::{FIRST_REQUEST, draw};
+use foregate_simulate::Dice;
 
 /// Tokens of a request.
 const TOKENS: usize = 129;

@@ -8,7 +8,7 @@
 //! Fitted to public decode statistics of Qwen3-30B-A3B (gajsanders/moe-trace: overlap of neighbouring tokens, hit
 //! ratios of LRU and Belady). A request's tokens come from a stream of its own, so all policies meet the same ones.
 
-use super::dice::Dice;
+use foregate_simulate::Dice;
 
 /// Experts per layer; one bit each.
 pub(super) const EXPERTS: usize = 128;

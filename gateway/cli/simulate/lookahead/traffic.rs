@@ -2,10 +2,10 @@
 
 use foregate_gateway::signature::Profile;
 
-use super::dice::Dice;
 use super::settings::Cluster;
 use super::tokens::{EXPERTS, LAYERS, Request, TOPICS, World, correlation, shares};
 use foregate_gateway::route::window::StepModel;
+use foregate_simulate::Dice;
 
 /// Workers.
 pub(super) const WORKERS: usize = 8;

@@ -1,0 +1,32 @@
+//! `foregate-simulate`: placements judged on synthetic expert loads, without a cluster.
+//!
+//! What goes in: a [`Case`] (a model on a cluster, how its load drifts, which policies) and a seed. What comes out:
+//! how well each policy's placements balance batches that came after they were made, and the copies that it moved.
+//! Our own policy is the operator's code: [`foregate_planner::demand`], then [`foregate_planner::plan`] with its
+//! trigger. The others are published ones, written anew from their descriptions, as anchors.
+//!
+//! Invariants: a policy never sees a window or a batch that it is judged on. All policies of a run meet the same
+//! windows and batches; a policy draws no random number. Same case and seed, same figures (times apart, which come
+//! from a clock of the caller's).
+//!
+//! Start reading at [`run()`], then `judge.rs`.
+
+#![forbid(unsafe_code)]
+
+mod dice;
+mod eplb;
+mod generator;
+mod homes;
+mod judge;
+mod policy;
+mod report;
+mod run;
+mod shape;
+mod sums;
+
+pub use crate::dice::Dice;
+pub use crate::generator::{Counts, Generator, Regime, Rows, TOPICS, VERSION};
+pub use crate::policy::Policy;
+pub use crate::report::{Balance, Document, Figures, Load, OfPolicy, OfSeed, Time, document};
+pub use crate::run::{Case, Outcome, SimulateError, Watch, run};
+pub use crate::shape::{DEVICES, Device, SETTINGS, Shape};

@@ -1,0 +1,277 @@
+//! The policies: who decides where experts live, and when.
+
+use foregate_api::ids::{Epoch, ExpertId, LayerId, Rank};
+use foregate_api::load::{EngineLoad, LoadWindow};
+use foregate_api::placement::Placement;
+use foregate_planner::demand::Demand;
+use foregate_planner::split::{SOLVE_GAP, SOLVE_SWEEPS, SplitTable, solve};
+use foregate_planner::{History, Problem, RankSlots, Settings, plan};
+
+use crate::eplb::{Cluster, eplb};
+use crate::generator::{Counts, Rows};
+use crate::homes::{self, Moved, moved};
+use crate::run::{SimulateError, Watch};
+use crate::shape::Shape;
+
+/// Windows before the first step, and between two plans of the policies that plan now and then.
+pub(crate) const EVERY: usize = 10;
+
+/// A policy by name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Policy {
+    /// Experts in order, copies of the first ones in the slots left over.
+    InOrder,
+    /// EPLB on the windows of the warm-up.
+    EplbOnce,
+    /// EPLB every ten steps on the sum of the last ten windows, as engines run it.
+    Eplb10,
+    /// EPLB every step on the last window.
+    EplbStep,
+    /// As [`Self::Eplb10`], with groups of experts kept on a node.
+    EplbHierarchical10,
+    /// The operator's first plan, never moved.
+    ConnectedOnce,
+    /// The operator's planner with its trigger.
+    ConnectedLazy,
+}
+
+impl Policy {
+    /// All, anchors first.
+    pub const ALL: [Self; 7] = [
+        Self::InOrder,
+        Self::EplbOnce,
+        Self::Eplb10,
+        Self::EplbStep,
+        Self::EplbHierarchical10,
+        Self::ConnectedOnce,
+        Self::ConnectedLazy,
+    ];
+
+    /// Name on the command line and in figures.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::InOrder => "in-order",
+            Self::EplbOnce => "eplb-once",
+            Self::Eplb10 => "eplb-10",
+            Self::EplbStep => "eplb-step",
+            Self::EplbHierarchical10 => "eplb-hierarchical-10",
+            Self::ConnectedOnce => "connected-once",
+            Self::ConnectedLazy => "connected-lazy",
+        }
+    }
+
+    /// Whether the policy has a meaning in this setting.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn fits(self, shape: &Shape) -> Result<(), SimulateError> {
+        if self == Self::EplbHierarchical10
+            && (shape.groups == 1 || !shape.groups.is_multiple_of(shape.nodes))
+        {
+            return Err(SimulateError::Policy {
+                policy: self.name(),
+                setting: shape.name,
+                why: "it needs groups of experts that the nodes divide",
+            });
+        }
+        Ok(())
+    }
+
+    const fn is_ours(self) -> bool {
+        matches!(self, Self::ConnectedOnce | Self::ConnectedLazy)
+    }
+}
+
+/// What has been seen when a plan is made.
+#[derive(Debug)]
+pub(crate) struct Seen {
+    pub(crate) windows: Vec<Counts>,
+    pub(crate) demand: Demand,
+}
+
+impl Seen {
+    pub(crate) fn nothing(shape: &Shape) -> Self {
+        Self {
+            windows: Vec::new(),
+            demand: Demand::new(shape.layers, shape.experts),
+        }
+    }
+
+    /// Takes in a window as the operator does.
+    pub(crate) fn window(&mut self, counts: Counts) -> Result<(), SimulateError> {
+        let layers = counts.len();
+        let window = LoadWindow {
+            rank: Rank(0),
+            epoch: Epoch(1),
+            sequence: self.windows.len() as u64 + 1,
+            span_ms: 1000,
+            gate: counts,
+            served: vec![0; layers],
+            engine: EngineLoad::default(),
+        };
+        self.demand.observe(&window)?;
+        self.demand.close(1);
+        self.windows.push(window.gate);
+        Ok(())
+    }
+
+    /// Rows of the last `n` windows.
+    fn sum(&self, n: usize) -> Rows {
+        let last = &self.windows[self.windows.len().saturating_sub(n)..];
+        let Some(first) = last.first() else {
+            return Vec::new();
+        };
+        let mut sum: Rows = first.iter().map(|row| vec![0.0; row.len()]).collect();
+        for window in last {
+            for (sum, row) in sum.iter_mut().zip(window) {
+                for (sum, n) in sum.iter_mut().zip(row) {
+                    *sum += *n as f64;
+                }
+            }
+        }
+        sum
+    }
+}
+
+/// A policy at work.
+#[derive(Debug)]
+pub(crate) struct Arm {
+    pub(crate) policy: Policy,
+    /// In force; its shares are the published ones.
+    pub(crate) placement: Placement,
+    settings: Settings,
+    history: History,
+    /// By step.
+    pub(crate) moves: Vec<Moved>,
+    pub(crate) plan_ms: Vec<f64>,
+}
+
+impl Arm {
+    /// The policy with its first placement.
+    pub(crate) fn new(
+        policy: Policy,
+        shape: &Shape,
+        settings: Settings,
+        seen: &Seen,
+    ) -> Result<Self, SimulateError> {
+        let mut history = History::default();
+        let placement = match policy {
+            Policy::InOrder => in_order(shape),
+            Policy::EplbHierarchical10 => anchor(shape, &seen.sum(EVERY), true),
+            Policy::EplbOnce | Policy::Eplb10 | Policy::EplbStep => {
+                anchor(shape, &seen.sum(EVERY), false)
+            }
+            Policy::ConnectedOnce | Policy::ConnectedLazy => {
+                let problem = problem(shape, seen);
+                let first = plan(&problem, None, &settings, &mut history)?;
+                let placed = first.placement().cloned();
+                placed.ok_or(SimulateError::NoPlan)?
+            }
+        };
+        Ok(Self {
+            policy,
+            placement,
+            settings,
+            history,
+            moves: Vec::new(),
+            plan_ms: Vec::new(),
+        })
+    }
+
+    /// Plans step `t` from what was seen before it.
+    pub(crate) fn step(
+        &mut self,
+        t: usize,
+        shape: &Shape,
+        seen: &Seen,
+        watch: &dyn Watch,
+    ) -> Result<(), SimulateError> {
+        let again = t > 0 && t.is_multiple_of(EVERY);
+        let began = watch.micros();
+        let next = match self.policy {
+            Policy::Eplb10 if again => Some(anchor(shape, &seen.sum(EVERY), false)),
+            Policy::EplbHierarchical10 if again => Some(anchor(shape, &seen.sum(EVERY), true)),
+            Policy::EplbStep => Some(anchor(shape, &seen.sum(1), false)),
+            Policy::ConnectedLazy => {
+                let problem = problem(shape, seen);
+                let before = Some(&self.placement);
+                plan(&problem, before, &self.settings, &mut self.history)?
+                    .placement()
+                    .cloned()
+            }
+            Policy::InOrder
+            | Policy::EplbOnce
+            | Policy::Eplb10
+            | Policy::EplbHierarchical10
+            | Policy::ConnectedOnce => None,
+        };
+        if next.is_some() || self.policy == Policy::ConnectedLazy {
+            self.plan_ms.push((watch.micros() - began) / 1000.0);
+        }
+        let moves = next
+            .as_ref()
+            .map(|next| moved(&self.placement, next, shape));
+        self.moves.push(moves.unwrap_or_default());
+        self.placement = next.unwrap_or_else(|| self.placement.clone());
+        Ok(())
+    }
+
+    /// Anchors publish no shares of their own; where shares are fixed they are solved for the demand, as ours.
+    pub(crate) fn solve_shares(&mut self, seen: &Seen) -> Result<(), SimulateError> {
+        if self.policy.is_ours() {
+            return Ok(());
+        }
+        for (l, rows) in seen.demand.prediction().iter().enumerate() {
+            let table = SplitTable::new(&self.placement, LayerId(l as u32))
+                .ok_or(SimulateError::Homeless { layer: l })?;
+            let solved = solve(&table, rows, SOLVE_SWEEPS, SOLVE_GAP);
+            for (e, copies) in self.placement.layers[l].copies.iter_mut().enumerate() {
+                let span = table.copies(ExpertId(e as u32));
+                let total: f64 = solved.flow[span.clone()].iter().sum();
+                for (copy, flow) in copies.iter_mut().zip(&solved.flow[span]) {
+                    if total > 0.0 {
+                        copy.share = (flow / total) as f32;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn in_order(shape: &Shape) -> Placement {
+    let rank = |g: usize| {
+        let slots = g * shape.slots()..(g + 1) * shape.slots();
+        slots.map(|slot| slot % shape.experts).collect()
+    };
+    let layer: Vec<Vec<usize>> = (0..shape.ranks).map(rank).collect();
+    homes::placement(vec![layer; shape.layers], shape.experts)
+}
+
+fn anchor(shape: &Shape, load: &Rows, hierarchical: bool) -> Placement {
+    let cluster = Cluster {
+        copies: shape.copies,
+        ranks: shape.ranks,
+        nodes: if hierarchical { shape.nodes } else { 1 },
+        groups: if hierarchical { shape.groups } else { 1 },
+    };
+    homes::placement(eplb(load, cluster), shape.experts)
+}
+
+/// The operator's problem: what it plans from.
+fn problem(shape: &Shape, seen: &Seen) -> Problem {
+    let rank = |rank: usize| RankSlots {
+        rank: Rank(rank as u32),
+        slots: shape.slots(),
+        domain: format!("node-{}", shape.node(rank)),
+    };
+    Problem {
+        ranks: (0..shape.ranks).map(rank).collect(),
+        layers: shape.layers,
+        experts: shape.experts,
+        demand: seen.demand.prediction(),
+        evidence: seen.demand.evidence(),
+        above: Epoch(0),
+    }
+}

@@ -1,0 +1,230 @@
+//! A run: one seed, all policies on the same load.
+
+use foregate_planner::demand::WindowShape;
+use foregate_planner::split::SplitError;
+use foregate_planner::{PlanError, Settings, bound};
+
+use crate::generator::{Generator, Regime, Rows};
+use crate::homes::{components, doubled};
+use crate::judge::{Judge, Judged};
+use crate::policy::{Arm, EVERY, Policy, Seen};
+use crate::shape::{Device, Shape};
+use crate::sums::{mean, spread};
+
+/// Decode batches that a placement is judged on in a step.
+const DECODE_BATCHES: usize = 2;
+
+/// What is simulated.
+#[derive(Debug, Clone)]
+pub struct Case {
+    /// Model and cluster.
+    pub shape: Shape,
+    /// Drift.
+    pub regime: Regime,
+    /// Steps of the load statistic, after ten of warm-up; every second one is judged.
+    pub steps: usize,
+    /// Who is compared.
+    pub policies: Vec<Policy>,
+    /// What the operator's planner may do.
+    pub settings: Settings,
+    /// What the modelled times are of.
+    pub device: Device,
+}
+
+/// What a run needs from outside: a clock, and somebody who is told how far it is.
+pub trait Watch {
+    /// Microseconds since some moment.
+    fn micros(&self) -> f64;
+    /// A policy has made a step.
+    fn step(&self);
+}
+
+/// Why a run ended.
+#[derive(Debug, thiserror::Error)]
+pub enum SimulateError {
+    /// Too short a run.
+    #[error("{steps} steps: at least two are needed, every second one is judged")]
+    Steps {
+        /// Asked for.
+        steps: usize,
+    },
+    /// Too few or too many slots.
+    #[error(
+        "{slots} slots on each of {ranks} ranks: {experts} experts need at least {least}, and more than {experts} \
+         hold nothing"
+    )]
+    Slots {
+        /// Asked for.
+        slots: usize,
+        /// Ranks.
+        ranks: usize,
+        /// Experts per layer.
+        experts: usize,
+        /// The least.
+        least: usize,
+    },
+    /// A policy that makes no sense here.
+    #[error("policy {policy} in setting {setting}: {why}")]
+    Policy {
+        /// The policy.
+        policy: &'static str,
+        /// The setting.
+        setting: &'static str,
+        /// What is missing.
+        why: &'static str,
+    },
+    /// The planner refused.
+    #[error("the planner refused")]
+    Plan(#[from] PlanError),
+    /// The planner made no first plan.
+    #[error("the planner made no first plan")]
+    NoPlan,
+    /// A window of another shape.
+    #[error("a window was refused")]
+    Window(#[from] WindowShape),
+    /// A batch could not be split.
+    #[error("a batch could not be split")]
+    Split(#[from] SplitError),
+    /// A placement has a copy outside of its ranks.
+    #[error("layer {layer} has a copy outside of the placement's ranks")]
+    Homeless {
+        /// The layer.
+        layer: usize,
+    },
+}
+
+/// What one seed gave.
+#[derive(Debug)]
+pub struct Outcome {
+    /// The seed.
+    pub(crate) seed: u64,
+    /// Largest over mean rows of an expert, mean over windows and layers.
+    pub(crate) max_over_mean: f64,
+    /// Coefficient of variation of the experts' rows.
+    pub(crate) cv: f64,
+    /// Balance that no placement can pass, mean over layers.
+    pub(crate) bound: f64,
+    pub(crate) arms: Vec<ArmOutcome>,
+}
+
+/// What one policy did.
+#[derive(Debug)]
+pub(crate) struct ArmOutcome {
+    pub(crate) policy: Policy,
+    pub(crate) judged: Judged,
+    pub(crate) arm: Arm,
+    /// At the end, mean over layers.
+    pub(crate) components: f64,
+    /// At the end, over all layers.
+    pub(crate) doubled: usize,
+}
+
+impl Case {
+    /// Checks everything that a run relies on.
+    ///
+    /// # Errors
+    /// The first thing that is wrong.
+    pub fn validate(&self) -> Result<(), SimulateError> {
+        if self.steps < 2 {
+            return Err(SimulateError::Steps { steps: self.steps });
+        }
+        let shape = &self.shape;
+        if shape.copies < shape.experts || shape.slots() > shape.experts {
+            return Err(SimulateError::Slots {
+                slots: shape.slots(),
+                ranks: shape.ranks,
+                experts: shape.experts,
+                least: shape.experts.div_ceil(shape.ranks),
+            });
+        }
+        self.policies.iter().try_for_each(|p| p.fits(shape))
+    }
+
+    /// How often [`Watch::step`] is called in a run.
+    #[must_use]
+    pub fn ticks(&self) -> usize {
+        self.policies.len() * (self.steps + 1)
+    }
+}
+
+/// Runs one seed.
+///
+/// # Errors
+/// A case that makes no sense, or a planner that refuses.
+pub fn run(case: &Case, seed: u64, watch: &dyn Watch) -> Result<Outcome, SimulateError> {
+    case.validate()?;
+    let shape = &case.shape;
+    let mut load = Generator::new(shape, case.regime, seed);
+    let mut seen = Seen::nothing(shape);
+    for _ in 0..EVERY {
+        load.advance();
+        seen.window(load.window())?;
+    }
+    let mut arms = Vec::with_capacity(case.policies.len());
+    for policy in &case.policies {
+        let arm = Arm::new(*policy, shape, case.settings, &seen)?;
+        arms.push((arm, Judged::default()));
+        watch.step();
+    }
+    let mut judge = Judge::new(shape, case.device);
+    let mut bounds = Vec::new();
+    for t in 0..case.steps {
+        // The next step's load is drawn first and shown to nobody before all have planned.
+        load.advance();
+        let judged = t % 2 == 1;
+        let decode: Vec<_> = if judged {
+            (0..DECODE_BATCHES).map(|_| load.decode()).collect()
+        } else {
+            Vec::new()
+        };
+        let prefill = judged.then(|| load.prefill());
+        let expected = load.expected();
+        bounds.push(any_placement(&expected, shape));
+        for (arm, into) in &mut arms {
+            arm.step(t, shape, &seen, watch)?;
+            if let Some(prefill) = &prefill {
+                arm.solve_shares(&seen)?;
+                judge.expected(&arm.placement, &expected, into);
+                for batch in &decode {
+                    judge.decode(&arm.placement, batch, watch, into)?;
+                }
+                judge.prefill(&arm.placement, prefill, into)?;
+            }
+            watch.step();
+        }
+        seen.window(load.window())?;
+    }
+    let spreads: Vec<(f64, f64)> = seen.windows.iter().map(spread).collect();
+    let of = |pick: fn(&(f64, f64)) -> f64| mean(&spreads.iter().map(pick).collect::<Vec<_>>());
+    Ok(Outcome {
+        seed,
+        max_over_mean: of(|s| s.0),
+        cv: of(|s| s.1),
+        bound: mean(&bounds),
+        arms: arms
+            .into_iter()
+            .map(|(arm, judged)| ended(arm, judged))
+            .collect(),
+    })
+}
+
+fn ended(arm: Arm, judged: Judged) -> ArmOutcome {
+    let placement = &arm.placement;
+    let count = |layer| components(layer, &placement.ranks) as f64;
+    ArmOutcome {
+        policy: arm.policy,
+        judged,
+        components: mean(&placement.layers.iter().map(count).collect::<Vec<_>>()),
+        doubled: placement.layers.iter().map(doubled).sum(),
+        arm,
+    }
+}
+
+/// Balance that no placement of as many copies can pass under this load, mean over layers.
+fn any_placement(expected: &Rows, shape: &Shape) -> f64 {
+    let of = |rows: &Vec<f64>| {
+        let least = bound::any_placement(rows, shape.ranks, shape.copies);
+        rows.iter().sum::<f64>() / shape.ranks as f64 / least
+    };
+    mean(&expected.iter().map(of).collect::<Vec<_>>())
+}
