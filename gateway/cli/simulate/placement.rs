@@ -7,9 +7,10 @@ use std::path::PathBuf;
 
 use foregate_planner::Settings;
 use foregate_simulate::{
-    Case, DEVICES, Device, Policy, Regime, SETTINGS, Shape, SimulateError, Watch, document,
-    run as simulate,
+    Case, DEVICES, Device, Lose, Policy, Regime, SETTINGS, Shape, SimulateError, Watch,
+    document, lose, loss_document, run as simulate,
 };
+use serde::Serialize;
 use tokio::time::Instant;
 
 use crate::bench::write_json;
@@ -31,7 +32,7 @@ pub(crate) struct PlacementArgs {
     /// Steps of the load statistic, after ten of warm-up; every second one is judged.
     #[arg(long, default_value_t = 20)]
     steps: usize,
-    /// Policies: in-order, eplb-once, eplb-10, eplb-step, eplb-hierarchical-10, connected-once, connected-lazy (the
+    /// Policies: in-order, eplb-once, eplb-10, eplb-10-renamed, eplb-step, eplb-hierarchical-10, connected-once, connected-lazy (the
     /// operator's). All that fit the setting, if none is named.
     #[arg(long, value_delimiter = ',', value_parser = policy)]
     policy: Vec<Policy>,
@@ -41,6 +42,10 @@ pub(crate) struct PlacementArgs {
     /// Most copies that the operator's planner may move per layer and step.
     #[arg(long, value_name = "COPIES")]
     limit: Option<usize>,
+    /// Loses ranks after the first plan, and tells how balance comes back: rank:N, node:N, rank:each or node:each (each
+    /// in turn, each from the same start). Only the operator's planner, beside EPLB afresh.
+    #[arg(long, value_parser = lost)]
+    lose: Option<Lose>,
     /// Device of the modelled times: h100, h200, h20, b200.
     #[arg(long, value_parser = device, default_value = "h200")]
     device: Device,
@@ -62,24 +67,60 @@ pub(super) fn run(args: &PlacementArgs, progress: &Progress) -> Result<(), CliEr
     }
     let case = case(args);
     case.validate().map_err(|error| refused(&error))?;
-    let clock = Clock {
-        began: Instant::now(),
-        task: progress.steps(case.shape.name, (case.ticks() * args.seeds.len()) as u64),
-    };
-    let mut outcomes = Vec::with_capacity(args.seeds.len());
-    for seed in &args.seeds {
-        outcomes.push(simulate(&case, *seed, &clock).map_err(|error| refused(&error))?);
+    match args.lose {
+        None => compare(args, &case, progress),
+        Some(what) => lost_ranks(args, &case, what, progress),
     }
+}
+
+/// All policies on the same load.
+fn compare(args: &PlacementArgs, case: &Case, progress: &Progress) -> Result<(), CliError> {
+    let clock = Clock::new(progress, case.shape.name, case.ticks() * args.seeds.len());
+    let one = |seed: &u64| simulate(case, *seed, &clock).map_err(|error| refused(&error));
+    let outcomes: Vec<_> = args.seeds.iter().map(one).collect::<Result<_, _>>()?;
     clock.task.finish("done");
-    let document = document(&case, &outcomes);
+    let document = document(case, &outcomes);
     if let Some(path) = &args.svg {
         plot::write(path, &document)?;
     }
-    if let Some(path) = &args.json {
-        print(&document.table());
-        return write_json(path, &document);
+    tell(args, &document, document.table())
+}
+
+/// Ranks are lost.
+fn lost_ranks(
+    args: &PlacementArgs,
+    case: &Case,
+    what: Lose,
+    progress: &Progress,
+) -> Result<(), CliError> {
+    for (given, name) in [
+        (!args.policy.is_empty(), "--policy"),
+        (args.svg.is_some(), "--svg"),
+    ] {
+        if given {
+            return Err(CliError::Usage(format!("{name} does not go with --lose")));
+        }
     }
-    let text = serde_json::to_string_pretty(&document);
+    let cases = what.cases(&case.shape).map_err(|error| refused(&error))?;
+    let clock = Clock::new(progress, case.shape.name, cases.len() * args.seeds.len());
+    let one = |seed: &u64| lose(case, what, *seed, &clock).map_err(|error| refused(&error));
+    let outcomes: Vec<_> = args.seeds.iter().map(one).collect::<Result<_, _>>()?;
+    clock.task.finish("done");
+    let document = loss_document(case, what, &outcomes);
+    tell(args, &document, document.table())
+}
+
+/// Prints the document, or writes it and prints the table.
+fn tell(
+    args: &PlacementArgs,
+    document: &impl Serialize,
+    table: String,
+) -> Result<(), CliError> {
+    if let Some(path) = &args.json {
+        print(&table);
+        return write_json(path, document);
+    }
+    let text = serde_json::to_string_pretty(document);
     print(&text.map_err(|error| CliError::runtime("the document", &error))?);
     Ok(())
 }
@@ -113,6 +154,7 @@ fn refused(error: &SimulateError) -> CliError {
     match error {
         SimulateError::Steps { .. }
         | SimulateError::Slots { .. }
+        | SimulateError::Lose { .. }
         | SimulateError::Policy { .. } => CliError::Usage(error.to_string()),
         SimulateError::Plan(_)
         | SimulateError::NoPlan
@@ -128,6 +170,15 @@ fn refused(error: &SimulateError) -> CliError {
 struct Clock {
     began: Instant,
     task: Task,
+}
+
+impl Clock {
+    fn new(progress: &Progress, name: &str, steps: usize) -> Self {
+        Self {
+            began: Instant::now(),
+            task: progress.steps(name, steps as u64),
+        }
+    }
 }
 
 impl Watch for Clock {
@@ -152,6 +203,10 @@ fn regime(name: &str) -> Result<Regime, String> {
 fn policy(name: &str) -> Result<Policy, String> {
     let found = Policy::ALL.into_iter().find(|policy| policy.name() == name);
     found.ok_or_else(|| known(Policy::ALL.into_iter().map(Policy::name)))
+}
+
+fn lost(text: &str) -> Result<Lose, String> {
+    Lose::parse(text).ok_or_else(|| "say rank:N, node:N, rank:each or node:each".into())
 }
 
 fn device(name: &str) -> Result<Device, String> {

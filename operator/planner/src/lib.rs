@@ -42,6 +42,7 @@ mod trigger;
 
 pub use crate::plan::{Decision, initial, plan};
 pub use crate::problem::{PlanError, Problem, RankSlots};
+pub use crate::relabel::assign;
 pub use crate::report::Report;
 pub use crate::settings::Settings;
 pub use crate::trigger::{Because, History, Verdict};

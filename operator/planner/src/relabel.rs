@@ -28,7 +28,10 @@ pub(crate) fn relabel(layer: &Layer, old: &Layer, slots: &[usize]) -> (Layer, us
 
 /// The column of each row of a square cost matrix that has the least total cost: shortest augmenting paths with
 /// potentials (Kuhn's algorithm after Munkres, in the form of Jonker and Volgenant), O(n³).
-fn assign(cost: &[Vec<i64>]) -> Vec<usize> {
+///
+/// `cost[row][column]`: any integers, as long as sums of them stay far from the limits of `i64`.
+#[must_use]
+pub fn assign(cost: &[Vec<i64>]) -> Vec<usize> {
     let n = cost.len();
     // Row and column 0 are the start of each path; real ones count from 1.
     let (mut row_price, mut column_price) = (vec![0_i64; n + 1], vec![0_i64; n + 1]);

@@ -66,7 +66,7 @@ impl Regime {
 }
 
 /// The load of one seed. What is drawn for windows, batches and forecasts never changes the drift.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Generator {
     shape: Shape,
     regime: Regime,
@@ -140,7 +140,12 @@ impl Generator {
 
     /// A decode batch of this step.
     pub fn decode(&mut self) -> Counts {
-        self.batch(self.shape.decode_tokens(), DECODE_CONCENTRATION)
+        self.decode_part(1.0)
+    }
+
+    /// A decode batch of this step with a part of its tokens, when ranks are lost.
+    pub fn decode_part(&mut self, part: f64) -> Counts {
+        self.batch(self.shape.decode_tokens() * part, DECODE_CONCENTRATION)
     }
 
     /// A prefill batch of this step: few requests, so its mix is off the step's by much.

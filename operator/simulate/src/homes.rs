@@ -4,17 +4,16 @@
 //! once, its slots twice.
 
 use foregate_api::ids::{Epoch, ExpertId, Rank};
-use foregate_api::placement::{LayerPlacement, Placement, Reason};
+use foregate_api::placement::{Copy, LayerPlacement, Placement, Reason};
+use foregate_planner::assign;
 
 use crate::shape::Shape;
 
 /// Experts by `[layer][rank][slot]`.
 pub(crate) type Slots = Vec<Vec<Vec<usize>>>;
 
-/// The placement with these slots and even shares, on ranks from 0.
-pub(crate) fn placement(slots: Slots, experts: usize) -> Placement {
-    let count = slots.first().map_or(0, Vec::len);
-    let ranks: Vec<Rank> = (0..count).map(|rank| Rank(rank as u32)).collect();
+/// The placement with these slots and even shares, on these ranks.
+pub(crate) fn placement(ranks: Vec<Rank>, slots: Slots, experts: usize) -> Placement {
     let ids = |held: Vec<usize>| held.into_iter().map(|e| ExpertId(e as u32)).collect();
     let layer = |layer: Vec<Vec<usize>>| {
         LayerPlacement::from_slots(&ranks, layer.into_iter().map(ids).collect(), experts)
@@ -27,6 +26,77 @@ pub(crate) fn placement(slots: Slots, experts: usize) -> Placement {
         ranks,
         balance_before: 0.0,
         balance_after: 0.0,
+    }
+}
+
+/// Ranks from 0.
+pub(crate) fn ranks(count: usize) -> Vec<Rank> {
+    (0..count).map(|rank| Rank(rank as u32)).collect()
+}
+
+/// The same with its ranks named, layer by layer, so that the most copies of `old` stay where they are. Both are over
+/// the same ranks with the same number of slots each.
+pub(crate) fn renamed(old: &Placement, new: &Placement) -> Placement {
+    let experts = new.layers.first().map_or(0, |layer| layer.copies.len());
+    let ranks = &new.ranks;
+    let layer = |(old, new): (&LayerPlacement, &LayerPlacement)| {
+        let row = |rank: &Vec<ExpertId>| {
+            let kept = new.slots.iter().map(|column| common(rank, column));
+            kept.map(|kept| -(kept as i64)).collect()
+        };
+        let cost: Vec<Vec<i64>> = old.slots.iter().map(row).collect();
+        let column = assign(&cost);
+        let held = column.iter().map(|c| new.slots[*c].clone()).collect();
+        LayerPlacement::from_slots(ranks, held, experts)
+    };
+    Placement {
+        layers: old.layers.iter().zip(&new.layers).map(layer).collect(),
+        ..new.clone()
+    }
+}
+
+/// Copies that two ranks' slots have in common, as multisets; both ascend.
+fn common(a: &[ExpertId], b: &[ExpertId]) -> usize {
+    let (mut at, mut found) = (0, 0);
+    for expert in a {
+        while at < b.len() && b[at] < *expert {
+            at += 1;
+        }
+        if at < b.len() && b[at] == *expert {
+            (at, found) = (at + 1, found + 1);
+        }
+    }
+    found
+}
+
+/// What is left on the other ranks when these are lost; shares keep their proportions.
+pub(crate) fn without(placement: &Placement, lost: &[Rank]) -> Placement {
+    let stays = |rank: &Rank| !lost.contains(rank);
+    let layer = |layer: &LayerPlacement| {
+        let slots = placement.ranks.iter().zip(&layer.slots);
+        let left = |copies: &Vec<Copy>| {
+            let left = copies.iter().filter(|copy| stays(&copy.rank));
+            let total: f32 = left.clone().map(|copy| copy.share).sum();
+            let even = 1.0 / left.clone().count().max(1) as f32;
+            let part = |share: f32| if total > 0.0 { share / total } else { even };
+            left.map(|copy| Copy {
+                rank: copy.rank,
+                share: part(copy.share),
+            })
+            .collect()
+        };
+        LayerPlacement {
+            slots: slots
+                .filter(|(rank, _)| stays(rank))
+                .map(|(_, held)| held.clone())
+                .collect(),
+            copies: layer.copies.iter().map(left).collect(),
+        }
+    };
+    Placement {
+        layers: placement.layers.iter().map(layer).collect(),
+        ranks: placement.ranks.iter().copied().filter(stays).collect(),
+        ..placement.clone()
     }
 }
 
@@ -56,9 +126,7 @@ pub(crate) fn moved(old: &Placement, new: &Placement, shape: &Shape) -> Moved {
                 }
                 copies += 1;
                 let node = shape.node(rank.index());
-                let near = |copy: &foregate_api::placement::Copy| {
-                    shape.node(copy.rank.index()) == node
-                };
+                let near = |copy: &Copy| shape.node(copy.rank.index()) == node;
                 let held = old_layer.copies[expert.index()].iter().any(near);
                 sum.from_same_node += usize::from(held);
             }
@@ -126,8 +194,9 @@ mod tests {
     use super::*;
 
     fn of(slots: &[&[usize]], experts: usize) -> Placement {
+        let count = slots.len();
         let slots = slots.iter().map(|held| held.to_vec()).collect();
-        placement(vec![slots], experts)
+        placement(ranks(count), vec![slots], experts)
     }
 
     #[test]
@@ -159,6 +228,29 @@ mod tests {
             fixed_loads(&p.layers[0], &p.ranks, &[30.0, 5.0]),
             [15.0, 20.0]
         );
+    }
+
+    #[test]
+    fn a_rotated_placement_is_named_back_and_doubles_count_twice() {
+        let old = of(&[&[0, 0], &[1, 2], &[2, 3]], 4);
+        let new = of(&[&[2, 3], &[0, 0], &[1, 2]], 4);
+        assert_eq!(renamed(&old, &new), old);
+        let ids = |held: &[u32]| held.iter().map(|e| ExpertId(*e)).collect::<Vec<_>>();
+        assert_eq!(common(&ids(&[0, 0, 1]), &ids(&[0, 1, 1])), 2);
+        assert_eq!(common(&ids(&[0, 0]), &ids(&[0, 0])), 2);
+    }
+
+    #[test]
+    fn what_is_left_keeps_its_proportions() {
+        let mut p = of(&[&[0, 1], &[0, 2], &[0, 3]], 4);
+        for (copy, share) in p.layers[0].copies[0].iter_mut().zip([0.2, 0.2, 0.6]) {
+            copy.share = share;
+        }
+        let left = without(&p, &[Rank(1)]);
+        assert_eq!(left.ranks, [Rank(0), Rank(2)]);
+        let shares: Vec<f32> = left.layers[0].copies[0].iter().map(|c| c.share).collect();
+        assert!((shares[0] - 0.25).abs() < 1e-6 && (shares[1] - 0.75).abs() < 1e-6);
+        assert!(left.layers[0].copies[2].is_empty(), "nobody has 2 any more");
     }
 
     #[test]

@@ -61,18 +61,18 @@ impl Judge {
         }
     }
 
-    /// Judges a prefill batch.
-    pub(crate) fn prefill(
+    /// The best split of a batch, layer by layer; rows of experts without a copy are left out.
+    pub(crate) fn solved(
         &self,
         placement: &Placement,
         batch: &Counts,
-        into: &mut Judged,
+        into: &mut Vec<f64>,
     ) -> Result<(), SimulateError> {
         for (l, counts) in batch.iter().enumerate() {
             let table = table(placement, l)?;
             let rows = real(counts);
             let solved = solve(&table, &rows, SOLVE_SWEEPS, SOLVE_GAP);
-            into.prefill.push(solved.balance());
+            into.push(solved.balance());
         }
         Ok(())
     }
@@ -144,7 +144,7 @@ fn real(counts: &[u64]) -> Vec<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::homes::placement;
+    use crate::homes::{placement, ranks};
 
     struct Still;
 
@@ -158,7 +158,7 @@ mod tests {
     #[test]
     fn a_batch_by_hand() {
         // Expert 0 on both ranks, 1 and 2 alone: 40 + 30 + 10 rows.
-        let p = placement(vec![vec![vec![0, 1], vec![0, 2]]], 3);
+        let p = placement(ranks(2), vec![vec![vec![0, 1], vec![0, 2]]], 3);
         let shape = Shape::named("dsv3-64g").unwrap();
         let mut judge = Judge::new(&shape, Device::named("h200").unwrap());
         let mut into = Judged::default();
@@ -172,7 +172,7 @@ mod tests {
         assert!((into.best[0] - 1.0).abs() < 1e-3);
         assert!((into.activated[0] - 1.0).abs() < 1e-9);
         assert!((into.time[0] - 1.0).abs() < 1e-9);
-        judge.prefill(&p, &batch, &mut into).unwrap();
+        judge.solved(&p, &batch, &mut into.prefill).unwrap();
         assert!((into.prefill[0] - into.split[0]).abs() < 1e-12);
     }
 }

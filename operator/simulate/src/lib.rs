@@ -16,8 +16,11 @@
 mod dice;
 mod eplb;
 mod generator;
+mod header;
 mod homes;
 mod judge;
+mod loss;
+mod loss_report;
 mod policy;
 mod report;
 mod run;
@@ -26,7 +29,10 @@ mod sums;
 
 pub use crate::dice::Dice;
 pub use crate::generator::{Counts, Generator, Regime, Rows, TOPICS, VERSION};
+pub use crate::header::{Balance, Header, Load, Time};
+pub use crate::loss::{Lose, LossOutcome, lose};
+pub use crate::loss_report::{LossDocument, Orphaned, Step, loss_document};
 pub use crate::policy::Policy;
-pub use crate::report::{Balance, Document, Figures, Load, OfPolicy, OfSeed, Time, document};
+pub use crate::report::{Document, Figures, OfPolicy, OfSeed, document};
 pub use crate::run::{Case, Outcome, SimulateError, Watch, run};
 pub use crate::shape::{DEVICES, Device, SETTINGS, Shape};

@@ -25,6 +25,8 @@ pub enum Policy {
     EplbOnce,
     /// EPLB every ten steps on the sum of the last ten windows, as engines run it.
     Eplb10,
+    /// The same with ranks renamed so that the most copies stay.
+    Eplb10Renamed,
     /// EPLB every step on the last window.
     EplbStep,
     /// As [`Self::Eplb10`], with groups of experts kept on a node.
@@ -37,10 +39,11 @@ pub enum Policy {
 
 impl Policy {
     /// All, anchors first.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::InOrder,
         Self::EplbOnce,
         Self::Eplb10,
+        Self::Eplb10Renamed,
         Self::EplbStep,
         Self::EplbHierarchical10,
         Self::ConnectedOnce,
@@ -54,6 +57,7 @@ impl Policy {
             Self::InOrder => "in-order",
             Self::EplbOnce => "eplb-once",
             Self::Eplb10 => "eplb-10",
+            Self::Eplb10Renamed => "eplb-10-renamed",
             Self::EplbStep => "eplb-step",
             Self::EplbHierarchical10 => "eplb-hierarchical-10",
             Self::ConnectedOnce => "connected-once",
@@ -84,7 +88,7 @@ impl Policy {
 }
 
 /// What has been seen when a plan is made.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Seen {
     pub(crate) windows: Vec<Counts>,
     pub(crate) demand: Demand,
@@ -117,7 +121,7 @@ impl Seen {
     }
 
     /// Rows of the last `n` windows.
-    fn sum(&self, n: usize) -> Rows {
+    pub(crate) fn sum(&self, n: usize) -> Rows {
         let last = &self.windows[self.windows.len().saturating_sub(n)..];
         let Some(first) = last.first() else {
             return Vec::new();
@@ -159,11 +163,11 @@ impl Arm {
         let placement = match policy {
             Policy::InOrder => in_order(shape),
             Policy::EplbHierarchical10 => anchor(shape, &seen.sum(EVERY), true),
-            Policy::EplbOnce | Policy::Eplb10 | Policy::EplbStep => {
+            Policy::EplbOnce | Policy::Eplb10 | Policy::Eplb10Renamed | Policy::EplbStep => {
                 anchor(shape, &seen.sum(EVERY), false)
             }
             Policy::ConnectedOnce | Policy::ConnectedLazy => {
-                let problem = problem(shape, seen);
+                let problem = problem(shape, seen, &[]);
                 let first = plan(&problem, None, &settings, &mut history)?;
                 let placed = first.placement().cloned();
                 placed.ok_or(SimulateError::NoPlan)?
@@ -194,7 +198,7 @@ impl Arm {
             Policy::EplbHierarchical10 if again => Some(anchor(shape, &seen.sum(EVERY), true)),
             Policy::EplbStep => Some(anchor(shape, &seen.sum(1), false)),
             Policy::ConnectedLazy => {
-                let problem = problem(shape, seen);
+                let problem = problem(shape, seen, &[]);
                 let before = Some(&self.placement);
                 plan(&problem, before, &self.settings, &mut self.history)?
                     .placement()
@@ -203,6 +207,7 @@ impl Arm {
             Policy::InOrder
             | Policy::EplbOnce
             | Policy::Eplb10
+            | Policy::Eplb10Renamed
             | Policy::EplbHierarchical10
             | Policy::ConnectedOnce => None,
         };
@@ -246,7 +251,8 @@ fn in_order(shape: &Shape) -> Placement {
         slots.map(|slot| slot % shape.experts).collect()
     };
     let layer: Vec<Vec<usize>> = (0..shape.ranks).map(rank).collect();
-    homes::placement(vec![layer; shape.layers], shape.experts)
+    let ranks = homes::ranks(shape.ranks);
+    homes::placement(ranks, vec![layer; shape.layers], shape.experts)
 }
 
 fn anchor(shape: &Shape, load: &Rows, hierarchical: bool) -> Placement {
@@ -256,18 +262,22 @@ fn anchor(shape: &Shape, load: &Rows, hierarchical: bool) -> Placement {
         nodes: if hierarchical { shape.nodes } else { 1 },
         groups: if hierarchical { shape.groups } else { 1 },
     };
-    homes::placement(eplb(load, cluster), shape.experts)
+    let ranks = homes::ranks(shape.ranks);
+    homes::placement(ranks, eplb(load, cluster), shape.experts)
 }
 
-/// The operator's problem: what it plans from.
-fn problem(shape: &Shape, seen: &Seen) -> Problem {
+/// The operator's problem: what it plans from, without the ranks that are lost.
+pub(crate) fn problem(shape: &Shape, seen: &Seen, lost: &[Rank]) -> Problem {
     let rank = |rank: usize| RankSlots {
         rank: Rank(rank as u32),
         slots: shape.slots(),
         domain: format!("node-{}", shape.node(rank)),
     };
     Problem {
-        ranks: (0..shape.ranks).map(rank).collect(),
+        ranks: (0..shape.ranks)
+            .map(rank)
+            .filter(|rank| !lost.contains(&rank.rank))
+            .collect(),
         layers: shape.layers,
         experts: shape.experts,
         demand: seen.demand.prediction(),

@@ -1,9 +1,8 @@
 //! The results: one document for machines, a table for people.
 
-use foregate_planner::redundancy;
 use serde::Serialize;
 
-use crate::generator::VERSION;
+use crate::header::{Balance, Header, Time, rounded};
 use crate::judge::Judged;
 use crate::run::{ArmOutcome, Case, Outcome};
 use crate::sums::{mean, percentile};
@@ -11,41 +10,13 @@ use crate::sums::{mean, percentile};
 /// All seeds of a case.
 #[derive(Debug, Clone, Serialize)]
 pub struct Document {
-    /// Name of the setting.
-    pub setting: &'static str,
-    layers: usize,
-    experts: usize,
-    top_k: usize,
-    ranks: usize,
-    nodes: usize,
-    copies: usize,
-    slots: usize,
-    /// How the load was made.
-    pub generator: Load,
+    /// Model, cluster and load.
+    #[serde(flatten)]
+    pub header: Header,
     load: LoadFigures,
-    redundancy: Redundancy,
-    /// Most copies that our planner may move per layer and step.
-    limit: usize,
     device: &'static str,
     /// Anchors first.
     pub policies: Vec<OfPolicy>,
-}
-
-/// How the load was made.
-#[derive(Debug, Clone, Serialize)]
-pub struct Load {
-    version: u32,
-    /// Name of the regime.
-    pub regime: &'static str,
-    drift: f64,
-    rho: f64,
-    /// The seed, if there is one only.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    seed: Option<u64>,
-    /// All seeds; figures are means over them.
-    pub seeds: Vec<u64>,
-    /// Steps after the warm-up.
-    pub steps: usize,
 }
 
 #[derive(Debug, Clone, Serialize)]
@@ -53,30 +24,6 @@ struct LoadFigures {
     max_over_mean: f64,
     cv: f64,
     bound: f64,
-}
-
-#[derive(Debug, Clone, Serialize)]
-struct Redundancy {
-    needed: usize,
-    components_least: usize,
-}
-
-/// A balance: mean and 5th percentile over layers and batches.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
-pub struct Balance {
-    /// Mean.
-    pub mean: f64,
-    /// 5th percentile.
-    pub p5: f64,
-}
-
-/// A time.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
-pub struct Time {
-    /// Median.
-    pub p50: f64,
-    /// 99th percentile.
-    pub p99: f64,
 }
 
 /// One policy: means over the seeds, and the figures of each seed.
@@ -154,11 +101,9 @@ pub struct Figures {
 /// The document of a case with its seeds.
 #[must_use]
 pub fn document(case: &Case, outcomes: &[Outcome]) -> Document {
-    let shape = &case.shape;
     let over = |of: fn(&Outcome) -> f64| {
         rounded(mean(&outcomes.iter().map(of).collect::<Vec<_>>()), 4)
     };
-    let (drift, rho) = case.regime.drift();
     let seeds: Vec<u64> = outcomes.iter().map(|outcome| outcome.seed).collect();
     let policies = (0..case.policies.len())
         .map(|at| {
@@ -168,37 +113,12 @@ pub fn document(case: &Case, outcomes: &[Outcome]) -> Document {
         })
         .collect();
     Document {
-        setting: shape.name,
-        layers: shape.layers,
-        experts: shape.experts,
-        top_k: shape.top_k,
-        ranks: shape.ranks,
-        nodes: shape.nodes,
-        copies: shape.copies,
-        slots: shape.slots(),
-        generator: Load {
-            version: VERSION,
-            regime: case.regime.name(),
-            drift,
-            rho,
-            seed: (seeds.len() == 1).then(|| seeds[0]),
-            seeds,
-            steps: case.steps,
-        },
+        header: Header::of(case, &seeds),
         load: LoadFigures {
             max_over_mean: over(|o| o.max_over_mean),
             cv: over(|o| o.cv),
             bound: over(|o| o.bound),
         },
-        redundancy: Redundancy {
-            needed: redundancy::slots_to_link(shape.experts, shape.ranks),
-            components_least: redundancy::least_components(
-                shape.experts,
-                shape.ranks,
-                shape.copies,
-            ),
-        },
-        limit: case.settings.max_moves_per_layer,
         device: case.device.name,
         policies,
     }
@@ -263,17 +183,13 @@ fn policy(case: &Case, runs: &[(u64, &ArmOutcome)]) -> OfPolicy {
 }
 
 fn of_seed(case: &Case, seed: u64, run: &ArmOutcome) -> OfSeed {
-    let balance = |of: &Vec<f64>| Balance {
-        mean: rounded(mean(of), 4),
-        p5: rounded(percentile(of, 5.0), 4),
-    };
     let copies = loaded(run) as f64 * 10.0 / case.steps as f64;
     OfSeed {
         seed,
-        even: balance(&run.judged.even),
-        fixed: balance(&run.judged.fixed),
-        split: balance(&run.judged.split),
-        prefill: balance(&run.judged.prefill),
+        even: Balance::of(&run.judged.even),
+        fixed: Balance::of(&run.judged.fixed),
+        split: Balance::of(&run.judged.split),
+        prefill: Balance::of(&run.judged.prefill),
         copies_share: rounded(copies / (case.shape.layers * case.shape.copies) as f64, 5),
     }
 }
@@ -282,27 +198,14 @@ fn loaded(run: &ArmOutcome) -> usize {
     run.arm.moves.iter().map(|moved| moved.copies).sum()
 }
 
-/// What is behind the last digit told is noise, and makes files large.
-fn rounded(x: f64, digits: i32) -> f64 {
-    let scale = 10_f64.powi(digits);
-    (x * scale).round() / scale
-}
-
 impl Document {
     /// A table in Markdown; in brackets the lowest and the highest seed.
     #[must_use]
     pub fn table(&self) -> String {
         let mut lines = vec![
             format!(
-                "{} ({} layers × {} experts, {} ranks × {} slots), {}, seeds {:?}, {} steps: expert max/mean {:.2}, bound {:.3}",
-                self.setting,
-                self.layers,
-                self.experts,
-                self.ranks,
-                self.slots,
-                self.generator.regime,
-                self.generator.seeds,
-                self.generator.steps,
+                "{}: expert max/mean {:.2}, bound {:.3}",
+                self.header.line(),
                 self.load.max_over_mean,
                 self.load.bound,
             ),

@@ -7,6 +7,7 @@ use foregate_planner::{PlanError, Settings, bound};
 use crate::generator::{Generator, Regime, Rows};
 use crate::homes::{components, doubled};
 use crate::judge::{Judge, Judged};
+use crate::loss::Lose;
 use crate::policy::{Arm, EVERY, Policy, Seen};
 use crate::shape::{Device, Shape};
 use crate::sums::{mean, spread};
@@ -72,6 +73,20 @@ pub enum SimulateError {
         setting: &'static str,
         /// What is missing.
         why: &'static str,
+    },
+    /// There is nothing of the kind to lose.
+    #[error(
+        "cannot lose {lose} in setting {setting}: it has {ranks} ranks on {nodes} nodes, and somebody must be left"
+    )]
+    Lose {
+        /// Asked for.
+        lose: Lose,
+        /// The setting.
+        setting: &'static str,
+        /// Its ranks.
+        ranks: usize,
+        /// Its nodes.
+        nodes: usize,
     },
     /// The planner refused.
     #[error("the planner refused")]
@@ -188,7 +203,7 @@ pub fn run(case: &Case, seed: u64, watch: &dyn Watch) -> Result<Outcome, Simulat
                 for batch in &decode {
                     judge.decode(&arm.placement, batch, watch, into)?;
                 }
-                judge.prefill(&arm.placement, prefill, into)?;
+                judge.solved(&arm.placement, prefill, &mut into.prefill)?;
             }
             watch.step();
         }
