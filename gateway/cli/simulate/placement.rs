@@ -7,8 +7,8 @@ use std::path::PathBuf;
 
 use foregate_planner::Settings;
 use foregate_simulate::{
-    Case, DEVICES, Device, Lose, Policy, Regime, SETTINGS, Shape, SimulateError, Watch,
-    document, lose, loss_document, run as simulate,
+    Case, DEVICES, Device, Forecast, Lose, Policy, Regime, SETTINGS, Shape, SimulateError,
+    Watch, document, lose, loss_document, run as simulate,
 };
 use serde::Serialize;
 use tokio::time::Instant;
@@ -42,6 +42,10 @@ pub(crate) struct PlacementArgs {
     /// Most copies that the operator's planner may move per layer and step.
     #[arg(long, value_name = "COPIES")]
     limit: Option<usize>,
+    /// What the operator's planner is told of the step to come, in place of the windows' average: off, topics (the
+    /// topics of 500 of its requests), noisy (its load with an error of 15 % for each expert).
+    #[arg(long, value_parser = forecast, default_value = "off")]
+    forecast: Forecast,
     /// Loses ranks after the first plan, and tells how balance comes back: rank:N, node:N, rank:each or node:each (each
     /// in turn, each from the same start). Only the operator's planner, beside EPLB afresh.
     #[arg(long, value_parser = lost)]
@@ -96,6 +100,7 @@ fn lost_ranks(
     for (given, name) in [
         (!args.policy.is_empty(), "--policy"),
         (args.svg.is_some(), "--svg"),
+        (args.forecast != Forecast::Off, "--forecast"),
     ] {
         if given {
             return Err(CliError::Usage(format!("{name} does not go with --lose")));
@@ -145,6 +150,7 @@ fn case(args: &PlacementArgs) -> Case {
         steps: args.steps,
         policies,
         settings,
+        forecast: args.forecast,
         device: args.device,
     }
 }
@@ -203,6 +209,13 @@ fn regime(name: &str) -> Result<Regime, String> {
 fn policy(name: &str) -> Result<Policy, String> {
     let found = Policy::ALL.into_iter().find(|policy| policy.name() == name);
     found.ok_or_else(|| known(Policy::ALL.into_iter().map(Policy::name)))
+}
+
+fn forecast(name: &str) -> Result<Forecast, String> {
+    let found = Forecast::ALL
+        .into_iter()
+        .find(|forecast| forecast.name() == name);
+    found.ok_or_else(|| known(Forecast::ALL.into_iter().map(Forecast::name)))
 }
 
 fn lost(text: &str) -> Result<Lose, String> {

@@ -24,6 +24,8 @@ pub struct Header {
     redundancy: Redundancy,
     /// Most copies that our planner may move per layer and step.
     limit: usize,
+    /// What our planner is told of the step to come.
+    forecast: &'static str,
 }
 
 /// How the load was made.
@@ -108,19 +110,21 @@ impl Header {
                 ),
             },
             limit: case.settings.max_moves_per_layer,
+            forecast: case.forecast.name(),
         }
     }
 
     /// One line.
     pub(crate) fn line(&self) -> String {
         format!(
-            "{} ({} layers × {} experts, {} ranks × {} slots), {}, seeds {:?}, {} steps",
+            "{} ({} layers × {} experts, {} ranks × {} slots), {}, forecast {}, seeds {:?}, {} steps",
             self.setting,
             self.layers,
             self.experts,
             self.ranks,
             self.slots,
             self.generator.regime,
+            self.forecast,
             self.generator.seeds,
             self.generator.steps,
         )

@@ -32,7 +32,7 @@ pub use crate::generator::{Counts, Generator, Regime, Rows, TOPICS, VERSION};
 pub use crate::header::{Balance, Header, Load, Time};
 pub use crate::loss::{Lose, LossOutcome, lose};
 pub use crate::loss_report::{LossDocument, Orphaned, Step, loss_document};
-pub use crate::policy::Policy;
+pub use crate::policy::{Forecast, Policy};
 pub use crate::report::{Document, Figures, OfPolicy, OfSeed, document};
 pub use crate::run::{Case, Outcome, SimulateError, Watch, run};
 pub use crate::shape::{DEVICES, Device, SETTINGS, Shape};

@@ -87,11 +87,39 @@ impl Policy {
     }
 }
 
+/// What our planner is told of the step to come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Forecast {
+    /// Nothing: it plans on the windows.
+    Off,
+    /// The topics of 500 requests of the step, times exact histograms of the topics.
+    Topics,
+    /// The step's expected load, with an error of its own for each expert.
+    Noisy,
+}
+
+impl Forecast {
+    /// All.
+    pub const ALL: [Self; 3] = [Self::Off, Self::Topics, Self::Noisy];
+
+    /// Name on the command line.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::Topics => "topics",
+            Self::Noisy => "noisy",
+        }
+    }
+}
+
 /// What has been seen when a plan is made.
 #[derive(Debug, Clone)]
 pub(crate) struct Seen {
     pub(crate) windows: Vec<Counts>,
     pub(crate) demand: Demand,
+    /// What gateways foretell of the step to come.
+    pub(crate) forecast: Option<Rows>,
 }
 
 impl Seen {
@@ -99,7 +127,22 @@ impl Seen {
         Self {
             windows: Vec::new(),
             demand: Demand::new(shape.layers, shape.experts),
+            forecast: None,
         }
+    }
+
+    /// What our planner plans for: the forecast at the volume of the windows, or else the windows' average. The
+    /// operator has no forecast of its own yet, so it is taken as it is, without a blend that must earn its use.
+    fn prediction(&self) -> Rows {
+        let average = self.demand.prediction();
+        let Some(forecast) = &self.forecast else {
+            return average;
+        };
+        let scaled = |(forecast, average): (&Vec<f64>, &Vec<f64>)| {
+            let scale = average.iter().sum::<f64>() / forecast.iter().sum::<f64>();
+            forecast.iter().map(|rows| rows * scale).collect()
+        };
+        forecast.iter().zip(&average).map(scaled).collect()
     }
 
     /// Takes in a window as the operator does.
@@ -196,6 +239,10 @@ impl Arm {
         let next = match self.policy {
             Policy::Eplb10 if again => Some(anchor(shape, &seen.sum(EVERY), false)),
             Policy::EplbHierarchical10 if again => Some(anchor(shape, &seen.sum(EVERY), true)),
+            Policy::Eplb10Renamed if again => {
+                let new = anchor(shape, &seen.sum(EVERY), false);
+                Some(homes::renamed(&self.placement, &new))
+            }
             Policy::EplbStep => Some(anchor(shape, &seen.sum(1), false)),
             Policy::ConnectedLazy => {
                 let problem = problem(shape, seen, &[]);
@@ -280,7 +327,7 @@ pub(crate) fn problem(shape: &Shape, seen: &Seen, lost: &[Rank]) -> Problem {
             .collect(),
         layers: shape.layers,
         experts: shape.experts,
-        demand: seen.demand.prediction(),
+        demand: seen.prediction(),
         evidence: seen.demand.evidence(),
         above: Epoch(0),
     }

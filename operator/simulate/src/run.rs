@@ -8,7 +8,7 @@ use crate::generator::{Generator, Regime, Rows};
 use crate::homes::{components, doubled};
 use crate::judge::{Judge, Judged};
 use crate::loss::Lose;
-use crate::policy::{Arm, EVERY, Policy, Seen};
+use crate::policy::{Arm, EVERY, Forecast, Policy, Seen};
 use crate::shape::{Device, Shape};
 use crate::sums::{mean, spread};
 
@@ -28,6 +28,8 @@ pub struct Case {
     pub policies: Vec<Policy>,
     /// What the operator's planner may do.
     pub settings: Settings,
+    /// What our planner is told of the step to come.
+    pub forecast: Forecast,
     /// What the modelled times are of.
     pub device: Device,
 }
@@ -184,8 +186,13 @@ pub fn run(case: &Case, seed: u64, watch: &dyn Watch) -> Result<Outcome, Simulat
     let mut judge = Judge::new(shape, case.device);
     let mut bounds = Vec::new();
     for t in 0..case.steps {
-        // The next step's load is drawn first and shown to nobody before all have planned.
+        // The next step's load is drawn first, and nothing but the forecast is told of it before all have planned.
         load.advance();
+        seen.forecast = match case.forecast {
+            Forecast::Off => None,
+            Forecast::Topics => Some(load.forecast_topics()),
+            Forecast::Noisy => Some(load.forecast_noisy()),
+        };
         let judged = t % 2 == 1;
         let decode: Vec<_> = if judged {
             (0..DECODE_BATCHES).map(|_| load.decode()).collect()

@@ -5,7 +5,7 @@
 
 use foregate_planner::Settings;
 use foregate_simulate::{
-    Case, Device, Document, Figures, Policy, Regime, Shape, Watch, document, run,
+    Case, Device, Document, Figures, Forecast, Policy, Regime, Shape, Watch, document, run,
 };
 
 /// No clock: times are not looked at.
@@ -25,9 +25,10 @@ fn simulate(setting: &str, regime: Regime, policies: &[Policy], seeds: u64) -> D
         steps: 20,
         policies: policies.to_vec(),
         settings: Settings::default(),
+        forecast: Forecast::Off,
         device: Device::named("h200").unwrap(),
     };
-    let outcomes: Vec<_> = (0..3)
+    let outcomes: Vec<_> = (0..seeds)
         .map(|seed| run(&case, seed, &Still).unwrap())
         .collect();
     document(&case, &outcomes)
@@ -50,7 +51,7 @@ fn near(what: &str, found: f64, wanted: f64, by: f64) {
 
 #[test]
 fn the_main_setting_under_moderate_drift() {
-    let policies = [Policy::InOrder, Policy::Eplb10];
+    let policies = [Policy::InOrder, Policy::Eplb10, Policy::Eplb10Renamed];
     // Six seeds: a seed is off by up to three hundredths.
     let document = simulate("dsv3-64g", Regime::Moderate, &policies, 6);
     let eplb = of(&document, Policy::Eplb10);

@@ -1,0 +1,146 @@
+//! `foregate simulate placement` as a user starts it: the document, the table, the plot, and what is refused.
+#![expect(clippy::unwrap_used, reason = "a failure here is the test's failure")]
+
+use std::process::{Command, Output};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+fn simulate(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_foregate"))
+        .args(["simulate", "placement"])
+        .args(arguments)
+        .output()
+        .unwrap()
+}
+
+fn document(arguments: &[&str]) -> Value {
+    let output = simulate(arguments);
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{arguments:?}: {error}");
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+/// The smallest setting: a second for all policies.
+const SMALL: [&str; 6] = ["--setting", "mixtral-8g", "--seeds", "0", "--steps", "6"];
+
+fn small<'a>(more: &[&'a str]) -> Vec<&'a str> {
+    [&SMALL, more].concat()
+}
+
+#[test]
+fn the_document_has_what_the_contract_names() {
+    let found = document(&SMALL);
+    assert_eq!(found["setting"], "mixtral-8g");
+    assert_eq!(found["generator"]["version"], 1);
+    assert_eq!(found["generator"]["seed"], 0);
+    assert_eq!(found["generator"]["steps"], 6);
+    assert_eq!(found["redundancy"]["needed"], 2);
+    assert_eq!(found["redundancy"]["components_least"], 1);
+    assert!(found["load"]["max_over_mean"].as_f64().unwrap() > 1.0);
+    let policies = found["policies"].as_array().unwrap();
+    let named = |name: &str| policies.iter().find(|own| own["name"] == name).unwrap();
+    assert!(
+        policies
+            .iter()
+            .all(|own| own["name"] != "eplb-hierarchical-10")
+    );
+    let (eplb, ours) = (named("eplb-10"), named("connected-lazy"));
+    for own in [eplb, ours] {
+        for split in ["even", "fixed", "split", "prefill"] {
+            for figure in ["mean", "p5"] {
+                let balance = own[split][figure].as_f64().unwrap();
+                assert!((0.3..=1.0).contains(&balance), "{own}: {split} {figure}");
+            }
+        }
+        for figure in [
+            "activated_max_over_mean",
+            "modelled_time_balance",
+            "copies_per_10_steps",
+            "copies_share",
+            "bytes_per_10_steps",
+            "most_copies_to_one_rank_in_a_step",
+        ] {
+            assert!(own[figure].is_number(), "{figure}");
+        }
+    }
+    let split = |own: &Value| own["split"]["mean"].as_f64().unwrap();
+    assert!(split(ours) > split(eplb), "{} {}", split(ours), split(eplb));
+    assert_eq!(ours["components"], 1.0);
+    assert!(ours["plan_ms"]["p99"].as_f64().unwrap() > 0.0);
+    assert!(ours["split_us_per_layer"]["p50"].as_f64().unwrap() > 0.0);
+}
+
+#[test]
+fn the_table_and_the_plot_are_written_beside_the_document() {
+    let folder = TempDir::new().unwrap();
+    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let (json, svg) = (at("figures.json"), at("figures.svg"));
+    let policies = "eplb-once,connected-lazy";
+    let files = ["--policy", policies, "--json", &json, "--svg", &svg];
+    let output = simulate(&small(&files));
+    assert!(output.status.success());
+    let table = String::from_utf8(output.stdout).unwrap();
+    assert!(table.contains("| eplb-once |") && table.contains("| connected-lazy |"));
+    let written: Value = serde_json::from_slice(&std::fs::read(&json).unwrap()).unwrap();
+    assert_eq!(written["policies"].as_array().unwrap().len(), 2);
+    let plot = std::fs::read_to_string(&svg).unwrap();
+    assert!(plot.starts_with("<svg") && plot.trim_end().ends_with("</svg>"));
+    assert!(plot.contains("connected-lazy ("));
+}
+
+#[test]
+fn a_forecast_and_more_slots_are_heard() {
+    let forecast = document(&small(&["--forecast", "topics", "--slots", "3"]));
+    assert_eq!(forecast["forecast"], "topics");
+    assert_eq!(forecast["copies"], 24);
+    let limit = document(&small(&["--limit", "0", "--policy", "connected-lazy"]));
+    assert_eq!(limit["policies"][0]["copies_share"], 0.0);
+}
+
+#[test]
+fn a_lost_rank_is_repaired_first_and_balance_comes_back() {
+    let found = document(&small(&["--lose", "rank:3"]));
+    assert_eq!(found["lose"], "rank:3");
+    let orphans = found["orphans_per_layer"].as_f64().unwrap();
+    let after = found["after"].as_array().unwrap();
+    assert_eq!(after.len(), 7);
+    // The repair loads the experts that have no copy and nothing else.
+    let loaded = after[0]["copies_per_layer"].as_f64().unwrap();
+    assert!((loaded - orphans).abs() < 0.01, "{loaded} {orphans}");
+    let split = |step: &Value| step["split"]["mean"].as_f64().unwrap();
+    assert!(split(&after[6]) >= split(&after[0]) - 0.01);
+    assert!(found["eplb"]["copies"].as_f64() >= found["eplb_renamed"]["copies"].as_f64());
+}
+
+#[test]
+fn what_makes_no_sense_is_refused_by_name() {
+    let table: [(&[&str], &str); 11] = [
+        (&["--setting", "dsv4"], "dsv3-64g"),
+        (&["--regime", "wild"], "moderate"),
+        (&["--policy", "eplb"], "eplb-10"),
+        (
+            &["--policy", "eplb-hierarchical-10"],
+            "eplb-hierarchical-10",
+        ),
+        (&["--steps", "1"], "two"),
+        (&["--slots", "0"], "slots"),
+        (&["--slots", "9"], "slots"),
+        (&["--device", "abacus"], "h200"),
+        (&["--lose", "rank:8"], "rank:8"),
+        (&["--lose", "node:each"], "node:each"),
+        (&["--lose", "rank:1", "--policy", "eplb-10"], "--policy"),
+    ];
+    for (arguments, named) in table {
+        let setting: &[&str] = if arguments[0] == "--setting" {
+            &[]
+        } else {
+            &SMALL[..2]
+        };
+        let output = simulate(&[setting, arguments].concat());
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {error}");
+        assert!(error.contains(named), "{arguments:?}: {error}");
+        assert!(output.stdout.is_empty(), "{arguments:?}");
+    }
+}
