@@ -32,7 +32,7 @@ pub(crate) struct PlacementArgs {
     /// Steps of the load statistic, after ten of warm-up; every second one is judged.
     #[arg(long, default_value_t = 20)]
     steps: usize,
-    /// Policies: in-order, eplb-once, eplb-10, eplb-10-renamed, eplb-step, eplb-hierarchical-10, connected-once, connected-lazy (the
+    /// Policies: in-order, eplb-once, eplb-10, eplb-10-renamed, eplb-step, eplb-hierarchical-10, flashlb-like-10, connected-once, connected-lazy (the
     /// operator's). All that fit the setting, if none is named.
     #[arg(long, value_delimiter = ',', value_parser = policy)]
     policy: Vec<Policy>,

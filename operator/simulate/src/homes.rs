@@ -13,20 +13,31 @@ use crate::shape::Shape;
 pub(crate) type Slots = Vec<Vec<Vec<usize>>>;
 
 /// The placement with these slots and even shares, on these ranks.
-pub(crate) fn placement(ranks: Vec<Rank>, slots: Slots, experts: usize) -> Placement {
-    let ids = |held: Vec<usize>| held.into_iter().map(|e| ExpertId(e as u32)).collect();
-    let layer = |layer: Vec<Vec<usize>>| {
-        LayerPlacement::from_slots(&ranks, layer.into_iter().map(ids).collect(), experts)
-    };
+pub(crate) fn placement(ranks: Vec<Rank>, slots: &Slots, experts: usize) -> Placement {
+    let layers = slots
+        .iter()
+        .map(|layer| layer_of(&ranks, layer, experts))
+        .collect();
+    with_layers(ranks, layers)
+}
+
+/// The placement of these layers.
+pub(crate) const fn with_layers(ranks: Vec<Rank>, layers: Vec<LayerPlacement>) -> Placement {
     Placement {
         epoch: Epoch(1),
         parent: Epoch(0),
         reason: Reason::Initial,
-        layers: slots.into_iter().map(layer).collect(),
         ranks,
+        layers,
         balance_before: 0.0,
         balance_after: 0.0,
     }
+}
+
+/// The layer with these slots, by rank, and even shares.
+pub(crate) fn layer_of(ranks: &[Rank], slots: &[Vec<usize>], experts: usize) -> LayerPlacement {
+    let ids = |held: &Vec<usize>| held.iter().map(|e| ExpertId(*e as u32)).collect();
+    LayerPlacement::from_slots(ranks, slots.iter().map(ids).collect(), experts)
 }
 
 /// Ranks from 0.
@@ -37,22 +48,29 @@ pub(crate) fn ranks(count: usize) -> Vec<Rank> {
 /// The same with its ranks named, layer by layer, so that the most copies of `old` stay where they are. Both are over
 /// the same ranks with the same number of slots each.
 pub(crate) fn renamed(old: &Placement, new: &Placement) -> Placement {
-    let experts = new.layers.first().map_or(0, |layer| layer.copies.len());
-    let ranks = &new.ranks;
-    let layer = |(old, new): (&LayerPlacement, &LayerPlacement)| {
-        let row = |rank: &Vec<ExpertId>| {
-            let kept = new.slots.iter().map(|column| common(rank, column));
-            kept.map(|kept| -(kept as i64)).collect()
-        };
-        let cost: Vec<Vec<i64>> = old.slots.iter().map(row).collect();
-        let column = assign(&cost);
-        let held = column.iter().map(|c| new.slots[*c].clone()).collect();
-        LayerPlacement::from_slots(ranks, held, experts)
-    };
+    let both = old.layers.iter().zip(&new.layers);
     Placement {
-        layers: old.layers.iter().zip(&new.layers).map(layer).collect(),
+        layers: both
+            .map(|(old, layer)| renamed_layer(&new.ranks, old, layer))
+            .collect(),
         ..new.clone()
     }
+}
+
+/// One layer of [`renamed`].
+pub(crate) fn renamed_layer(
+    ranks: &[Rank],
+    old: &LayerPlacement,
+    new: &LayerPlacement,
+) -> LayerPlacement {
+    let row = |rank: &Vec<ExpertId>| {
+        let kept = new.slots.iter().map(|column| common(rank, column));
+        kept.map(|kept| -(kept as i64)).collect()
+    };
+    let cost: Vec<Vec<i64>> = old.slots.iter().map(row).collect();
+    let column = assign(&cost);
+    let held = column.iter().map(|c| new.slots[*c].clone()).collect();
+    LayerPlacement::from_slots(ranks, held, new.copies.len())
 }
 
 /// Copies that two ranks' slots have in common, as multisets; both ascend.
@@ -196,7 +214,7 @@ mod tests {
     fn of(slots: &[&[usize]], experts: usize) -> Placement {
         let count = slots.len();
         let slots = slots.iter().map(|held| held.to_vec()).collect();
-        placement(ranks(count), vec![slots], experts)
+        placement(ranks(count), &vec![slots], experts)
     }
 
     #[test]

@@ -54,29 +54,6 @@ impl Judge {
         }
     }
 
-    /// Judges the expected load of a step.
-    pub(crate) fn expected(&self, placement: &Placement, expected: &Rows, into: &mut Judged) {
-        for (layer, rows) in placement.layers.iter().zip(expected) {
-            into.expected.push(balance(&even_loads(layer, rows)));
-        }
-    }
-
-    /// The best split of a batch, layer by layer; rows of experts without a copy are left out.
-    pub(crate) fn solved(
-        &self,
-        placement: &Placement,
-        batch: &Counts,
-        into: &mut Vec<f64>,
-    ) -> Result<(), SimulateError> {
-        for (l, counts) in batch.iter().enumerate() {
-            let table = table(placement, l)?;
-            let rows = real(counts);
-            let solved = solve(&table, &rows, SOLVE_SWEEPS, SOLVE_GAP);
-            into.push(solved.balance());
-        }
-        Ok(())
-    }
-
     /// Judges a decode batch.
     pub(crate) fn decode(
         &mut self,
@@ -133,6 +110,26 @@ impl Judge {
     }
 }
 
+/// Balance of the expected load of a step under even split, layer by layer.
+pub(crate) fn expected(placement: &Placement, expected: &Rows, into: &mut Vec<f64>) {
+    for (layer, rows) in placement.layers.iter().zip(expected) {
+        into.push(balance(&even_loads(layer, rows)));
+    }
+}
+
+/// The best split of a batch, layer by layer; rows of experts without a copy are left out.
+pub(crate) fn solved(
+    placement: &Placement,
+    batch: &Counts,
+    into: &mut Vec<f64>,
+) -> Result<(), SimulateError> {
+    for (l, counts) in batch.iter().enumerate() {
+        let (table, rows) = (table(placement, l)?, real(counts));
+        into.push(solve(&table, &rows, SOLVE_SWEEPS, SOLVE_GAP).balance());
+    }
+    Ok(())
+}
+
 fn table(placement: &Placement, layer: usize) -> Result<SplitTable, SimulateError> {
     SplitTable::new(placement, LayerId(layer as u32)).ok_or(SimulateError::Homeless { layer })
 }
@@ -158,7 +155,7 @@ mod tests {
     #[test]
     fn a_batch_by_hand() {
         // Expert 0 on both ranks, 1 and 2 alone: 40 + 30 + 10 rows.
-        let p = placement(ranks(2), vec![vec![vec![0, 1], vec![0, 2]]], 3);
+        let p = placement(ranks(2), &vec![vec![vec![0, 1], vec![0, 2]]], 3);
         let shape = Shape::named("dsv3-64g").unwrap();
         let mut judge = Judge::new(&shape, Device::named("h200").unwrap());
         let mut into = Judged::default();
@@ -172,7 +169,7 @@ mod tests {
         assert!((into.best[0] - 1.0).abs() < 1e-3);
         assert!((into.activated[0] - 1.0).abs() < 1e-9);
         assert!((into.time[0] - 1.0).abs() < 1e-9);
-        judge.solved(&p, &batch, &mut into.prefill).unwrap();
+        solved(&p, &batch, &mut into.prefill).unwrap();
         assert!((into.prefill[0] - into.split[0]).abs() < 1e-12);
     }
 }

@@ -15,6 +15,7 @@
 
 mod dice;
 mod eplb;
+mod flash;
 mod generator;
 mod header;
 mod homes;

@@ -7,7 +7,7 @@ use foregate_planner::{History, plan};
 use crate::eplb::{Cluster, eplb};
 use crate::generator::{Counts, Generator, Rows};
 use crate::homes::{self, moved, without};
-use crate::judge::{Judge, Judged};
+use crate::judge;
 use crate::policy::{EVERY, Seen, problem};
 use crate::run::{Case, SimulateError, Watch};
 use crate::shape::Shape;
@@ -148,12 +148,11 @@ pub fn lose(
         history,
         seen,
         load: load.clone(),
-        judge: Judge::new(shape, case.device),
     };
     let batches: Vec<Counts> = (0..BATCHES).map(|_| load.decode()).collect();
     let mut outcome = LossOutcome {
         seed,
-        before: start.split(&start.placement, &batches)?,
+        before: split(&start.placement, &batches)?,
         cases: Vec::new(),
     };
     for lost in &cases {
@@ -171,7 +170,6 @@ struct Start<'a> {
     history: History,
     seen: Seen,
     load: Generator,
-    judge: Judge,
 }
 
 impl Start<'_> {
@@ -187,7 +185,7 @@ impl Start<'_> {
         let mut found = Lost {
             orphans,
             orphaned,
-            at_once: self.split(&left, &batches)?,
+            at_once: split(&left, &batches)?,
             afresh: self.afresh(lost, &batches)?,
             after: Vec::new(),
         };
@@ -204,7 +202,7 @@ impl Start<'_> {
             } else {
                 (0..BATCHES).map(|_| load.decode_part(part)).collect()
             };
-            let split = self.split(&in_force, &batches)?;
+            let split = split(&in_force, &batches)?;
             found.after.push(After { copies, split });
             load.advance();
             seen.window(load.window())?;
@@ -220,23 +218,19 @@ impl Start<'_> {
         let judged = |placement: &Placement| -> Result<After, SimulateError> {
             Ok(After {
                 copies: moved(&left, placement, shape).copies,
-                split: self.split(placement, batches)?,
+                split: split(placement, batches)?,
             })
         };
         Ok([judged(&new)?, judged(&renamed)?])
     }
+}
 
-    fn split(
-        &self,
-        placement: &Placement,
-        batches: &[Counts],
-    ) -> Result<Vec<f64>, SimulateError> {
-        let mut into = Judged::default();
-        for batch in batches {
-            self.judge.solved(placement, batch, &mut into.split)?;
-        }
-        Ok(into.split)
+fn split(placement: &Placement, batches: &[Counts]) -> Result<Vec<f64>, SimulateError> {
+    let mut into = Vec::new();
+    for batch in batches {
+        judge::solved(placement, batch, &mut into)?;
     }
+    Ok(into)
 }
 
 /// EPLB on these ranks.
@@ -249,7 +243,7 @@ fn fresh(shape: &Shape, seen: &Seen, ranks: &[Rank]) -> Placement {
     };
     homes::placement(
         ranks.to_vec(),
-        eplb(&seen.sum(EVERY), cluster),
+        &eplb(&seen.sum(EVERY), cluster),
         shape.experts,
     )
 }

@@ -8,6 +8,7 @@ use foregate_planner::split::{SOLVE_GAP, SOLVE_SWEEPS, SplitTable, solve};
 use foregate_planner::{History, Problem, RankSlots, Settings, plan};
 
 use crate::eplb::{Cluster, eplb};
+use crate::flash::flash;
 use crate::generator::{Counts, Rows};
 use crate::homes::{self, Moved, moved};
 use crate::run::{SimulateError, Watch};
@@ -31,6 +32,8 @@ pub enum Policy {
     EplbStep,
     /// As [`Self::Eplb10`], with groups of experts kept on a node.
     EplbHierarchical10,
+    /// Like FlashLB, every ten steps on the last ten windows.
+    FlashLike10,
     /// The operator's first plan, never moved.
     ConnectedOnce,
     /// The operator's planner with its trigger.
@@ -39,13 +42,14 @@ pub enum Policy {
 
 impl Policy {
     /// All, anchors first.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::InOrder,
         Self::EplbOnce,
         Self::Eplb10,
         Self::Eplb10Renamed,
         Self::EplbStep,
         Self::EplbHierarchical10,
+        Self::FlashLike10,
         Self::ConnectedOnce,
         Self::ConnectedLazy,
     ];
@@ -60,6 +64,7 @@ impl Policy {
             Self::Eplb10Renamed => "eplb-10-renamed",
             Self::EplbStep => "eplb-step",
             Self::EplbHierarchical10 => "eplb-hierarchical-10",
+            Self::FlashLike10 => "flashlb-like-10",
             Self::ConnectedOnce => "connected-once",
             Self::ConnectedLazy => "connected-lazy",
         }
@@ -163,9 +168,14 @@ impl Seen {
         Ok(())
     }
 
+    /// The last `n` windows.
+    fn last(&self, n: usize) -> &[Counts] {
+        &self.windows[self.windows.len().saturating_sub(n)..]
+    }
+
     /// Rows of the last `n` windows.
     pub(crate) fn sum(&self, n: usize) -> Rows {
-        let last = &self.windows[self.windows.len().saturating_sub(n)..];
+        let last = self.last(n);
         let Some(first) = last.first() else {
             return Vec::new();
         };
@@ -209,6 +219,7 @@ impl Arm {
             Policy::EplbOnce | Policy::Eplb10 | Policy::Eplb10Renamed | Policy::EplbStep => {
                 anchor(shape, &seen.sum(EVERY), false)
             }
+            Policy::FlashLike10 => flash(seen.last(EVERY), None, shape),
             Policy::ConnectedOnce | Policy::ConnectedLazy => {
                 let problem = problem(shape, seen, &[]);
                 let first = plan(&problem, None, &settings, &mut history)?;
@@ -243,6 +254,9 @@ impl Arm {
                 let new = anchor(shape, &seen.sum(EVERY), false);
                 Some(homes::renamed(&self.placement, &new))
             }
+            Policy::FlashLike10 if again => {
+                Some(flash(seen.last(EVERY), Some(&self.placement), shape))
+            }
             Policy::EplbStep => Some(anchor(shape, &seen.sum(1), false)),
             Policy::ConnectedLazy => {
                 let problem = problem(shape, seen, &[]);
@@ -256,6 +270,7 @@ impl Arm {
             | Policy::Eplb10
             | Policy::Eplb10Renamed
             | Policy::EplbHierarchical10
+            | Policy::FlashLike10
             | Policy::ConnectedOnce => None,
         };
         if next.is_some() || self.policy == Policy::ConnectedLazy {
@@ -299,7 +314,7 @@ fn in_order(shape: &Shape) -> Placement {
     };
     let layer: Vec<Vec<usize>> = (0..shape.ranks).map(rank).collect();
     let ranks = homes::ranks(shape.ranks);
-    homes::placement(ranks, vec![layer; shape.layers], shape.experts)
+    homes::placement(ranks, &vec![layer; shape.layers], shape.experts)
 }
 
 fn anchor(shape: &Shape, load: &Rows, hierarchical: bool) -> Placement {
@@ -310,7 +325,7 @@ fn anchor(shape: &Shape, load: &Rows, hierarchical: bool) -> Placement {
         groups: if hierarchical { shape.groups } else { 1 },
     };
     let ranks = homes::ranks(shape.ranks);
-    homes::placement(ranks, eplb(load, cluster), shape.experts)
+    homes::placement(ranks, &eplb(load, cluster), shape.experts)
 }
 
 /// The operator's problem: what it plans from, without the ranks that are lost.

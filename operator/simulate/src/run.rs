@@ -6,7 +6,7 @@ use foregate_planner::{PlanError, Settings, bound};
 
 use crate::generator::{Generator, Regime, Rows};
 use crate::homes::{components, doubled};
-use crate::judge::{Judge, Judged};
+use crate::judge::{self, Judge, Judged};
 use crate::loss::Lose;
 use crate::policy::{Arm, EVERY, Forecast, Policy, Seen};
 use crate::shape::{Device, Shape};
@@ -206,11 +206,11 @@ pub fn run(case: &Case, seed: u64, watch: &dyn Watch) -> Result<Outcome, Simulat
             arm.step(t, shape, &seen, watch)?;
             if let Some(prefill) = &prefill {
                 arm.solve_shares(&seen)?;
-                judge.expected(&arm.placement, &expected, into);
+                judge::expected(&arm.placement, &expected, &mut into.expected);
                 for batch in &decode {
                     judge.decode(&arm.placement, batch, watch, into)?;
                 }
-                judge.solved(&arm.placement, prefill, &mut into.prefill)?;
+                judge::solved(&arm.placement, prefill, &mut into.prefill)?;
             }
             watch.step();
         }
