@@ -17,21 +17,24 @@ use crate::bench::write_json;
 use crate::error::{CliError, print};
 use crate::progress::{Progress, Task};
 
+/// Steps, if it is not said how many.
+const STEPS: usize = 20;
+
 /// Arguments of `foregate simulate placement`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct PlacementArgs {
     /// Model and cluster: mixtral-8g, qwen3-32g, dsv3-32g, dsv3-64g, dsv3-72g, inet-320g-1slot, inet-320g-2slot.
     #[arg(long, value_parser = shape)]
     setting: Shape,
-    /// How the load drifts: stationary, moderate, strong.
-    #[arg(long, value_parser = regime, default_value = "moderate")]
-    regime: Regime,
+    /// How the load drifts: stationary, moderate (the default), strong.
+    #[arg(long, value_parser = regime)]
+    regime: Option<Regime>,
     /// Seeds.
     #[arg(long, value_delimiter = ',', default_value = "0,1,2")]
     seeds: Vec<u64>,
-    /// Steps of the load statistic, after ten of warm-up; every second one is judged.
-    #[arg(long, default_value_t = 20)]
-    steps: usize,
+    /// Steps of the load statistic, after ten of warm-up; every second one is judged. Default: 20.
+    #[arg(long)]
+    steps: Option<usize>,
     /// Policies: in-order, eplb-once, eplb-10, eplb-10-renamed, eplb-step, eplb-hierarchical-10, flashlb-like-10, connected-once, connected-lazy (the
     /// operator's). All that fit the setting, if none is named.
     #[arg(long, value_delimiter = ',', value_parser = policy)]
@@ -42,17 +45,21 @@ pub(crate) struct PlacementArgs {
     /// Most copies that the operator's planner may move per layer and step.
     #[arg(long, value_name = "COPIES")]
     limit: Option<usize>,
-    /// What the operator's planner is told of the step to come, in place of the windows' average: off, topics (the
-    /// topics of 500 of its requests), noisy (its load with an error of 15 % for each expert).
-    #[arg(long, value_parser = forecast, default_value = "off")]
-    forecast: Forecast,
+    /// What the operator's planner is told of the step to come, in place of the windows' average: off (the
+    /// default), topics (the topics of 500 of its requests), noisy (its load with an error of 15 % for each expert).
+    #[arg(long, value_parser = forecast)]
+    forecast: Option<Forecast>,
     /// Loses ranks after the first plan, and tells how balance comes back: rank:N, node:N, rank:each or node:each (each
     /// in turn, each from the same start). Only the operator's planner, beside EPLB afresh.
     #[arg(long, value_parser = lost)]
     lose: Option<Lose>,
-    /// Device of the modelled times: h100, h200, h20, b200.
-    #[arg(long, value_parser = device, default_value = "h200")]
-    device: Device,
+    /// Counts what nodes send each other, on sampled tokens whose experts are used together; for the planners that
+    /// place once.
+    #[arg(long, conflicts_with = "lose")]
+    internode: bool,
+    /// Device of the modelled times: h100, h200 (the default), h20, b200.
+    #[arg(long, value_parser = device)]
+    device: Option<Device>,
     /// Write the document to this file, and print a table.
     #[arg(long)]
     json: Option<PathBuf>,
@@ -72,6 +79,7 @@ pub(super) fn run(args: &PlacementArgs, progress: &Progress) -> Result<(), CliEr
     let case = case(args);
     case.validate().map_err(|error| refused(&error))?;
     match args.lose {
+        None if args.internode => between_nodes(args, &case, progress),
         None => compare(args, &case, progress),
         Some(what) => lost_ranks(args, &case, what, progress),
     }
@@ -87,7 +95,7 @@ fn compare(args: &PlacementArgs, case: &Case, progress: &Progress) -> Result<(),
     if let Some(path) = &args.svg {
         plot::write(path, &document)?;
     }
-    tell(args, &document, document.table())
+    tell(args, &document, &document.table())
 }
 
 /// Ranks are lost.
@@ -97,22 +105,53 @@ fn lost_ranks(
     what: Lose,
     progress: &Progress,
 ) -> Result<(), CliError> {
-    for (given, name) in [
-        (!args.policy.is_empty(), "--policy"),
-        (args.svg.is_some(), "--svg"),
-        (args.forecast != Forecast::Off, "--forecast"),
-    ] {
-        if given {
-            return Err(CliError::Usage(format!("{name} does not go with --lose")));
-        }
-    }
+    alone(args, "--lose", &[])?;
     let cases = what.cases(&case.shape).map_err(|error| refused(&error))?;
     let clock = Clock::new(progress, case.shape.name, cases.len() * args.seeds.len());
     let one = |seed: &u64| lose(case, what, *seed, &clock).map_err(|error| refused(&error));
     let outcomes: Vec<_> = args.seeds.iter().map(one).collect::<Result<_, _>>()?;
     clock.task.finish("done");
     let document = loss_document(case, what, &outcomes);
-    tell(args, &document, document.table())
+    tell(args, &document, &document.table())
+}
+
+/// Bytes between nodes.
+fn between_nodes(
+    args: &PlacementArgs,
+    case: &Case,
+    progress: &Progress,
+) -> Result<(), CliError> {
+    let more = [
+        (args.regime.is_some(), "--regime"),
+        (args.steps.is_some(), "--steps"),
+        (args.limit.is_some(), "--limit"),
+    ];
+    alone(args, "--internode", &more)?;
+    let policies = internode_policies(&case.shape).map_err(|error| refused(&error))?;
+    let clock = Clock::new(progress, case.shape.name, policies.len() * args.seeds.len());
+    let one = |seed: &u64| internode(case, *seed, &clock).map_err(|error| refused(&error));
+    let outcomes: Vec<_> = args.seeds.iter().map(one).collect::<Result<_, _>>()?;
+    clock.task.finish("done");
+    let document = internode_document(case, &outcomes);
+    tell(args, &document, &document.table())
+}
+
+/// Refuses what only the comparison of all policies hears, and `more`.
+fn alone(
+    args: &PlacementArgs,
+    with: &str,
+    more: &[(bool, &'static str)],
+) -> Result<(), CliError> {
+    let given = [
+        (!args.policy.is_empty(), "--policy"),
+        (args.svg.is_some(), "--svg"),
+        (args.forecast.is_some(), "--forecast"),
+        (args.device.is_some(), "--device"),
+    ];
+    match given.iter().chain(more).find(|(given, _)| *given) {
+        Some((_, name)) => Err(CliError::Usage(format!("{name} does not go with {with}"))),
+        None => Ok(()),
+    }
 }
 
 /// Prints the document, or writes it and prints the table.
@@ -122,7 +161,7 @@ fn tell(
     table: String,
 ) -> Result<(), CliError> {
     if let Some(path) = &args.json {
-        print(&table);
+        print(table);
         return write_json(path, document);
     }
     let text = serde_json::to_string_pretty(document);
@@ -146,12 +185,12 @@ fn case(args: &PlacementArgs) -> Case {
     }
     Case {
         shape,
-        regime: args.regime,
-        steps: args.steps,
+        regime: args.regime.unwrap_or(Regime::Moderate),
+        steps: args.steps.unwrap_or(STEPS),
         policies,
         settings,
-        forecast: args.forecast,
-        device: args.device,
+        forecast: args.forecast.unwrap_or(Forecast::Off),
+        device: args.device.unwrap_or(DEVICES[0]),
     }
 }
 
@@ -161,6 +200,7 @@ fn refused(error: &SimulateError) -> CliError {
         SimulateError::Steps { .. }
         | SimulateError::Slots { .. }
         | SimulateError::Lose { .. }
+        | SimulateError::OneNode { .. }
         | SimulateError::Policy { .. } => CliError::Usage(error.to_string()),
         SimulateError::Plan(_)
         | SimulateError::NoPlan

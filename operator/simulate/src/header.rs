@@ -19,13 +19,9 @@ pub struct Header {
     nodes: usize,
     copies: usize,
     slots: usize,
-    /// How the load was made.
-    pub generator: Load,
     redundancy: Redundancy,
     /// Most copies that our planner may move per layer and step.
     limit: usize,
-    /// What our planner is told of the step to come.
-    forecast: &'static str,
 }
 
 /// How the load was made.
@@ -80,9 +76,8 @@ pub struct Time {
 }
 
 impl Header {
-    pub(crate) fn of(case: &Case, seeds: &[u64]) -> Self {
+    pub(crate) const fn of(case: &Case) -> Self {
         let shape = &case.shape;
-        let (drift, rho) = case.regime.drift();
         Self {
             setting: shape.name,
             layers: shape.layers,
@@ -92,15 +87,6 @@ impl Header {
             nodes: shape.nodes,
             copies: shape.copies,
             slots: shape.slots(),
-            generator: Load {
-                version: VERSION,
-                regime: case.regime.name(),
-                drift,
-                rho,
-                seed: (seeds.len() == 1).then(|| seeds[0]),
-                seeds: seeds.to_vec(),
-                steps: case.steps,
-            },
             redundancy: Redundancy {
                 needed: redundancy::slots_to_link(shape.experts, shape.ranks),
                 components_least: redundancy::least_components(
@@ -110,23 +96,37 @@ impl Header {
                 ),
             },
             limit: case.settings.max_moves_per_layer,
-            forecast: case.forecast.name(),
         }
     }
 
-    /// One line.
-    pub(crate) fn line(&self) -> String {
+    /// A few words.
+    pub(crate) fn words(&self) -> String {
         format!(
-            "{} ({} layers × {} experts, {} ranks × {} slots), {}, forecast {}, seeds {:?}, {} steps",
-            self.setting,
-            self.layers,
-            self.experts,
-            self.ranks,
-            self.slots,
-            self.generator.regime,
-            self.forecast,
-            self.generator.seeds,
-            self.generator.steps,
+            "{} ({} layers × {} experts, {} ranks × {} slots)",
+            self.setting, self.layers, self.experts, self.ranks, self.slots,
+        )
+    }
+}
+
+impl Load {
+    pub(crate) fn of(case: &Case, seeds: &[u64]) -> Self {
+        let (drift, rho) = case.regime.drift();
+        Self {
+            version: VERSION,
+            regime: case.regime.name(),
+            drift,
+            rho,
+            seed: (seeds.len() == 1).then(|| seeds[0]),
+            seeds: seeds.to_vec(),
+            steps: case.steps,
+        }
+    }
+
+    /// A few words.
+    pub(crate) fn words(&self) -> String {
+        format!(
+            "{}, seeds {:?}, {} steps",
+            self.regime, self.seeds, self.steps
         )
     }
 }

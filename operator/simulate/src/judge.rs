@@ -124,10 +124,19 @@ pub(crate) fn solved(
     into: &mut Vec<f64>,
 ) -> Result<(), SimulateError> {
     for (l, counts) in batch.iter().enumerate() {
-        let (table, rows) = (table(placement, l)?, real(counts));
-        into.push(solve(&table, &rows, SOLVE_SWEEPS, SOLVE_GAP).balance());
+        into.push(solved_rows(placement, l, &real(counts))?);
     }
     Ok(())
+}
+
+/// The best split of one layer's rows.
+pub(crate) fn solved_rows(
+    placement: &Placement,
+    layer: usize,
+    rows: &[f64],
+) -> Result<f64, SimulateError> {
+    let table = table(placement, layer)?;
+    Ok(solve(&table, rows, SOLVE_SWEEPS, SOLVE_GAP).balance())
 }
 
 fn table(placement: &Placement, layer: usize) -> Result<SplitTable, SimulateError> {

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use crate::header::{Balance, Header, rounded};
+use crate::header::{Balance, Header, Load, rounded};
 use crate::loss::{After, Lose, LossOutcome, Lost};
 use crate::run::Case;
 use crate::sums::{mean, percentile};
@@ -13,6 +13,8 @@ pub struct LossDocument {
     /// Model, cluster and load.
     #[serde(flatten)]
     pub header: Header,
+    /// How the load was made.
+    pub generator: Load,
     /// What was lost.
     pub lose: String,
     /// Cases of one seed.
@@ -76,7 +78,8 @@ pub fn loss_document(case: &Case, lose: Lose, outcomes: &[LossOutcome]) -> LossD
         }
     };
     LossDocument {
-        header: Header::of(case, &seeds),
+        header: Header::of(case),
+        generator: Load::of(case, &seeds),
         lose: lose.to_string(),
         cases: lost.len() / outcomes.len().max(1),
         before: balance(&before),
@@ -110,8 +113,9 @@ impl LossDocument {
     pub fn table(&self) -> String {
         let mut lines = vec![
             format!(
-                "{}; lost {} ({} cases): {:.1} experts per layer without a copy, {:.1} % of the traffic (worst {:.1} %)",
-                self.header.line(),
+                "{}, {}; lost {} ({} cases): {:.1} experts per layer without a copy, {:.1} % of the traffic (worst {:.1} %)",
+                self.header.words(),
+                self.generator.words(),
                 self.lose,
                 self.cases,
                 self.orphans_per_layer,

@@ -317,7 +317,7 @@ fn in_order(shape: &Shape) -> Placement {
     homes::placement(ranks, &vec![layer; shape.layers], shape.experts)
 }
 
-fn anchor(shape: &Shape, load: &Rows, hierarchical: bool) -> Placement {
+pub(crate) fn anchor(shape: &Shape, load: &[Vec<f64>], hierarchical: bool) -> Placement {
     let cluster = Cluster {
         copies: shape.copies,
         ranks: shape.ranks,
@@ -330,20 +330,24 @@ fn anchor(shape: &Shape, load: &Rows, hierarchical: bool) -> Placement {
 
 /// The operator's problem: what it plans from, without the ranks that are lost.
 pub(crate) fn problem(shape: &Shape, seen: &Seen, lost: &[Rank]) -> Problem {
-    let rank = |rank: usize| RankSlots {
-        rank: Rank(rank as u32),
-        slots: shape.slots(),
-        domain: format!("node-{}", shape.node(rank)),
-    };
+    let mut ranks = ranks_with_slots(shape);
+    ranks.retain(|rank| !lost.contains(&rank.rank));
     Problem {
-        ranks: (0..shape.ranks)
-            .map(rank)
-            .filter(|rank| !lost.contains(&rank.rank))
-            .collect(),
+        ranks,
         layers: shape.layers,
         experts: shape.experts,
         demand: seen.prediction(),
         evidence: seen.demand.evidence(),
         above: Epoch(0),
     }
+}
+
+/// Every rank with its slots; its node is its failure domain.
+pub(crate) fn ranks_with_slots(shape: &Shape) -> Vec<RankSlots> {
+    let rank = |rank: usize| RankSlots {
+        rank: Rank(rank as u32),
+        slots: shape.slots(),
+        domain: format!("node-{}", shape.node(rank)),
+    };
+    (0..shape.ranks).map(rank).collect()
 }

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use crate::header::{Balance, Header, Time, rounded};
+use crate::header::{Balance, Header, Load, Time, rounded};
 use crate::judge::Judged;
 use crate::run::{ArmOutcome, Case, Outcome};
 use crate::sums::{mean, percentile};
@@ -13,6 +13,10 @@ pub struct Document {
     /// Model, cluster and load.
     #[serde(flatten)]
     pub header: Header,
+    /// How the load was made.
+    pub generator: Load,
+    /// What our planner is told of the step to come.
+    pub forecast: &'static str,
     load: LoadFigures,
     device: &'static str,
     /// Anchors first.
@@ -113,7 +117,9 @@ pub fn document(case: &Case, outcomes: &[Outcome]) -> Document {
         })
         .collect();
     Document {
-        header: Header::of(case, &seeds),
+        header: Header::of(case),
+        generator: Load::of(case, &seeds),
+        forecast: case.forecast.name(),
         load: LoadFigures {
             max_over_mean: over(|o| o.max_over_mean),
             cv: over(|o| o.cv),
@@ -204,8 +210,10 @@ impl Document {
     pub fn table(&self) -> String {
         let mut lines = vec![
             format!(
-                "{}: expert max/mean {:.2}, bound {:.3}",
-                self.header.line(),
+                "{}, {}, forecast {}: expert max/mean {:.2}, bound {:.3}",
+                self.header.words(),
+                self.generator.words(),
+                self.forecast,
                 self.load.max_over_mean,
                 self.load.bound,
             ),

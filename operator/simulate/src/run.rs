@@ -90,6 +90,12 @@ pub enum SimulateError {
         /// Its nodes.
         nodes: usize,
     },
+    /// Nothing is sent between nodes.
+    #[error("setting {setting} has one node: nothing is sent between nodes")]
+    OneNode {
+        /// The setting.
+        setting: &'static str,
+    },
     /// The planner refused.
     #[error("the planner refused")]
     Plan(#[from] PlanError),

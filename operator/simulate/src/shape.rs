@@ -134,16 +134,16 @@ pub struct Device {
     pub peak: f64,
 }
 
-/// Known devices (SXM forms).
+/// Known devices (SXM forms); the first is the default.
 pub const DEVICES: [Device; 4] = [
-    Device {
-        name: "h100",
-        bandwidth: 3.35e12,
-        peak: 1979e12,
-    },
     Device {
         name: "h200",
         bandwidth: 4.8e12,
+        peak: 1979e12,
+    },
+    Device {
+        name: "h100",
+        bandwidth: 3.35e12,
         peak: 1979e12,
     },
     Device {

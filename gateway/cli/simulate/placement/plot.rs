@@ -24,8 +24,8 @@ pub(super) fn write(path: &Path, document: &Document) -> Result<(), CliError> {
         title: format!(
             "{}, {}: balance of decode batches (mean over maximum load), mean of {} seeds; thin lines: lowest and highest; in brackets: copies moved in ten steps",
             document.header.setting,
-            document.header.generator.regime,
-            document.header.generator.seeds.len()
+            document.generator.regime,
+            document.generator.seeds.len()
         ),
         groups: DRAWN.map(|(words, _)| words).to_vec(),
         series: document.policies.iter().map(series).collect(),
