@@ -114,8 +114,73 @@ fn a_lost_rank_is_repaired_first_and_balance_comes_back() {
 }
 
 #[test]
+fn bytes_between_nodes_are_counted_for_planners_that_place_once() {
+    let found = document(&["--setting", "qwen3-32g", "--internode", "--seeds", "0"]);
+    let policies = found["policies"].as_array().unwrap();
+    let names: Vec<&str> = policies
+        .iter()
+        .map(|own| own["name"].as_str().unwrap())
+        .collect();
+    assert_eq!(names, ["eplb", "connected"]);
+    for own in policies {
+        let visits = own["remote_nodes_local_first"].as_f64().unwrap();
+        assert!(visits < own["remote_nodes_random"].as_f64().unwrap());
+        let bytes = visits * found["kib_per_visit"].as_f64().unwrap();
+        let told = own["kib_per_token_and_layer"].as_f64().unwrap();
+        assert!((bytes - told).abs() < 0.2, "{bytes} {told}");
+    }
+}
+
+/// One line of a recording: four experts in one layer.
+fn line(rank: u32, sequence: u64, rows: [u64; 4]) -> String {
+    let engine = serde_json::json!({
+        "running": 0, "waiting": 0, "kv_pages_used": 0, "kv_pages": 0, "prefix_queries": 0, "prefix_hits": 0,
+        "preemptions": 0, "prompt_tokens": 0, "generation_tokens": 0, "steps": 0, "experts_loaded": 0,
+        "switch_stall_us": 0, "late_rows": 0
+    });
+    let window = serde_json::json!({
+        "rank": rank, "epoch": 1, "sequence": sequence, "span_ms": 1000, "gate": [rows], "served": [0],
+        "engine": engine
+    });
+    format!("{window}\n")
+}
+
+#[test]
+fn recorded_windows_are_judged_like_generated_ones() {
+    let folder = TempDir::new().unwrap();
+    for rank in 0..2 {
+        let rows = [100, 40, 30, 30 + u64::from(rank)];
+        let lines: String = (0..15).map(|sequence| line(rank, sequence, rows)).collect();
+        std::fs::write(folder.path().join(format!("rank-{rank}.jsonl")), lines).unwrap();
+    }
+    let path = folder.path().to_str().unwrap();
+    let found = document(&["--replay", path]);
+    assert_eq!((&found["ranks"], &found["slots"]), (&2.into(), &3.into()));
+    assert_eq!(found["replay"]["windows"], 15);
+    assert!(found.get("generator").is_none());
+    let ours = &found["policies"].as_array().unwrap()[7];
+    assert_eq!(ours["name"], "connected-lazy");
+    assert!(ours["split"]["mean"].as_f64().unwrap() > 0.999);
+    assert!(ours.get("prefill").is_none() && ours.get("bytes_per_10_steps").is_none());
+
+    let refused = |arguments: &[&str], named: &str| {
+        let output = simulate(&[&["--replay", path], arguments].concat());
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {error}");
+        assert!(error.contains(named), "{arguments:?}: {error}");
+    };
+    refused(&["--seeds", "1"], "--seeds");
+    refused(&["--setting", "mixtral-8g"], "mixtral-8g");
+    refused(&["--lose", "rank:0"], "--lose");
+    refused(&["--device", "h100"], "--device");
+    let broken = folder.path().join("z.jsonl");
+    std::fs::write(&broken, "{}\n").unwrap();
+    refused(&[], "z.jsonl, line 1");
+}
+
+#[test]
 fn what_makes_no_sense_is_refused_by_name() {
-    let table: [(&[&str], &str); 11] = [
+    let table: [(&[&str], &str); 14] = [
         (&["--setting", "dsv4"], "dsv3-64g"),
         (&["--regime", "wild"], "moderate"),
         (&["--policy", "eplb"], "eplb-10"),
@@ -130,6 +195,9 @@ fn what_makes_no_sense_is_refused_by_name() {
         (&["--lose", "rank:8"], "rank:8"),
         (&["--lose", "node:each"], "node:each"),
         (&["--lose", "rank:1", "--policy", "eplb-10"], "--policy"),
+        (&["--internode"], "one node"),
+        (&["--internode", "--lose", "rank:1"], "--lose"),
+        (&["--cover", "all"], "--cover"),
     ];
     for (arguments, named) in table {
         let setting: &[&str] = if arguments[0] == "--setting" {

@@ -2,13 +2,15 @@
 //! The loads, the anchors and the judge are `foregate-simulate`; here are arguments, files and the clock.
 
 mod plot;
+mod recording;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use foregate_planner::Settings;
 use foregate_simulate::{
-    Case, DEVICES, Device, Forecast, Lose, Policy, Regime, SETTINGS, Shape, SimulateError,
-    Watch, document, lose, loss_document, run as simulate,
+    Case, DEVICES, Device, Document, Forecast, Lose, Policy, Recording, Regime, SETTINGS,
+    Shape, SimulateError, Watch, document, internode, internode_document, internode_policies,
+    lose, loss_document, replay, replay_document, run as simulate,
 };
 use serde::Serialize;
 use tokio::time::Instant;
@@ -19,18 +21,20 @@ use crate::progress::{Progress, Task};
 
 /// Steps, if it is not said how many.
 const STEPS: usize = 20;
+/// Seeds, if none are named.
+const SEEDS: [u64; 3] = [0, 1, 2];
 
 /// Arguments of `foregate simulate placement`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct PlacementArgs {
     /// Model and cluster: mixtral-8g, qwen3-32g, dsv3-32g, dsv3-64g, dsv3-72g, inet-320g-1slot, inet-320g-2slot.
-    #[arg(long, value_parser = shape)]
-    setting: Shape,
+    #[arg(long, value_parser = shape, required_unless_present = "replay")]
+    setting: Option<Shape>,
     /// How the load drifts: stationary, moderate (the default), strong.
     #[arg(long, value_parser = regime)]
     regime: Option<Regime>,
-    /// Seeds.
-    #[arg(long, value_delimiter = ',', default_value = "0,1,2")]
+    /// Seeds. Default: 0,1,2.
+    #[arg(long, value_delimiter = ',')]
     seeds: Vec<u64>,
     /// Steps of the load statistic, after ten of warm-up; every second one is judged. Default: 20.
     #[arg(long)]
@@ -57,6 +61,11 @@ pub(crate) struct PlacementArgs {
     /// place once.
     #[arg(long, conflicts_with = "lose")]
     internode: bool,
+    /// Takes load windows from the files *.jsonl of this folder instead of generating them: one window a line, as
+    /// workers publish them. Without a setting the cluster is the recorded one, with the fewest slots that link its
+    /// ranks, or --slots.
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["lose", "internode"])]
+    replay: Option<PathBuf>,
     /// Device of the modelled times: h100, h200 (the default), h20, b200.
     #[arg(long, value_parser = device)]
     device: Option<Device>,
@@ -73,10 +82,13 @@ pub(crate) struct PlacementArgs {
 /// # Errors
 /// Wrong arguments; files that cannot be written; a planner that refuses.
 pub(super) fn run(args: &PlacementArgs, progress: &Progress) -> Result<(), CliError> {
-    if args.seeds.is_empty() {
-        return Err(CliError::Usage("--seeds needs at least one".into()));
+    if let Some(folder) = &args.replay {
+        return recorded(args, folder, progress);
     }
-    let case = case(args);
+    let Some(setting) = args.setting else {
+        return Err(CliError::Usage("--setting or --replay is needed".into()));
+    };
+    let case = case(args, setting);
     case.validate().map_err(|error| refused(&error))?;
     match args.lose {
         None if args.internode => between_nodes(args, &case, progress),
@@ -85,17 +97,53 @@ pub(super) fn run(args: &PlacementArgs, progress: &Progress) -> Result<(), CliEr
     }
 }
 
+fn seeds(args: &PlacementArgs) -> Vec<u64> {
+    if args.seeds.is_empty() {
+        return SEEDS.to_vec();
+    }
+    args.seeds.clone()
+}
+
+/// All policies on recorded windows.
+fn recorded(args: &PlacementArgs, folder: &Path, progress: &Progress) -> Result<(), CliError> {
+    let given = [
+        (args.regime.is_some(), "--regime"),
+        (args.steps.is_some(), "--steps"),
+        (!args.seeds.is_empty(), "--seeds"),
+        (args.forecast.is_some(), "--forecast"),
+    ];
+    if let Some((_, name)) = given.into_iter().find(|(given, _)| *given) {
+        return Err(CliError::Usage(format!("{name} does not go with --replay")));
+    }
+    if args.setting.is_none() && args.device.is_some() {
+        let why = "--device: the sizes of experts are not recorded; name the setting";
+        return Err(CliError::Usage(why.into()));
+    }
+    let recording =
+        Recording::new(&recording::read(folder)?).map_err(|error| refused(&error))?;
+    let mut case = case(args, args.setting.unwrap_or_else(|| recording.shape()));
+    case.steps = recording.steps().map_err(|error| refused(&error))?;
+    let clock = Clock::new(progress, case.shape.name, case.ticks());
+    let outcome = replay(&case, &recording, &clock).map_err(|error| refused(&error))?;
+    clock.task.finish("done");
+    told(args, &replay_document(&case, outcome, recording.windows()))
+}
+
 /// All policies on the same load.
 fn compare(args: &PlacementArgs, case: &Case, progress: &Progress) -> Result<(), CliError> {
-    let clock = Clock::new(progress, case.shape.name, case.ticks() * args.seeds.len());
+    let clock = Clock::new(progress, case.shape.name, case.ticks() * seeds(args).len());
     let one = |seed: &u64| simulate(case, *seed, &clock).map_err(|error| refused(&error));
-    let outcomes: Vec<_> = args.seeds.iter().map(one).collect::<Result<_, _>>()?;
+    let outcomes: Vec<_> = seeds(args).iter().map(one).collect::<Result<_, _>>()?;
     clock.task.finish("done");
-    let document = document(case, &outcomes);
+    told(args, &document(case, &outcomes))
+}
+
+/// Draws the plot, if it is asked for, and tells the rest.
+fn told(args: &PlacementArgs, document: &Document) -> Result<(), CliError> {
     if let Some(path) = &args.svg {
-        plot::write(path, &document)?;
+        plot::write(path, document)?;
     }
-    tell(args, &document, &document.table())
+    tell(args, document, &document.table())
 }
 
 /// Ranks are lost.
@@ -107,9 +155,9 @@ fn lost_ranks(
 ) -> Result<(), CliError> {
     alone(args, "--lose", &[])?;
     let cases = what.cases(&case.shape).map_err(|error| refused(&error))?;
-    let clock = Clock::new(progress, case.shape.name, cases.len() * args.seeds.len());
+    let clock = Clock::new(progress, case.shape.name, cases.len() * seeds(args).len());
     let one = |seed: &u64| lose(case, what, *seed, &clock).map_err(|error| refused(&error));
-    let outcomes: Vec<_> = args.seeds.iter().map(one).collect::<Result<_, _>>()?;
+    let outcomes: Vec<_> = seeds(args).iter().map(one).collect::<Result<_, _>>()?;
     clock.task.finish("done");
     let document = loss_document(case, what, &outcomes);
     tell(args, &document, &document.table())
@@ -128,9 +176,13 @@ fn between_nodes(
     ];
     alone(args, "--internode", &more)?;
     let policies = internode_policies(&case.shape).map_err(|error| refused(&error))?;
-    let clock = Clock::new(progress, case.shape.name, policies.len() * args.seeds.len());
+    let clock = Clock::new(
+        progress,
+        case.shape.name,
+        policies.len() * seeds(args).len(),
+    );
     let one = |seed: &u64| internode(case, *seed, &clock).map_err(|error| refused(&error));
-    let outcomes: Vec<_> = args.seeds.iter().map(one).collect::<Result<_, _>>()?;
+    let outcomes: Vec<_> = seeds(args).iter().map(one).collect::<Result<_, _>>()?;
     clock.task.finish("done");
     let document = internode_document(case, &outcomes);
     tell(args, &document, &document.table())
@@ -155,11 +207,7 @@ fn alone(
 }
 
 /// Prints the document, or writes it and prints the table.
-fn tell(
-    args: &PlacementArgs,
-    document: &impl Serialize,
-    table: String,
-) -> Result<(), CliError> {
+fn tell(args: &PlacementArgs, document: &impl Serialize, table: &str) -> Result<(), CliError> {
     if let Some(path) = &args.json {
         print(table);
         return write_json(path, document);
@@ -169,10 +217,10 @@ fn tell(
     Ok(())
 }
 
-fn case(args: &PlacementArgs) -> Case {
+fn case(args: &PlacementArgs, setting: Shape) -> Case {
     let shape = args
         .slots
-        .map_or(args.setting, |slots| args.setting.with_slots(slots));
+        .map_or(setting, |slots| setting.with_slots(slots));
     let policies = if args.policy.is_empty() {
         let fits = |policy: &Policy| policy.fits(&shape).is_ok();
         Policy::ALL.into_iter().filter(fits).collect()
@@ -201,6 +249,11 @@ fn refused(error: &SimulateError) -> CliError {
         | SimulateError::Slots { .. }
         | SimulateError::Lose { .. }
         | SimulateError::OneNode { .. }
+        | SimulateError::NoWindows
+        | SimulateError::Short
+        | SimulateError::OtherModel { .. }
+        | SimulateError::Twice { .. }
+        | SimulateError::OtherSetting { .. }
         | SimulateError::Policy { .. } => CliError::Usage(error.to_string()),
         SimulateError::Plan(_)
         | SimulateError::NoPlan

@@ -86,7 +86,10 @@ impl Judge {
         watch: &dyn Watch,
         into: &mut Judged,
     ) -> Result<(), SimulateError> {
-        let counts: Vec<u32> = counts.iter().map(|n| *n as u32).collect();
+        let counts: Vec<u32> = counts
+            .iter()
+            .map(|n| u32::try_from(*n).unwrap_or(u32::MAX))
+            .collect();
         let idle = vec![0.0; table.ranks().len()];
         let began = watch.micros();
         let split = self.splitter.split(table, &counts, &idle)?;
@@ -147,19 +150,22 @@ fn real(counts: &[u64]) -> Vec<f64> {
     counts.iter().map(|n| *n as f64).collect()
 }
 
+/// A clock that stands.
+#[cfg(test)]
+pub(crate) struct Still;
+
+#[cfg(test)]
+impl Watch for Still {
+    fn micros(&self) -> f64 {
+        0.0
+    }
+    fn step(&self) {}
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::homes::{placement, ranks};
-
-    struct Still;
-
-    impl Watch for Still {
-        fn micros(&self) -> f64 {
-            0.0
-        }
-        fn step(&self) {}
-    }
 
     #[test]
     fn a_batch_by_hand() {

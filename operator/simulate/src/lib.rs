@@ -25,9 +25,11 @@ mod judge;
 mod loss;
 mod loss_report;
 mod policy;
+mod recording;
 mod report;
 mod run;
 mod shape;
+mod source;
 mod sums;
 mod tokens;
 
@@ -39,6 +41,9 @@ pub use crate::internode_report::{InternodeDocument, InternodePolicy, internode_
 pub use crate::loss::{Lose, LossOutcome, lose};
 pub use crate::loss_report::{LossDocument, Orphaned, Step, loss_document};
 pub use crate::policy::{Forecast, Policy};
-pub use crate::report::{Document, Figures, OfPolicy, OfSeed, document};
+pub use crate::recording::{Recording, replay};
+pub use crate::report::{
+    Document, Figures, OfPolicy, OfSeed, Replayed, document, replay_document,
+};
 pub use crate::run::{Case, Outcome, SimulateError, Watch, run};
 pub use crate::shape::{DEVICES, Device, SETTINGS, Shape};

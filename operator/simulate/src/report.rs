@@ -13,14 +13,25 @@ pub struct Document {
     /// Model, cluster and load.
     #[serde(flatten)]
     pub header: Header,
-    /// How the load was made.
-    pub generator: Load,
+    /// How the load was made; none of a recording.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub generator: Option<Load>,
+    /// The recording, if there was one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub replay: Option<Replayed>,
     /// What our planner is told of the step to come.
     pub forecast: &'static str,
     load: LoadFigures,
     device: &'static str,
     /// Anchors first.
     pub policies: Vec<OfPolicy>,
+}
+
+/// A recording.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct Replayed {
+    /// Windows, the ten of the warm-up included.
+    pub windows: usize,
 }
 
 #[derive(Debug, Clone, Serialize)]
@@ -54,7 +65,8 @@ pub struct OfSeed {
     /// See [`Figures`].
     pub split: Balance,
     /// See [`Figures`].
-    pub prefill: Balance,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prefill: Option<Balance>,
     /// See [`Figures`].
     pub copies_share: f64,
 }
@@ -76,20 +88,23 @@ pub struct Figures {
     pub split_rows: Balance,
     /// Decode batches: what no split of the placement can pass.
     pub split_bound: Balance,
-    /// Prefill batches, shares solved for the batch.
-    pub prefill: Balance,
+    /// Prefill batches, shares solved for the batch; none in a recording.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prefill: Option<Balance>,
     /// The expected load of the step, even split.
     pub expected: Balance,
     /// Slots with rows on a rank, largest over mean.
     pub activated_max_over_mean: f64,
-    /// Balance of the ranks' modelled times.
-    pub modelled_time_balance: f64,
+    /// Balance of the ranks' modelled times; none if the sizes of experts are not known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub modelled_time_balance: Option<f64>,
     /// Copies loaded in ten steps.
     pub copies_per_10_steps: f64,
     /// The same as a share of all copies.
     pub copies_share: f64,
-    /// The same in bytes (FP8).
-    pub bytes_per_10_steps: f64,
+    /// The same in bytes (FP8); none if the sizes of experts are not known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bytes_per_10_steps: Option<f64>,
     /// Most copies that one rank loaded in one step.
     pub most_copies_to_one_rank_in_a_step: f64,
     /// Share of the loaded copies of which the node had one.
@@ -105,10 +120,26 @@ pub struct Figures {
 /// The document of a case with its seeds.
 #[must_use]
 pub fn document(case: &Case, outcomes: &[Outcome]) -> Document {
+    let seeds: Vec<u64> = outcomes.iter().map(|outcome| outcome.seed).collect();
+    Document {
+        generator: Some(Load::of(case, &seeds)),
+        ..without_source(case, outcomes)
+    }
+}
+
+/// The document of a recording.
+#[must_use]
+pub fn replay_document(case: &Case, outcome: Outcome, windows: usize) -> Document {
+    Document {
+        replay: Some(Replayed { windows }),
+        ..without_source(case, &[outcome])
+    }
+}
+
+fn without_source(case: &Case, outcomes: &[Outcome]) -> Document {
     let over = |of: fn(&Outcome) -> f64| {
         rounded(mean(&outcomes.iter().map(of).collect::<Vec<_>>()), 4)
     };
-    let seeds: Vec<u64> = outcomes.iter().map(|outcome| outcome.seed).collect();
     let policies = (0..case.policies.len())
         .map(|at| {
             let runs: Vec<(u64, &ArmOutcome)> =
@@ -118,7 +149,8 @@ pub fn document(case: &Case, outcomes: &[Outcome]) -> Document {
         .collect();
     Document {
         header: Header::of(case),
-        generator: Load::of(case, &seeds),
+        generator: None,
+        replay: None,
         forecast: case.forecast.name(),
         load: LoadFigures {
             max_over_mean: over(|o| o.max_over_mean),
@@ -157,6 +189,8 @@ fn policy(case: &Case, runs: &[(u64, &ArmOutcome)]) -> OfPolicy {
         let to_one = run.arm.moves.iter().map(|m| m.most_to_one_rank);
         to_one.max().unwrap_or(0) as f64
     });
+    let known = shape.inner > 0;
+    let prefills = runs.iter().all(|(_, run)| !run.judged.prefill.is_empty());
     let figures = Figures {
         components: rounded(over(&|run| run.components), 2),
         doubled_copies: rounded(over(&|run| run.doubled as f64), 1),
@@ -165,13 +199,13 @@ fn policy(case: &Case, runs: &[(u64, &ArmOutcome)]) -> OfPolicy {
         split: balance(|j| &j.split),
         split_rows: balance(|j| &j.rows),
         split_bound: balance(|j| &j.best),
-        prefill: balance(|j| &j.prefill),
+        prefill: prefills.then(|| balance(|j| &j.prefill)),
         expected: balance(|j| &j.expected),
         activated_max_over_mean: rounded(over(&|run| mean(&run.judged.activated)), 4),
-        modelled_time_balance: rounded(over(&|run| mean(&run.judged.time)), 4),
+        modelled_time_balance: known.then(|| rounded(over(&|run| mean(&run.judged.time)), 4)),
         copies_per_10_steps: rounded(copies, 1),
         copies_share: rounded(copies / (shape.layers * shape.copies) as f64, 5),
-        bytes_per_10_steps: (copies * shape.expert_bytes()).round(),
+        bytes_per_10_steps: known.then(|| (copies * shape.expert_bytes()).round()),
         most_copies_to_one_rank_in_a_step: rounded(most, 1),
         copies_from_same_node: rounded(near / over(&|run| loaded(run) as f64).max(1.0), 4),
         plan_ms: time(|run| &run.arm.plan_ms),
@@ -195,7 +229,7 @@ fn of_seed(case: &Case, seed: u64, run: &ArmOutcome) -> OfSeed {
         even: Balance::of(&run.judged.even),
         fixed: Balance::of(&run.judged.fixed),
         split: Balance::of(&run.judged.split),
-        prefill: Balance::of(&run.judged.prefill),
+        prefill: (!run.judged.prefill.is_empty()).then(|| Balance::of(&run.judged.prefill)),
         copies_share: rounded(copies / (case.shape.layers * case.shape.copies) as f64, 5),
     }
 }
@@ -205,6 +239,16 @@ fn loaded(run: &ArmOutcome) -> usize {
 }
 
 impl Document {
+    /// Where the load came from, in a few words.
+    #[must_use]
+    pub fn source(&self) -> String {
+        match (&self.generator, self.replay) {
+            (Some(load), _) => load.words(),
+            (None, Some(replay)) => format!("recorded, {} windows", replay.windows),
+            (None, None) => String::new(),
+        }
+    }
+
     /// A table in Markdown; in brackets the lowest and the highest seed.
     #[must_use]
     pub fn table(&self) -> String {
@@ -212,7 +256,7 @@ impl Document {
             format!(
                 "{}, {}, forecast {}: expert max/mean {:.2}, bound {:.3}",
                 self.header.words(),
-                self.generator.words(),
+                self.source(),
                 self.forecast,
                 self.load.max_over_mean,
                 self.load.bound,
@@ -238,21 +282,25 @@ fn row(own: &OfPolicy) -> String {
     let (low, high) = spread(|s| s.split.mean);
     let (least, most) = spread(|s| s.copies_share);
     format!(
-        "| {} | {:.3} | {:.3} | {:.3} ({low:.3}–{high:.3}) | {:.3} | {:.3} | {:.3} | {:.3} | {:.1} % ({:.1}–{:.1}) | {:.3} | {:.1} | {:.1} / {:.1} |",
+        "| {} | {:.3} | {:.3} | {:.3} ({low:.3}–{high:.3}) | {:.3} | {:.3} | {} | {:.3} | {:.1} % ({:.1}–{:.1}) | {} | {:.1} | {:.1} / {:.1} |",
         own.name,
         f.even.mean,
         f.fixed.mean,
         f.split.mean,
         f.split.p5,
         f.split_rows.mean,
-        f.prefill.mean,
+        maybe(f.prefill.map(|b| b.mean)),
         f.expected.mean,
         100.0 * f.copies_share,
         100.0 * least,
         100.0 * most,
-        f.modelled_time_balance,
+        maybe(f.modelled_time_balance),
         f.components,
         f.plan_ms.p50,
         f.plan_ms.p99,
     )
+}
+
+fn maybe(figure: Option<f64>) -> String {
+    figure.map_or_else(|| "–".to_owned(), |x| format!("{x:.3}"))
 }

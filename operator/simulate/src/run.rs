@@ -1,5 +1,6 @@
 //! A run: one seed, all policies on the same load.
 
+use foregate_api::ids::Rank;
 use foregate_planner::demand::WindowShape;
 use foregate_planner::split::SplitError;
 use foregate_planner::{PlanError, Settings, bound};
@@ -10,10 +11,8 @@ use crate::judge::{self, Judge, Judged};
 use crate::loss::Lose;
 use crate::policy::{Arm, EVERY, Forecast, Policy, Seen};
 use crate::shape::{Device, Shape};
+use crate::source::Source;
 use crate::sums::{mean, spread};
-
-/// Decode batches that a placement is judged on in a step.
-const DECODE_BATCHES: usize = 2;
 
 /// What is simulated.
 #[derive(Debug, Clone)]
@@ -65,6 +64,55 @@ pub enum SimulateError {
         experts: usize,
         /// The least.
         least: usize,
+    },
+    /// No windows were recorded.
+    #[error("there is no load window in the recording")]
+    NoWindows,
+    /// Too few windows.
+    #[error(
+        "the recording is too short: ten windows are the warm-up, and two more are needed to judge"
+    )]
+    Short,
+    /// A window of another model.
+    #[error(
+        "window {sequence} of rank {rank} is not of {layers} layers of {experts} experts, as the first one"
+    )]
+    OtherModel {
+        /// Whose.
+        rank: Rank,
+        /// Its number.
+        sequence: u64,
+        /// Layers of the first.
+        layers: usize,
+        /// Experts of the first.
+        experts: usize,
+    },
+    /// A window is there twice.
+    #[error(
+        "window {sequence} of rank {rank} is there twice: a worker that started anew, or two recordings in one folder"
+    )]
+    Twice {
+        /// Whose.
+        rank: Rank,
+        /// Its number.
+        sequence: u64,
+    },
+    /// A recording of another model than the setting's.
+    #[error(
+        "setting {setting} has {layers} layers of {experts} experts, the recording {recorded_layers} of \
+         {recorded_experts}: leave the setting out, or name another one"
+    )]
+    OtherSetting {
+        /// The setting.
+        setting: &'static str,
+        /// Its layers.
+        layers: usize,
+        /// Its experts.
+        experts: usize,
+        /// The recording's layers.
+        recorded_layers: usize,
+        /// The recording's experts.
+        recorded_experts: usize,
     },
     /// A policy that makes no sense here.
     #[error("policy {policy} in setting {setting}: {why}")]
@@ -175,13 +223,26 @@ impl Case {
 /// # Errors
 /// A case that makes no sense, or a planner that refuses.
 pub fn run(case: &Case, seed: u64, watch: &dyn Watch) -> Result<Outcome, SimulateError> {
+    let source = Source::Generated {
+        load: Box::new(Generator::new(&case.shape, case.regime, seed)),
+        forecast: case.forecast,
+        steps: case.steps,
+    };
+    simulate(case, source, seed, watch)
+}
+
+/// Runs a load to its end.
+pub(crate) fn simulate(
+    case: &Case,
+    mut source: Source<'_>,
+    seed: u64,
+    watch: &dyn Watch,
+) -> Result<Outcome, SimulateError> {
     case.validate()?;
     let shape = &case.shape;
-    let mut load = Generator::new(shape, case.regime, seed);
     let mut seen = Seen::nothing(shape);
     for _ in 0..EVERY {
-        load.advance();
-        seen.window(load.window())?;
+        seen.window(source.warm_up().ok_or(SimulateError::Short)?)?;
     }
     let mut arms = Vec::with_capacity(case.policies.len());
     for policy in &case.policies {
@@ -191,36 +252,29 @@ pub fn run(case: &Case, seed: u64, watch: &dyn Watch) -> Result<Outcome, Simulat
     }
     let mut judge = Judge::new(shape, case.device);
     let mut bounds = Vec::new();
-    for t in 0..case.steps {
-        // The next step's load is drawn first, and nothing but the forecast is told of it before all have planned.
-        load.advance();
-        seen.forecast = match case.forecast {
-            Forecast::Off => None,
-            Forecast::Topics => Some(load.forecast_topics()),
-            Forecast::Noisy => Some(load.forecast_noisy()),
-        };
-        let judged = t % 2 == 1;
-        let decode: Vec<_> = if judged {
-            (0..DECODE_BATCHES).map(|_| load.decode()).collect()
-        } else {
-            Vec::new()
-        };
-        let prefill = judged.then(|| load.prefill());
-        let expected = load.expected();
-        bounds.push(any_placement(&expected, shape));
+    // A step is drawn first, and nothing but the forecast is told of it before all have planned.
+    while let Some(step) = source.step(bounds.len()) {
+        let t = bounds.len();
+        seen.forecast.clone_from(&step.forecast);
+        bounds.push(any_placement(&step.expected, shape));
         for (arm, into) in &mut arms {
             arm.step(t, shape, &seen, watch)?;
-            if let Some(prefill) = &prefill {
+            if !step.decode.is_empty() {
                 arm.solve_shares(&seen)?;
-                judge::expected(&arm.placement, &expected, &mut into.expected);
-                for batch in &decode {
-                    judge.decode(&arm.placement, batch, watch, into)?;
-                }
+                judge::expected(&arm.placement, &step.expected, &mut into.expected);
+            }
+            for batch in &step.decode {
+                judge.decode(&arm.placement, batch, watch, into)?;
+            }
+            if let Some(prefill) = &step.prefill {
                 judge::solved(&arm.placement, prefill, &mut into.prefill)?;
             }
             watch.step();
         }
-        seen.window(load.window())?;
+        seen.window(step.window)?;
+    }
+    if bounds.len() < 2 {
+        return Err(SimulateError::Short);
     }
     let spreads: Vec<(f64, f64)> = seen.windows.iter().map(spread).collect();
     let of = |pick: fn(&(f64, f64)) -> f64| mean(&spreads.iter().map(pick).collect::<Vec<_>>());

@@ -13,7 +13,7 @@ const DRAWN: [(&str, fn(&OfSeed) -> f64); 5] = [
     ("fixed shares", |s| s.fixed.mean),
     ("split per batch", |s| s.split.mean),
     ("split per batch, p5", |s| s.split.p5),
-    ("prefill, split", |s| s.prefill.mean),
+    ("prefill, split", |s| s.prefill.map_or(0.0, |b| b.mean)),
 ];
 const RANGE: (f64, f64) = (0.3, 1.0);
 const TICKS: [f64; 8] = [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0];
@@ -22,10 +22,9 @@ const TICKS: [f64; 8] = [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0];
 pub(super) fn write(path: &Path, document: &Document) -> Result<(), CliError> {
     Bars {
         title: format!(
-            "{}, {}: balance of decode batches (mean over maximum load), mean of {} seeds; thin lines: lowest and highest; in brackets: copies moved in ten steps",
+            "{}, {}: balance (mean over maximum load); thin lines: lowest and highest seed; in brackets: copies moved in ten steps",
             document.header.setting,
-            document.generator.regime,
-            document.generator.seeds.len()
+            document.source(),
         ),
         groups: DRAWN.map(|(words, _)| words).to_vec(),
         series: document.policies.iter().map(series).collect(),

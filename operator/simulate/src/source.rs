@@ -1,0 +1,85 @@
+//! Where the load of a run comes from, step by step.
+
+use crate::generator::{Counts, Generator, Rows};
+use crate::policy::Forecast;
+
+/// Decode batches that a placement is judged on in a step.
+const DECODE_BATCHES: usize = 2;
+
+/// Generated, or recorded.
+#[derive(Debug)]
+pub(crate) enum Source<'a> {
+    /// Every second step is judged, on batches of its own.
+    Generated {
+        load: Box<Generator>,
+        forecast: Forecast,
+        steps: usize,
+    },
+    /// Every step is judged, on its window: single batches are not recorded.
+    Recorded(std::slice::Iter<'a, Counts>),
+}
+
+/// One step.
+#[derive(Debug)]
+pub(crate) struct Step {
+    /// What gateways foretell of it.
+    pub(crate) forecast: Option<Rows>,
+    /// What placements are judged on; none in a step that is not judged.
+    pub(crate) decode: Vec<Counts>,
+    pub(crate) prefill: Option<Counts>,
+    /// What its window is a draw of.
+    pub(crate) expected: Rows,
+    pub(crate) window: Counts,
+}
+
+impl Source<'_> {
+    /// A window of the warm-up; none at the end of a recording.
+    pub(crate) fn warm_up(&mut self) -> Option<Counts> {
+        match self {
+            Self::Generated { load, .. } => {
+                load.advance();
+                Some(load.window())
+            }
+            Self::Recorded(windows) => windows.next().cloned(),
+        }
+    }
+
+    /// Step `t`; none at the end.
+    pub(crate) fn step(&mut self, t: usize) -> Option<Step> {
+        match self {
+            Self::Generated {
+                load,
+                forecast,
+                steps,
+            } => (t < *steps).then(|| generated(load, *forecast, t)),
+            Self::Recorded(windows) => windows.next().map(|window| Step {
+                forecast: None,
+                decode: vec![window.clone()],
+                prefill: None,
+                expected: window.iter().map(|row| real(row)).collect(),
+                window: window.clone(),
+            }),
+        }
+    }
+}
+
+fn generated(load: &mut Generator, forecast: Forecast, t: usize) -> Step {
+    load.advance();
+    let judged = t % 2 == 1;
+    let batches = if judged { DECODE_BATCHES } else { 0 };
+    Step {
+        forecast: match forecast {
+            Forecast::Off => None,
+            Forecast::Topics => Some(load.forecast_topics()),
+            Forecast::Noisy => Some(load.forecast_noisy()),
+        },
+        decode: (0..batches).map(|_| load.decode()).collect(),
+        prefill: judged.then(|| load.prefill()),
+        expected: load.expected(),
+        window: load.window(),
+    }
+}
+
+fn real(row: &[u64]) -> Vec<f64> {
+    row.iter().map(|n| *n as f64).collect()
+}
