@@ -17,7 +17,8 @@ const EDGES: &[(&str, &[&str])] = &[
     ("foregate-api", &[]),
     ("foregate-crd", &["foregate-api"]),
     ("foregate-planner", &["foregate-api"]),
-    ("foregate-store", &["foregate-api"]),
+    ("foregate-tls", &["foregate-api"]),
+    ("foregate-store", &["foregate-api", "foregate-tls"]),
     (
         "foregate-operator",
         &[
@@ -27,7 +28,7 @@ const EDGES: &[(&str, &[&str])] = &[
             "foregate-store",
         ],
     ),
-    ("foregate-wire", &["foregate-api"]),
+    ("foregate-wire", &["foregate-api", "foregate-tls"]),
     ("foregate-checkpoint", &["foregate-api", "foregate-kernels"]),
     (
         "foregate-models",
@@ -39,6 +40,7 @@ const EDGES: &[(&str, &[&str])] = &[
             "foregate-api",
             "foregate-planner",
             "foregate-store",
+            "foregate-tls",
             "foregate-wire",
             "foregate-checkpoint",
             "foregate-models",
@@ -47,7 +49,12 @@ const EDGES: &[(&str, &[&str])] = &[
     ),
     (
         "foregate-gateway",
-        &["foregate-api", "foregate-store", "foregate-wire"],
+        &[
+            "foregate-api",
+            "foregate-store",
+            "foregate-tls",
+            "foregate-wire",
+        ],
     ),
     (
         HARNESS,
@@ -60,6 +67,7 @@ const EDGES: &[(&str, &[&str])] = &[
             "foregate-api",
             "foregate-crd",
             "foregate-store",
+            "foregate-tls",
             "foregate-operator",
             "foregate-wire",
             "foregate-checkpoint",
@@ -130,7 +138,11 @@ const DOORS: &[(&str, &[&str])] = &[
     ("schemars", &["foregate-api", "foregate-crd"]),
     ("k8s-openapi", &["foregate-crd", "foregate-operator"]),
     ("kube", &["foregate-crd", "foregate-operator"]),
-    ("tower", &["foregate-gateway"]),
+    ("rcgen", &["foregate-tls"]),
+    ("rustls", &["foregate-tls"]),
+    ("tokio-rustls", &["foregate-tls"]),
+    // In wire: the connector under its channels.
+    ("tower", &["foregate-gateway", "foregate-wire"]),
     ("tower-http", &["foregate-gateway"]),
     ("tokenizers", &["foregate-gateway"]),
     ("minijinja", &["foregate-gateway"]),
@@ -138,7 +150,7 @@ const DOORS: &[(&str, &[&str])] = &[
     // In the binary only for /metrics, /healthz and /readyz of operator and worker.
     ("axum", &["foregate-gateway", BINARY]),
     ("hyper", &["foregate-gateway"]),
-    ("hyper-util", &["foregate-gateway"]),
+    ("hyper-util", &["foregate-gateway", "foregate-wire"]),
     ("clap", &[BINARY]),
     ("hf-hub", &[BINARY]),
     ("indicatif", &[BINARY]),
@@ -154,6 +166,7 @@ const DOORS: &[(&str, &[&str])] = &[
     // The data directory of an own etcd.
     ("tempfile", &["foregate-store"]),
     ("tracing-subscriber", &[BINARY]),
+    ("x509-parser", &["foregate-tls"]),
 ];
 
 fn workspace() -> Metadata {

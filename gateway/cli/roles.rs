@@ -13,8 +13,10 @@ use foregate_api::node::{
     FabricKind, GatewayConfig, NodeConfig, OperatorConfig, RoleConfig, StoreConfig,
     WorkerConfig,
 };
+use foregate_api::tls::TlsRole;
 use foregate_store::etcd::EtcdStore;
 use foregate_store::kv::Store;
+use foregate_tls::Keys;
 use foregate_worker::Health;
 use foregate_worker::dense::DenseWeights;
 use foregate_worker::fabric::local::LocalHub;
@@ -200,6 +202,11 @@ fn read_node(kind: &str, args: &RoleArgs) -> Result<NodeConfig, CliError> {
             "node file {path} is for a role {is}; run `foregate {is} --config {path}`"
         )));
     }
+    if let (RoleConfig::Operator(_), Some(_)) = (&node.role, &node.tls) {
+        return Err(CliError::Usage(format!(
+            "node file {path}: an operator speaks to no other role, so it has no use for `tls`; leave it out"
+        )));
+    }
     if let RoleConfig::Worker(worker) = &node.role
         && worker.fabric == FabricKind::Local
     {
@@ -280,7 +287,14 @@ async fn operator(role: &Role, config: OperatorConfig) -> Result<(), CliError> {
     beside_status(role, Probe::Operator, foregate_operator::run(deps)).await
 }
 
+/// The keys that a node file names.
+fn keys(node: &NodeConfig, me: TlsRole) -> Result<Option<Keys>, CliError> {
+    let opened = node.tls.as_ref().map(|tls| Keys::open(tls, me)).transpose();
+    opened.map_err(|error| CliError::Usage(format!("node file: {error}")))
+}
+
 async fn worker(role: &Role, config: WorkerConfig) -> Result<(), CliError> {
+    let keys = keys(&role.node, TlsRole::Worker)?;
     let rpc_listener = listen("rpc_listen", &config.rpc_listen).await?;
     let exchange_listener = match config.fabric {
         FabricKind::Local => None,
@@ -298,6 +312,7 @@ async fn worker(role: &Role, config: WorkerConfig) -> Result<(), CliError> {
     let deps = foregate_worker::Deps {
         cluster: role.node.cluster.clone(),
         config,
+        keys,
         store: Arc::clone(&role.seams.store),
         local_hub: Some(Arc::clone(&role.seams.hub)),
         dense: Arc::clone(&role.seams.dense),
@@ -312,6 +327,7 @@ async fn worker(role: &Role, config: WorkerConfig) -> Result<(), CliError> {
 }
 
 async fn gateway(role: Role, config: GatewayConfig) -> Result<(), CliError> {
+    let keys = keys(&role.node, TlsRole::Gateway)?;
     let listener = match role.listener {
         Some(listener) => listener,
         None => listen("listen", &config.listen).await?,
@@ -319,6 +335,7 @@ async fn gateway(role: Role, config: GatewayConfig) -> Result<(), CliError> {
     let deps = foregate_gateway::Deps {
         cluster: role.node.cluster,
         config,
+        keys,
         listener,
         store: role.seams.store,
         registry: role.registry,

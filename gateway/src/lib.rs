@@ -18,6 +18,7 @@ use foregate_api::manifest::RoutingPolicy;
 use foregate_api::node::GatewayConfig;
 use foregate_store::coord::Coord;
 use foregate_store::kv::Store;
+use foregate_tls::Keys;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -87,6 +88,8 @@ pub struct Deps {
     pub cluster: String,
     /// Settings.
     pub config: GatewayConfig,
+    /// What the gateway and workers prove themselves with; without them connections to workers are plain.
+    pub keys: Option<Keys>,
     /// The bound listener of the HTTP API.
     pub listener: TcpListener,
     /// Where the roles meet.
@@ -105,6 +108,7 @@ pub async fn run(deps: Deps) -> Result<(), GatewayError> {
     let Deps {
         cluster,
         config,
+        keys,
         listener,
         store,
         registry,
@@ -135,8 +139,9 @@ pub async fn run(deps: Deps) -> Result<(), GatewayError> {
     let limits = serve::Limits::for_requests(
         (config.max_in_flight as usize).saturating_add(config.max_queued as usize),
     );
+    let upstream = upstream(&config, &views, loads, &metrics, keys);
     let gateway = Arc::new(gateway(
-        config, prompter, defaults, views, loads, metrics, &shutdown,
+        config, prompter, defaults, views, upstream, metrics, &shutdown,
     ));
     // The registry outlives the gateway, so it must not hold it.
     let looked_at = Arc::downgrade(&gateway);
@@ -191,23 +196,39 @@ async fn model(dir: String) -> Result<(Prompter, Defaults), GatewayError> {
     Ok((prompter, defaults))
 }
 
+/// The way to the workers.
+fn upstream(
+    config: &GatewayConfig,
+    views: &Arc<Views>,
+    loads: Arc<Loads>,
+    metrics: &Arc<Metrics>,
+    keys: Option<Keys>,
+) -> Upstream {
+    let router = route::Router::new(config.routing);
+    let upstream = Upstream::new(Arc::clone(views), loads, router, Arc::clone(metrics), keys);
+    match config.routing {
+        RoutingPolicy::Window => {
+            let longest = Duration::from_millis(config.queue_timeout_ms);
+            upstream.with_window(config.max_in_flight, longest)
+        }
+        RoutingPolicy::Signature | RoutingPolicy::LeastLoaded | RoutingPolicy::RoundRobin => {
+            upstream
+        }
+    }
+}
+
 /// Puts the parts together.
 fn gateway(
     config: GatewayConfig,
     prompter: Prompter,
     defaults: Defaults,
     views: Arc<Views>,
-    loads: Arc<Loads>,
+    upstream: Upstream,
     metrics: Arc<Metrics>,
     shutdown: &CancellationToken,
 ) -> Gateway {
-    let router = route::Router::new(config.routing);
-    let windowed = router.policy() == RoutingPolicy::Window;
+    let windowed = config.routing == RoutingPolicy::Window;
     let queue_timeout = Duration::from_millis(config.queue_timeout_ms);
-    let mut upstream = Upstream::new(Arc::clone(&views), loads, router, Arc::clone(&metrics));
-    if windowed {
-        upstream = upstream.with_window(config.max_in_flight, queue_timeout);
-    }
     let runner = Runner {
         prompter: prompter.clone(),
         upstream: Arc::new(upstream),

@@ -356,6 +356,7 @@ impl Shared<'_> {
                 store,
                 role,
                 status_listen: self.listen(ports::STATUS),
+                tls: None,
             },
         }
     }

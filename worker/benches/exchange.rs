@@ -108,7 +108,7 @@ fn pair(spec: &Arc<ModelSpec>, ways: [Way; 2]) -> Result<Pair, Failure> {
 
 fn tcp() -> Result<Way, Failure> {
     let listener = TcpListener::bind("127.0.0.1:0")?;
-    Ok(Way::Tcp(listener, TcpSettings::default()))
+    Ok(Way::Tcp(listener, TcpSettings::default(), None))
 }
 
 fn layer(c: &mut Criterion) {

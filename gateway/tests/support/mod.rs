@@ -183,6 +183,7 @@ impl Cluster {
         let shutdown = CancellationToken::new();
         let registry = prometheus::Registry::new();
         let deps = foregate_gateway::Deps {
+            keys: None,
             cluster: "test".into(),
             config,
             listener,

@@ -14,4 +14,5 @@ pub mod member;
 pub mod model;
 pub mod node;
 pub mod placement;
+pub mod tls;
 pub mod weights;

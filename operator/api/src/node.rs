@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::cpu::CpuPath;
 use crate::ids::Rank;
 use crate::manifest::RoutingPolicy;
+use crate::tls::TlsConfig;
 use crate::weights::WeightSettings;
 
 /// What one instance is told. Written by `foregate_operator::launch`, read by exactly one role.
@@ -19,6 +20,10 @@ pub struct NodeConfig {
     pub role: RoleConfig,
     /// `host:port` for `/metrics`, `/healthz` and `/readyz` of operator and worker; port 0 lets the system choose.
     pub status_listen: String,
+    /// How gateway and workers prove themselves to each other. Absent: connections between them are plain, and everybody
+    /// is believed. An operator has none: it speaks to the store only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls: Option<TlsConfig>,
 }
 
 /// How to reach the store.

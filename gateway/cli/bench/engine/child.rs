@@ -103,7 +103,7 @@ fn open(args: &ChildArgs) -> Result<Node, CliError> {
         workers: args.workers,
         threads: args.threads,
     };
-    let way = Way::Tcp(listener, TcpSettings::default());
+    let way = Way::Tcp(listener, TcpSettings::default(), None);
     let cpu = foregate_worker::cpu(args.cpu_path, seat.threads as usize)
         .map_err(|error| CliError::Usage(format!("--cpu-path: {error}")))?;
     let cpu = Arc::new(cpu);
