@@ -26,6 +26,7 @@ const EDGES: &[(&str, &[&str])] = &[
             "foregate-crd",
             "foregate-planner",
             "foregate-store",
+            "foregate-tls",
         ],
     ),
     ("foregate-wire", &["foregate-api", "foregate-tls"]),
@@ -126,7 +127,8 @@ const DOORS: &[(&str, &[&str])] = &[
     ("libc", &["foregate-kernels"]),
     ("memmap2", &["foregate-kernels"]),
     ("etcd-client", &["foregate-store"]),
-    ("tonic", &["foregate-wire"]),
+    // In store: the channel under etcd's client, where it is proven.
+    ("tonic", &["foregate-wire", "foregate-store"]),
     ("tonic-prost", &["foregate-wire"]),
     ("tonic-prost-build", &["foregate-wire"]),
     ("prost", &["foregate-wire"]),
@@ -141,8 +143,11 @@ const DOORS: &[(&str, &[&str])] = &[
     ("rcgen", &["foregate-tls"]),
     ("rustls", &["foregate-tls"]),
     ("tokio-rustls", &["foregate-tls"]),
-    // In wire: the connector under its channels.
-    ("tower", &["foregate-gateway", "foregate-wire"]),
+    // In wire and store: the connector under their channels.
+    (
+        "tower",
+        &["foregate-gateway", "foregate-wire", "foregate-store"],
+    ),
     ("tower-http", &["foregate-gateway"]),
     ("tokenizers", &["foregate-gateway"]),
     ("minijinja", &["foregate-gateway"]),
@@ -150,7 +155,10 @@ const DOORS: &[(&str, &[&str])] = &[
     // In the binary only for /metrics, /healthz and /readyz of operator and worker.
     ("axum", &["foregate-gateway", BINARY]),
     ("hyper", &["foregate-gateway"]),
-    ("hyper-util", &["foregate-gateway", "foregate-wire"]),
+    (
+        "hyper-util",
+        &["foregate-gateway", "foregate-wire", "foregate-store"],
+    ),
     ("clap", &[BINARY]),
     ("hf-hub", &[BINARY]),
     ("indicatif", &[BINARY]),
@@ -163,8 +171,8 @@ const DOORS: &[(&str, &[&str])] = &[
     ("rand_chacha", &[BINARY]),
     // The load generator of `foregate bench`.
     ("reqwest", &[BINARY]),
-    // The data directory of an own etcd.
-    ("tempfile", &["foregate-store"]),
+    // The data directory of an own etcd; in the binary the folder of the keys of one run.
+    ("tempfile", &["foregate-store", BINARY]),
     ("tracing-subscriber", &[BINARY]),
     ("x509-parser", &["foregate-tls"]),
 ];

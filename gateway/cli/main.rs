@@ -12,6 +12,7 @@ mod environment;
 mod error;
 mod fetch;
 mod inspect;
+mod keys;
 mod kubernetes;
 mod progress;
 mod roles;

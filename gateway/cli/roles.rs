@@ -13,10 +13,10 @@ use foregate_api::node::{
     FabricKind, GatewayConfig, NodeConfig, OperatorConfig, RoleConfig, StoreConfig,
     WorkerConfig,
 };
-use foregate_api::tls::TlsRole;
+use foregate_api::tls::{StoreTls, TlsRole};
 use foregate_store::etcd::EtcdStore;
 use foregate_store::kv::Store;
-use foregate_tls::Keys;
+use foregate_tls::{Keys, StoreKeys};
 use foregate_worker::Health;
 use foregate_worker::dense::DenseWeights;
 use foregate_worker::fabric::local::LocalHub;
@@ -244,17 +244,32 @@ async fn connect(node: &NodeConfig) -> Result<Arc<dyn Store>, CliError> {
             "the node file names the in-process store, which only `foregate up` has; name etcd"
                 .to_owned(),
         )),
-        StoreConfig::Etcd { endpoints } => connect_etcd(endpoints).await,
+        StoreConfig::Etcd { endpoints, tls } => {
+            let keys = store_keys(tls.as_ref())?;
+            connect_etcd(endpoints, keys.as_ref()).await
+        }
     }
+}
+
+/// The keys of a client of etcd.
+///
+/// # Errors
+/// When a file cannot be used.
+pub(crate) fn store_keys(tls: Option<&StoreTls>) -> Result<Option<StoreKeys>, CliError> {
+    let opened = tls.map(StoreKeys::open).transpose();
+    opened.map_err(|error| CliError::Usage(format!("etcd: {error}")))
 }
 
 /// Connects to etcd.
 ///
 /// # Errors
 /// When it does not answer in time.
-pub(crate) async fn connect_etcd(endpoints: &[String]) -> Result<Arc<dyn Store>, CliError> {
+pub(crate) async fn connect_etcd(
+    endpoints: &[String],
+    keys: Option<&StoreKeys>,
+) -> Result<Arc<dyn Store>, CliError> {
     let what = format!("etcd at {}", endpoints.join(", "));
-    match tokio::time::timeout(CONNECT, EtcdStore::connect(endpoints)).await {
+    match tokio::time::timeout(CONNECT, EtcdStore::connect(endpoints, keys)).await {
         Ok(Ok(store)) => Ok(Arc::new(store)),
         Ok(Err(error)) => Err(CliError::runtime(&what, &error)),
         Err(_) => Err(CliError::Runtime(format!(

@@ -24,6 +24,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 pub mod admission;
+pub mod api_keys;
 pub mod cached;
 pub mod clock;
 pub mod error;
@@ -45,6 +46,7 @@ pub mod view;
 pub use error::ApiError;
 
 use admission::Admission;
+use api_keys::{ApiKeys, ApiKeysError};
 use generate::Runner;
 use http::{Defaults, Gateway};
 use loads::Loads;
@@ -76,6 +78,9 @@ pub enum GatewayError {
         /// What is wrong with it.
         what: String,
     },
+    /// The keys of clients cannot be read.
+    #[error(transparent)]
+    ApiKeys(#[from] ApiKeysError),
     /// Reading the model directory did not come to an end.
     #[error("reading the model directory: {0}")]
     Reading(#[from] tokio::task::JoinError),
@@ -115,6 +120,7 @@ pub async fn run(deps: Deps) -> Result<(), GatewayError> {
         shutdown,
     } = deps;
     check(&config)?;
+    let api_keys = config.api_keys.as_deref().map(ApiKeys::open).transpose()?;
     let (prompter, defaults) = model(config.model_dir.clone()).await?;
     let name = config
         .served_names
@@ -141,7 +147,7 @@ pub async fn run(deps: Deps) -> Result<(), GatewayError> {
     );
     let upstream = upstream(&config, &views, loads, &metrics, keys);
     let gateway = Arc::new(gateway(
-        config, prompter, defaults, views, upstream, metrics, &shutdown,
+        config, api_keys, prompter, defaults, views, upstream, metrics, &shutdown,
     ));
     // The registry outlives the gateway, so it must not hold it.
     let looked_at = Arc::downgrade(&gateway);
@@ -220,6 +226,7 @@ fn upstream(
 /// Puts the parts together.
 fn gateway(
     config: GatewayConfig,
+    api_keys: Option<ApiKeys>,
     prompter: Prompter,
     defaults: Defaults,
     views: Arc<Views>,
@@ -245,6 +252,7 @@ fn gateway(
     );
     Gateway {
         config,
+        api_keys,
         prompter,
         defaults,
         bodies: http::Bodies::default(),

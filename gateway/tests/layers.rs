@@ -5,10 +5,11 @@
 use std::path::{Path, PathBuf};
 
 /// From the bottom up.
-const ORDER: [&str; 19] = [
+const ORDER: [&str; 20] = [
     "clock",
     "random",
     "error",
+    "api_keys",
     "model_files",
     "trace",
     "prompt",

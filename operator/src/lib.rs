@@ -10,6 +10,7 @@
 #![forbid(unsafe_code)]
 
 mod apply;
+mod authority;
 mod balance;
 mod build;
 mod clusters;
@@ -26,6 +27,7 @@ mod problem;
 pub mod quantity;
 mod reconcile;
 mod roster;
+mod secrets;
 mod source;
 mod status;
 mod tell;

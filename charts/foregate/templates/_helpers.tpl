@@ -78,6 +78,9 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 - apiGroups: [""]
   resources: [configmaps, services]
   verbs: [list, create, patch, delete]
+- apiGroups: [""]
+  resources: [secrets]
+  verbs: [get, create, update]
 - apiGroups: [apps]
   resources: [deployments]
   verbs: [get, list, watch, create, patch, delete]
@@ -92,5 +95,12 @@ app.kubernetes.io/instance: {{ .Release.Name }}
   verbs: [list, create, patch, delete]
 - apiGroups: [events.k8s.io]
   resources: [events]
+  verbs: [create, patch]
+{{- end }}
+
+{{- /* And where cert-manager issues certificates. */}}
+{{- define "foregate.rules.certManager" -}}
+- apiGroups: [cert-manager.io]
+  resources: [certificates]
   verbs: [create, patch]
 {{- end }}

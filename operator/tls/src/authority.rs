@@ -9,6 +9,11 @@ use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose,
     IsCa, Issuer, KeyPair, KeyUsagePurpose,
 };
+use rustls::client::WebPkiServerVerifier;
+use rustls::client::danger::ServerCertVerifier;
+use rustls::pki_types::UnixTime;
+
+use crate::pem::{Named, certified};
 
 /// From when to when a certificate is valid, in seconds since 1970.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -157,4 +162,32 @@ pub fn validity(pem: &str) -> Result<Validity, IssueError> {
         from: seconds(times.not_before)?,
         until: seconds(times.not_after)?,
     })
+}
+
+/// Whether who trusts the authorities in `trusted` believes at `now` (seconds since 1970) that the holder of `issued` is
+/// `name`. Also false if the key is not the certificate's, or anything is broken.
+#[must_use]
+pub fn vouches(trusted: &str, issued: &Issued, name: &str, now: u64) -> bool {
+    let judge = || -> Option<()> {
+        let provider = crate::keys::provider();
+        let ca = Named::new("ca_file", "trusted");
+        let roots = ca.authorities(trusted.as_bytes()).ok()?;
+        let cert = Named::new("cert_file", "certificate");
+        let key = Named::new("key_file", "key");
+        let certified = certified(
+            (&cert, issued.cert.as_bytes()),
+            (&key, issued.key.as_bytes()),
+            &provider,
+        )
+        .ok()?;
+        let (leaf, between) = certified.cert.split_first()?;
+        let verifier = WebPkiServerVerifier::builder_with_provider(roots, provider)
+            .build()
+            .ok()?;
+        let name = crate::keys::name(name).ok()?;
+        let now = UnixTime::since_unix_epoch(Duration::from_secs(now));
+        let judged = verifier.verify_server_cert(leaf, between, &name, &[], now);
+        judged.ok().map(drop)
+    };
+    judge().is_some()
 }

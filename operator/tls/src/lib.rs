@@ -24,4 +24,4 @@ mod store;
 
 pub use error::TlsError;
 pub use keys::{Keys, Protocol};
-pub use store::StoreKeys;
+pub use store::{StoreKeys, StoreStream};

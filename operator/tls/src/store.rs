@@ -17,6 +17,9 @@ use crate::fresh::Fresh;
 use crate::keys::{name, provider, unusable};
 use crate::pem::{Named, certified};
 
+/// A connection to a server that is believed.
+pub type StoreStream = TlsStream<TcpStream>;
+
 /// What etcd's servers are judged by, and what they are shown. Clones share it.
 #[derive(Clone)]
 pub struct StoreKeys(Arc<Inner>);
@@ -67,7 +70,7 @@ impl StoreKeys {
         host: &str,
         stream: TcpStream,
         within: Duration,
-    ) -> Result<TlsStream<TcpStream>, TlsError> {
+    ) -> Result<StoreStream, TlsError> {
         let connector = TlsConnector::from(self.0.fresh.get());
         let handshake = connector.connect(name(host)?, stream);
         let done = tokio::time::timeout(within, handshake).await;
