@@ -193,8 +193,9 @@ impl OneToken {
     }
 
     /// The body of a successful answer.
-    async fn text(&self, url: &str) -> Result<String, String> {
-        let answer = self.http.get(url).send().await;
+    async fn text(&self, url: &str, api_key: Option<&str>) -> Result<String, String> {
+        let request = with_key(self.http.get(url), api_key);
+        let answer = request.send().await;
         let answer = answer.map_err(|error| error.to_string())?;
         let status = answer.status();
         let text = answer.text().await.map_err(|error| error.to_string())?;
@@ -208,10 +209,8 @@ impl OneToken {
     async fn ask(&self, url: &str, model: &str, api_key: Option<&str>) -> Result<(), String> {
         // A prompt of one id needs no tokenizer; the token's value does not matter.
         let body = json!({ "model": model, "prompt": [0], "max_tokens": 1, "temperature": 0 });
-        let mut request = self.http.post(format!("{url}/v1/completions")).json(&body);
-        if let Some(key) = api_key {
-            request = request.bearer_auth(key);
-        }
+        let request = self.http.post(format!("{url}/v1/completions")).json(&body);
+        let request = with_key(request, api_key);
         let answer = request
             .send()
             .await
@@ -234,6 +233,13 @@ impl OneToken {
             Some(1..) => Ok(()),
             _ => Err("the answer has no token".to_owned()),
         }
+    }
+}
+
+fn with_key(request: reqwest::RequestBuilder, key: Option<&str>) -> reqwest::RequestBuilder {
+    match key {
+        Some(key) => request.bearer_auth(key),
+        None => request,
     }
 }
 

@@ -29,7 +29,9 @@ use crate::error::CliError;
 use crate::status::{self, Probe};
 use crate::telemetry::Telemetry;
 
-/// How long a role waits for etcd when it starts.
+/// How long etcd is tried when a role starts.
+const ANSWER: Duration = Duration::from_secs(15);
+/// How long a role waits for etcd when it starts, all attempts together.
 const CONNECT: Duration = Duration::from_secs(30);
 
 /// Arguments of `foregate operator|gateway|worker`.
@@ -269,7 +271,9 @@ pub(crate) async fn connect_etcd(
     keys: Option<&StoreKeys>,
 ) -> Result<Arc<dyn Store>, CliError> {
     let what = format!("etcd at {}", endpoints.join(", "));
-    match tokio::time::timeout(CONNECT, EtcdStore::connect(endpoints, keys)).await {
+    match tokio::time::timeout(CONNECT, EtcdStore::connect_proven(endpoints, keys, ANSWER))
+        .await
+    {
         Ok(Ok(store)) => Ok(Arc::new(store)),
         Ok(Err(error)) => Err(CliError::runtime(&what, &error)),
         Err(_) => Err(CliError::Runtime(format!(

@@ -277,7 +277,15 @@ async fn advance(
         .iter()
         .map(|(rank, pod)| (*rank, pod.config.clone()))
         .collect();
-    let view = settings(context, owner, &plan, found, &api_key, Vec::new(), true);
+    let view = settings(
+        context,
+        owner,
+        &plan,
+        found,
+        api_key.as_ref(),
+        Vec::new(),
+        true,
+    );
     let orders = fleet::next(&Look {
         wanted: &wanted,
         pods: &seen,
@@ -285,7 +293,16 @@ async fn advance(
         experts: model.facts.experts,
     });
     let leaving = orders.leaving.iter().copied().collect();
-    let view = settings(context, owner, &plan, found, &api_key, leaving, false).or(view);
+    let view = settings(
+        context,
+        owner,
+        &plan,
+        found,
+        api_key.as_ref(),
+        leaving,
+        false,
+    )
+    .or(view);
     obey(context, cluster, &orders, &prepared, found).await?;
     write_placement(context, owner, found, view.as_ref()).await?;
     Ok(Outcome {
@@ -378,7 +395,7 @@ async fn secure(
     {
         return Ok(key);
     }
-    let failed = |error| match error {
+    let failed = |error: SecretsError| match error {
         SecretsError::Api(error) => ReconcileError::api("secrets")(error),
         SecretsError::Unusable(why) => ReconcileError::Secrets(why),
     };
@@ -434,7 +451,7 @@ fn settings(
     owner: &Owner,
     plan: &LaunchPlan,
     found: &Found,
-    api_key: &Option<ApiKey>,
+    api_key: Option<&ApiKey>,
     leaving: Vec<Rank>,
     only_look: bool,
 ) -> Option<View> {
@@ -451,7 +468,7 @@ fn settings(
     let address = Address {
         url: url(owner),
         model: model.unwrap_or_default(),
-        api_key: api_key.clone(),
+        api_key: api_key.cloned(),
     };
     let address = (found.available() > 0).then_some(address);
     if only_look && let Some(view) = context.clusters.look(owner) {

@@ -58,16 +58,13 @@ impl std::fmt::Debug for EtcdStore {
 }
 
 impl EtcdStore {
-    /// Connects and makes sure that etcd answers; tries for fifteen seconds. With `keys` the endpoints are
-    /// `https://host:port`, and each has to prove that it is certified for its host.
+    /// Connects and makes sure that etcd answers; tries for fifteen seconds.
     ///
     /// # Errors
-    /// [`StoreError::Refused`] for endpoints of another form, [`StoreError::Unavailable`] if nobody answers in time.
-    pub async fn connect<E: AsRef<str>>(
-        endpoints: &[E],
-        keys: Option<&StoreKeys>,
-    ) -> Result<Self, StoreError> {
-        Self::connect_within(endpoints, keys, CONNECT_DEADLINE).await
+    /// [`StoreError::Refused`] for endpoints that are no `http://host:port`, [`StoreError::Unavailable`] if
+    /// nobody answers in time.
+    pub async fn connect<E: AsRef<str>>(endpoints: &[E]) -> Result<Self, StoreError> {
+        Self::connect_within(endpoints, CONNECT_DEADLINE).await
     }
 
     /// [`Self::connect`] with another deadline.
@@ -75,6 +72,17 @@ impl EtcdStore {
     /// # Errors
     /// As [`Self::connect`].
     pub async fn connect_within<E: AsRef<str>>(
+        endpoints: &[E],
+        deadline: Duration,
+    ) -> Result<Self, StoreError> {
+        Self::connect_proven(endpoints, None, deadline).await
+    }
+
+    /// With `keys` the endpoints are `https://host:port`, and each has to prove that it is certified for its host.
+    ///
+    /// # Errors
+    /// As [`Self::connect`].
+    pub async fn connect_proven<E: AsRef<str>>(
         endpoints: &[E],
         keys: Option<&StoreKeys>,
         deadline: Duration,

@@ -199,7 +199,7 @@ impl OwnEtcd {
                 return Err(self.unhealthy(format!("it ended with {status}")));
             }
             let wait = Duration::from_millis(500);
-            match EtcdStore::connect_within(&self.endpoints(), keys.as_ref(), wait).await {
+            match EtcdStore::connect_proven(&self.endpoints(), keys.as_ref(), wait).await {
                 Ok(_) => return Ok(()),
                 Err(error) if Instant::now() >= until => {
                     return Err(self.unhealthy(error.to_string()));

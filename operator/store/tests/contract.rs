@@ -53,7 +53,7 @@ impl Subject {
             }
             Err(error) => panic!("{error}"),
         };
-        let store = EtcdStore::connect(&etcd.endpoints(), None).await.unwrap();
+        let store = EtcdStore::connect(&etcd.endpoints()).await.unwrap();
         Some(Self {
             store: Arc::new(store),
             fault: Fault::Etcd(Box::new(etcd)),
@@ -375,7 +375,7 @@ async fn nobody_at_the_endpoint_is_an_error_in_time() {
     held.bind(([127, 0, 0, 1], 0).into()).unwrap();
     let endpoint = format!("http://{}", held.local_addr().unwrap());
     let endpoints = [&endpoint];
-    let tried = EtcdStore::connect_within(&endpoints, None, Duration::from_millis(500));
+    let tried = EtcdStore::connect_within(&endpoints, Duration::from_millis(500));
     let error = timeout(LONG, tried).await.unwrap().unwrap_err();
     assert!(error.to_string().contains(&endpoint), "{error}");
     assert!(error.is_retryable());

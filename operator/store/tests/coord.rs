@@ -432,7 +432,7 @@ async fn ten_seconds_without_etcd_empty_nothing() {
         }
         Err(error) => panic!("{error}"),
     };
-    let store = EtcdStore::connect(&etcd.endpoints(), None).await.unwrap();
+    let store = EtcdStore::connect(&etcd.endpoints()).await.unwrap();
     let coord = Coord::new(Arc::new(store), "c");
     let mut states = coord.watch_cluster(CancellationToken::new());
     let lease = coord.store().lease(TTL).await.unwrap();

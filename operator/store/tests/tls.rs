@@ -16,6 +16,8 @@ use foregate_tls::StoreKeys;
 use foregate_tls::authority::{Authority, Issued, Validity};
 use tempfile::TempDir;
 
+const LONG: Duration = Duration::from_secs(60);
+
 fn validity() -> Validity {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
     let now = now.unwrap().as_secs();
@@ -93,7 +95,9 @@ async fn only_who_proves_itself_uses_it_and_keys_change_under_way() {
         dir: tempfile::tempdir().unwrap(),
     };
     let keys = StoreKeys::open(&client.client(&desk, Some(client.issue("client")))).unwrap();
-    let store = EtcdStore::connect(&endpoints, Some(&keys)).await.unwrap();
+    let store = EtcdStore::connect_proven(&endpoints, Some(&keys), LONG)
+        .await
+        .unwrap();
     store.put("/t/a", "1".into(), None).await.unwrap();
 
     let short = Duration::from_secs(2);
@@ -110,21 +114,17 @@ async fn only_who_proves_itself_uses_it_and_keys_change_under_way() {
         ),
     ] {
         let keys = StoreKeys::open(&tls).unwrap();
-        let tried = EtcdStore::connect_within(&endpoints, Some(&keys), short).await;
+        let tried = EtcdStore::connect_proven(&endpoints, Some(&keys), short).await;
         assert!(tried.is_err(), "a client that {who} got in");
     }
     let plain = [endpoints[0].replace("https://", "http://")];
-    assert!(
-        EtcdStore::connect_within(&plain, None, short)
-            .await
-            .is_err()
-    );
+    assert!(EtcdStore::connect_within(&plain, short).await.is_err());
 
     // New keys for the client, then a lost connection: the next one is proven with them.
     client.client(&desk, Some(client.issue("client")));
     etcd.stop_keeping_data().await.unwrap();
     etcd.restart().await.unwrap();
-    let found = tokio::time::timeout(Duration::from_secs(60), async {
+    let found = tokio::time::timeout(LONG, async {
         loop {
             if let Ok(found) = store.get("/t/a").await {
                 return found;

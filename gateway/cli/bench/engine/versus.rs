@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use super::child::Source;
-use super::cluster::{Cluster, Compared, Phase, Shape, compare};
+use super::cluster::{Cluster, Compared, FabricName, Phase, Shape, compare};
 use super::rig::{Load, Rig};
 use super::speed;
 use super::{EngineArgs, Loads, memory};
