@@ -152,8 +152,6 @@ fn read_file(path: &Path, name: &str, keys: &mut BTreeMap<[u8; 32], Client>) -> 
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test may end in a panic")]
-
     use super::*;
 
     #[test]

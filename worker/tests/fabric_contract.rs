@@ -520,7 +520,7 @@ fn only_workers_of_the_cluster_exchange_rows() {
     drop(stranger.read_to_end(&mut answer));
     assert!(answer.len() < 16, "more than an alert: {answer:?}");
     assert_eq!(holding.held(), 0);
-    let caller = Tcp(Some(desk.keys(TlsRole::Worker))).open(CALLER, 1, holding.clone());
+    let caller = Tcp(Some(desk.keys(TlsRole::Worker))).open(CALLER, 1, holding);
     caller.meet(CALLEE, callee.address());
 }
 
