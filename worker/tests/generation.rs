@@ -209,6 +209,12 @@ async fn a_stopped_engine_ends_streams_as_unavailable() {
     assert_eq!(status.code(), Code::Unavailable);
 }
 
+/// No connection, or one that the worker ends when it has seen the proof: `UNAVAILABLE` is the first, the second comes
+/// as the break of a connection does.
+fn is_refusal(status: &Status) -> bool {
+    matches!(status.code(), Code::Unavailable | Code::Unknown)
+}
+
 #[tokio::test]
 async fn only_the_cluster_is_served() {
     let desk = Desk::new();
@@ -229,7 +235,7 @@ async fn only_the_cluster_is_served() {
         ("another cluster", Some(&other)),
     ] {
         let refused = served.client(keys).generate(request(1)).await.unwrap_err();
-        assert_eq!(refused.code(), Code::Unavailable, "{who}: {refused}");
+        assert!(is_refusal(&refused), "{who}: {refused}");
     }
     // A proven client does not speak to a worker without keys either.
     let plain = Served::over(served.engine.clone()).await;
@@ -238,7 +244,7 @@ async fn only_the_cluster_is_served() {
         .generate(request(1))
         .await
         .unwrap_err();
-    assert_eq!(refused.code(), Code::Unavailable, "{refused}");
+    assert!(is_refusal(&refused), "{refused}");
 }
 
 #[tokio::test]
@@ -270,7 +276,7 @@ async fn keys_change_while_a_stream_runs() {
         .generate(request(1))
         .await
         .unwrap_err();
-    assert_eq!(refused.code(), Code::Unavailable, "{refused}");
+    assert!(is_refusal(&refused), "{refused}");
     let mut client = served.client(Some(&keys));
     let second = client.generate(request(2));
     let (second, ()) = tokio::join!(second, async { drop(pace) });
