@@ -19,7 +19,8 @@ const EDGES: &[(&str, &[&str])] = &[
     ("foregate-planner", &["foregate-api"]),
     ("foregate-simulate", &["foregate-api", "foregate-planner"]),
     ("foregate-trace", &["foregate-api"]),
-    ("foregate-store", &["foregate-api"]),
+    ("foregate-tls", &["foregate-api"]),
+    ("foregate-store", &["foregate-api", "foregate-tls"]),
     (
         "foregate-explain",
         &["foregate-api", "foregate-planner", "foregate-store"],
@@ -32,9 +33,10 @@ const EDGES: &[(&str, &[&str])] = &[
             "foregate-explain",
             "foregate-planner",
             "foregate-store",
+            "foregate-tls",
         ],
     ),
-    ("foregate-wire", &["foregate-api"]),
+    ("foregate-wire", &["foregate-api", "foregate-tls"]),
     ("foregate-checkpoint", &["foregate-api", "foregate-kernels"]),
     (
         "foregate-models",
@@ -46,6 +48,7 @@ const EDGES: &[(&str, &[&str])] = &[
             "foregate-api",
             "foregate-planner",
             "foregate-store",
+            "foregate-tls",
             "foregate-wire",
             "foregate-checkpoint",
             "foregate-models",
@@ -58,6 +61,7 @@ const EDGES: &[(&str, &[&str])] = &[
             "foregate-api",
             "foregate-trace",
             "foregate-store",
+            "foregate-tls",
             "foregate-wire",
         ],
     ),
@@ -76,6 +80,7 @@ const EDGES: &[(&str, &[&str])] = &[
             "foregate-trace",
             "foregate-store",
             "foregate-explain",
+            "foregate-tls",
             "foregate-operator",
             "foregate-wire",
             "foregate-checkpoint",
@@ -134,7 +139,8 @@ const DOORS: &[(&str, &[&str])] = &[
     ("libc", &["foregate-kernels"]),
     ("memmap2", &["foregate-kernels"]),
     ("etcd-client", &["foregate-store"]),
-    ("tonic", &["foregate-wire"]),
+    // In store: the channel under etcd's client, where it is proven.
+    ("tonic", &["foregate-wire", "foregate-store"]),
     ("tonic-prost", &["foregate-wire"]),
     ("tonic-prost-build", &["foregate-wire"]),
     ("prost", &["foregate-wire"]),
@@ -146,7 +152,14 @@ const DOORS: &[(&str, &[&str])] = &[
     ("schemars", &["foregate-api", "foregate-crd"]),
     ("k8s-openapi", &["foregate-crd", "foregate-operator"]),
     ("kube", &["foregate-crd", "foregate-operator"]),
-    ("tower", &["foregate-gateway"]),
+    ("rcgen", &["foregate-tls"]),
+    ("rustls", &["foregate-tls"]),
+    ("tokio-rustls", &["foregate-tls"]),
+    // In wire and store: the connector under their channels.
+    (
+        "tower",
+        &["foregate-gateway", "foregate-wire", "foregate-store"],
+    ),
     ("tower-http", &["foregate-gateway"]),
     ("tokenizers", &["foregate-gateway"]),
     ("minijinja", &["foregate-gateway"]),
@@ -154,7 +167,10 @@ const DOORS: &[(&str, &[&str])] = &[
     // In the binary only for /metrics, /healthz and /readyz of operator and worker.
     ("axum", &["foregate-gateway", BINARY]),
     ("hyper", &["foregate-gateway"]),
-    ("hyper-util", &["foregate-gateway"]),
+    (
+        "hyper-util",
+        &["foregate-gateway", "foregate-wire", "foregate-store"],
+    ),
     ("clap", &[BINARY]),
     ("hf-hub", &[BINARY]),
     ("indicatif", &[BINARY]),
@@ -169,9 +185,10 @@ const DOORS: &[(&str, &[&str])] = &[
     ("rand_chacha", &["foregate-simulate"]),
     // The load generator of `foregate bench`.
     ("reqwest", &[BINARY]),
-    // The data directory of an own etcd.
-    ("tempfile", &["foregate-store"]),
+    // The data directory of an own etcd; in the binary the folder of the keys of one run.
+    ("tempfile", &["foregate-store", BINARY]),
     ("tracing-subscriber", &[BINARY]),
+    ("x509-parser", &["foregate-tls"]),
 ];
 
 fn workspace() -> Metadata {

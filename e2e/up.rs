@@ -121,6 +121,32 @@ async fn processes_agree_with_the_reference() {
     }
 }
 
+/// Certificates between all, a key of the client's: the same answers; without the key none.
+#[tokio::test]
+async fn processes_that_prove_themselves_agree_with_the_reference() {
+    if !on_path("etcd") {
+        return skip("no etcd on PATH");
+    }
+    let keys = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(keys.path(), "alice:sk-of-alice").unwrap();
+    let path = keys.path().to_string_lossy();
+    let more = ["--processes", "--mtls", "--api-key-file", &path];
+    let golden = Golden::read(&repository("worker/models/tests/fixtures/qwen3_moe"));
+    let cluster = up("qwen3_moe", "2", &more).await;
+    let client = Client::with_key(&cluster.url, "sk-of-alice");
+    agrees(&client, &golden, "proven processes").await;
+    let body = json!({ "prompt": golden.input, "max_tokens": 1 });
+    let (status, refusal) = Client::new(&cluster.url)
+        .post("/v1/completions", &body)
+        .await;
+    assert_eq!(status.as_u16(), 401, "{refusal}");
+    let (status, stderr) = cluster.stop().await;
+    assert!(status.success(), "{status}\n{stderr}");
+    for said in ["sk-of-alice", "PRIVATE KEY", "_refused"] {
+        assert!(!stderr.contains(said), "{said} in the log: {stderr}");
+    }
+}
+
 #[tokio::test]
 async fn the_demonstration_model_streams_readable_text() {
     let cluster = Start::up(BINARY, &[]).ready().await;

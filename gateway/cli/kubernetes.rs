@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use foregate_api::tls::{ClientKeys, StoreTls};
 use foregate_operator::Canary;
 use foregate_operator::controller::{self, Defaults, KubeDeps};
 use futures::future::BoxFuture;
@@ -46,6 +47,16 @@ struct KubernetesArgs {
     /// etcd where the roles of all clusters meet; pods must reach it too. Several: repeat the flag.
     #[arg(long, value_name = "URL", requires = "kubernetes")]
     etcd: Vec<String>,
+    /// Certificates (PEM) of the authorities that certify etcd's servers; the URLs of --etcd are https then. Pods get
+    /// these files in a Secret of their cluster.
+    #[arg(long, value_name = "FILE", requires = "kubernetes")]
+    etcd_ca_file: Option<PathBuf>,
+    /// Certificate (PEM) that etcd is shown.
+    #[arg(long, value_name = "FILE", requires_all = ["etcd_ca_file", "etcd_key_file"])]
+    etcd_cert_file: Option<PathBuf>,
+    /// Key (PEM) of the certificate that etcd is shown.
+    #[arg(long, value_name = "FILE", requires = "etcd_cert_file")]
+    etcd_key_file: Option<PathBuf>,
     /// Image of pods whose manifest names none.
     #[arg(long, value_name = "IMAGE", requires = "kubernetes")]
     image: Option<String>,
@@ -81,6 +92,21 @@ struct KubernetesArgs {
     metrics_listen: String,
 }
 
+impl KubernetesArgs {
+    fn etcd_tls(&self) -> Option<StoreTls> {
+        let text = |path: &PathBuf| path.to_string_lossy().into_owned();
+        let ca_file = text(self.etcd_ca_file.as_ref()?);
+        let client = match (&self.etcd_cert_file, &self.etcd_key_file) {
+            (Some(cert), Some(key)) => Some(ClientKeys {
+                cert_file: text(cert),
+                key_file: text(key),
+            }),
+            _ => None,
+        };
+        Some(StoreTls { ca_file, client })
+    }
+}
+
 /// Runs the operator until it is told to stop.
 ///
 /// # Errors
@@ -113,7 +139,9 @@ async fn lead(
     let client = controller::connect()
         .await
         .map_err(failed("the operator"))?;
-    let store = roles::connect_etcd(&args.etcd).await?;
+    let etcd_tls = args.etcd_tls();
+    let keys = roles::store_keys(etcd_tls.as_ref())?;
+    let store = roles::connect_etcd(&args.etcd, keys.as_ref()).await?;
     let identity = args.identity.or_else(|| environment::variable("HOSTNAME"));
     let deps = KubeDeps {
         client,
@@ -123,6 +151,7 @@ async fn lead(
         defaults: Defaults {
             image: args.image.unwrap_or_default(),
             etcd: args.etcd,
+            etcd_tls,
         },
         store,
         canary: Arc::new(OneToken::new()?),
@@ -164,8 +193,9 @@ impl OneToken {
     }
 
     /// The body of a successful answer.
-    async fn text(&self, url: &str) -> Result<String, String> {
-        let answer = self.http.get(url).send().await;
+    async fn text(&self, url: &str, api_key: Option<&str>) -> Result<String, String> {
+        let request = with_key(self.http.get(url), api_key);
+        let answer = request.send().await;
         let answer = answer.map_err(|error| error.to_string())?;
         let status = answer.status();
         let text = answer.text().await.map_err(|error| error.to_string())?;
@@ -176,10 +206,11 @@ impl OneToken {
         }
     }
 
-    async fn ask(&self, url: &str, model: &str) -> Result<(), String> {
+    async fn ask(&self, url: &str, model: &str, api_key: Option<&str>) -> Result<(), String> {
         // A prompt of one id needs no tokenizer; the token's value does not matter.
         let body = json!({ "model": model, "prompt": [0], "max_tokens": 1, "temperature": 0 });
         let request = self.http.post(format!("{url}/v1/completions")).json(&body);
+        let request = with_key(request, api_key);
         let answer = request
             .send()
             .await
@@ -205,8 +236,20 @@ impl OneToken {
     }
 }
 
+fn with_key(request: reqwest::RequestBuilder, key: Option<&str>) -> reqwest::RequestBuilder {
+    match key {
+        Some(key) => request.bearer_auth(key),
+        None => request,
+    }
+}
+
 impl Canary for OneToken {
-    fn token<'a>(&'a self, url: &'a str, model: &'a str) -> BoxFuture<'a, Result<(), String>> {
-        Box::pin(self.ask(url, model))
+    fn token<'a>(
+        &'a self,
+        url: &'a str,
+        model: &'a str,
+        api_key: Option<&'a str>,
+    ) -> BoxFuture<'a, Result<(), String>> {
+        Box::pin(self.ask(url, model, api_key))
     }
 }

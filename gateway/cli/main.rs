@@ -13,6 +13,7 @@ mod error;
 mod explain;
 mod fetch;
 mod inspect;
+mod keys;
 mod kubernetes;
 mod plan;
 mod progress;

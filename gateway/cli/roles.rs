@@ -13,8 +13,10 @@ use foregate_api::node::{
     FabricKind, GatewayConfig, NodeConfig, OperatorConfig, RoleConfig, StoreConfig,
     WorkerConfig,
 };
+use foregate_api::tls::{StoreTls, TlsRole};
 use foregate_store::etcd::EtcdStore;
 use foregate_store::kv::Store;
+use foregate_tls::{Keys, StoreKeys};
 use foregate_worker::Health;
 use foregate_worker::dense::DenseWeights;
 use foregate_worker::fabric::local::LocalHub;
@@ -27,7 +29,9 @@ use crate::error::CliError;
 use crate::status::{self, Probe};
 use crate::telemetry::Telemetry;
 
-/// How long a role waits for etcd when it starts.
+/// How long etcd is tried when a role starts.
+const ANSWER: Duration = Duration::from_secs(15);
+/// How long a role waits for etcd when it starts, all attempts together.
 const CONNECT: Duration = Duration::from_secs(30);
 
 /// Arguments of `foregate operator|gateway|worker`.
@@ -200,6 +204,11 @@ fn read_node(kind: &str, args: &RoleArgs) -> Result<NodeConfig, CliError> {
             "node file {path} is for a role {is}; run `foregate {is} --config {path}`"
         )));
     }
+    if let (RoleConfig::Operator(_), Some(_)) = (&node.role, &node.tls) {
+        return Err(CliError::Usage(format!(
+            "node file {path}: an operator speaks to no other role, so it has no use for `tls`; leave it out"
+        )));
+    }
     if let RoleConfig::Worker(worker) = &node.role
         && worker.fabric == FabricKind::Local
     {
@@ -237,17 +246,34 @@ async fn connect(node: &NodeConfig) -> Result<Arc<dyn Store>, CliError> {
             "the node file names the in-process store, which only `foregate up` has; name etcd"
                 .to_owned(),
         )),
-        StoreConfig::Etcd { endpoints } => connect_etcd(endpoints).await,
+        StoreConfig::Etcd { endpoints, tls } => {
+            let keys = store_keys(tls.as_ref())?;
+            connect_etcd(endpoints, keys.as_ref()).await
+        }
     }
+}
+
+/// The keys of a client of etcd.
+///
+/// # Errors
+/// When a file cannot be used.
+pub(crate) fn store_keys(tls: Option<&StoreTls>) -> Result<Option<StoreKeys>, CliError> {
+    let opened = tls.map(StoreKeys::open).transpose();
+    opened.map_err(|error| CliError::Usage(format!("etcd: {error}")))
 }
 
 /// Connects to etcd.
 ///
 /// # Errors
 /// When it does not answer in time.
-pub(crate) async fn connect_etcd(endpoints: &[String]) -> Result<Arc<dyn Store>, CliError> {
+pub(crate) async fn connect_etcd(
+    endpoints: &[String],
+    keys: Option<&StoreKeys>,
+) -> Result<Arc<dyn Store>, CliError> {
     let what = format!("etcd at {}", endpoints.join(", "));
-    match tokio::time::timeout(CONNECT, EtcdStore::connect(endpoints)).await {
+    match tokio::time::timeout(CONNECT, EtcdStore::connect_proven(endpoints, keys, ANSWER))
+        .await
+    {
         Ok(Ok(store)) => Ok(Arc::new(store)),
         Ok(Err(error)) => Err(CliError::runtime(&what, &error)),
         Err(_) => Err(CliError::Runtime(format!(
@@ -280,7 +306,14 @@ async fn operator(role: &Role, config: OperatorConfig) -> Result<(), CliError> {
     beside_status(role, Probe::Operator, foregate_operator::run(deps)).await
 }
 
+/// The keys that a node file names.
+fn keys(node: &NodeConfig, me: TlsRole) -> Result<Option<Keys>, CliError> {
+    let opened = node.tls.as_ref().map(|tls| Keys::open(tls, me)).transpose();
+    opened.map_err(|error| CliError::Usage(format!("node file: {error}")))
+}
+
 async fn worker(role: &Role, config: WorkerConfig) -> Result<(), CliError> {
+    let keys = keys(&role.node, TlsRole::Worker)?;
     let rpc_listener = listen("rpc_listen", &config.rpc_listen).await?;
     let exchange_listener = match config.fabric {
         FabricKind::Local => None,
@@ -298,6 +331,7 @@ async fn worker(role: &Role, config: WorkerConfig) -> Result<(), CliError> {
     let deps = foregate_worker::Deps {
         cluster: role.node.cluster.clone(),
         config,
+        keys,
         store: Arc::clone(&role.seams.store),
         local_hub: Some(Arc::clone(&role.seams.hub)),
         dense: Arc::clone(&role.seams.dense),
@@ -312,6 +346,7 @@ async fn worker(role: &Role, config: WorkerConfig) -> Result<(), CliError> {
 }
 
 async fn gateway(role: Role, config: GatewayConfig) -> Result<(), CliError> {
+    let keys = keys(&role.node, TlsRole::Gateway)?;
     let listener = match role.listener {
         Some(listener) => listener,
         None => listen("listen", &config.listen).await?,
@@ -319,6 +354,7 @@ async fn gateway(role: Role, config: GatewayConfig) -> Result<(), CliError> {
     let deps = foregate_gateway::Deps {
         cluster: role.node.cluster,
         config,
+        keys,
         listener,
         store: role.seams.store,
         registry: role.registry,

@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::error::CliError;
 use crate::fetch::{self, HubSettings};
+use crate::keys;
 use crate::progress::Progress;
 use crate::status;
 use crate::telemetry::Telemetry;
@@ -63,6 +64,14 @@ pub(crate) struct UpArgs {
     /// Names of the model in /v1/models, in place of the manifest's; the first is the main one.
     #[arg(long = "served-model-name", value_name = "NAME", num_args = 1..)]
     served_model_name: Vec<String>,
+    /// Keys that clients show as `Authorization: Bearer KEY`: a file with a key, or `name:key`, a line. It is read again
+    /// when it has changed.
+    #[arg(long, value_name = "FILE")]
+    api_key_file: Option<PathBuf>,
+    /// Have gateway and workers prove to each other by certificates that they are of this cluster, and encrypt what they
+    /// say. The certificates are made for this run.
+    #[arg(long)]
+    mtls: bool,
     #[command(flatten)]
     weights: WeightArgs,
 }
@@ -85,10 +94,17 @@ pub(crate) async fn run(
         found = fetching => found.map_err(|error| CliError::Runtime(error.to_string()))?,
         () = drain.cancelled() => return Ok(()),
     };
+    // The folder of keys goes when this run ends.
+    let keys = args
+        .mtls
+        .then(|| keys::make(&wish.cluster.name))
+        .transpose()?;
     let prepared = Prepared {
         cluster: wish.cluster,
         directory,
         listener,
+        keys: keys.as_ref().map(|keys| keys.folders.clone()),
+        api_keys: wish.api_keys,
     };
     if args.processes {
         processes::run(args.etcd.as_deref(), prepared, progress, drain).await

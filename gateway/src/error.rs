@@ -20,6 +20,8 @@ pub struct ApiError {
     pub message: String,
     /// Seconds for `Retry-After`.
     pub retry_after: Option<u64>,
+    /// Whether the answer says how to show a key.
+    pub wants_key: bool,
     /// For `rejected_total{reason}`; one of a fixed few words.
     pub reason: &'static str,
 }
@@ -38,6 +40,7 @@ impl ApiError {
             param: None,
             message,
             retry_after: None,
+            wants_key: false,
             reason,
         }
     }
@@ -100,6 +103,33 @@ impl ApiError {
         let mut error = Self::malformed(format!("the worker refused the request: {what}"));
         error.reason = "refused_by_worker";
         error
+    }
+
+    fn unauthorized(code: Option<&'static str>, message: &str) -> Self {
+        let mut error = Self::new(
+            StatusCode::UNAUTHORIZED,
+            "invalid_request_error",
+            "unauthorized",
+            message.to_owned(),
+        );
+        error.code = code;
+        error.wants_key = true;
+        error
+    }
+
+    /// 401: no key is shown.
+    #[must_use]
+    pub fn no_key() -> Self {
+        let what = "no API key is shown: send it as `Authorization: Bearer KEY`";
+        Self::unauthorized(None, what)
+    }
+
+    /// 401: nobody has the key that is shown.
+    #[must_use]
+    pub fn wrong_key() -> Self {
+        let what =
+            "the API key is not known here: check it, or ask who runs this server for one";
+        Self::unauthorized(Some("invalid_api_key"), what)
     }
 
     /// 404: no such model.
@@ -245,6 +275,9 @@ impl IntoResponse for ApiError {
         );
         if let Some(seconds) = self.retry_after {
             headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        if self.wants_key {
+            headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
         response.extensions_mut().insert(Rejection(self.reason));
         response

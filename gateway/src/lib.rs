@@ -19,11 +19,13 @@ use foregate_api::node::GatewayConfig;
 use foregate_store::Archive;
 use foregate_store::coord::Coord;
 use foregate_store::kv::Store;
+use foregate_tls::Keys;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 pub mod admission;
+pub mod api_keys;
 pub mod cached;
 pub mod clock;
 pub mod error;
@@ -47,6 +49,7 @@ pub mod view;
 pub use error::ApiError;
 
 use admission::Admission;
+use api_keys::{ApiKeys, ApiKeysError};
 use generate::Runner;
 use http::{Defaults, Gateway};
 use loads::Loads;
@@ -78,6 +81,9 @@ pub enum GatewayError {
         /// What is wrong with it.
         what: String,
     },
+    /// The keys of clients cannot be read.
+    #[error(transparent)]
+    ApiKeys(#[from] ApiKeysError),
     /// Reading the model directory did not come to an end.
     #[error("reading the model directory: {0}")]
     Reading(#[from] tokio::task::JoinError),
@@ -90,6 +96,8 @@ pub struct Deps {
     pub cluster: String,
     /// Settings.
     pub config: GatewayConfig,
+    /// What the gateway and workers prove themselves with; without them connections to workers are plain.
+    pub keys: Option<Keys>,
     /// The bound listener of the HTTP API.
     pub listener: TcpListener,
     /// Where the roles meet.
@@ -108,12 +116,14 @@ pub async fn run(deps: Deps) -> Result<(), GatewayError> {
     let Deps {
         cluster,
         config,
+        keys,
         listener,
         store,
         registry,
         shutdown,
     } = deps;
     check(&config)?;
+    let api_keys = config.api_keys.as_deref().map(ApiKeys::open).transpose()?;
     let (prompter, defaults) = model(config.model_dir.clone()).await?;
     let name = config
         .served_names
@@ -139,8 +149,9 @@ pub async fn run(deps: Deps) -> Result<(), GatewayError> {
     let limits = serve::Limits::for_requests(
         (config.max_in_flight as usize).saturating_add(config.max_queued as usize),
     );
+    let upstream = upstream(&config, &views, loads, &metrics, keys);
     let gateway = Arc::new(gateway(
-        config, prompter, defaults, views, loads, metrics, past, &shutdown,
+        config, api_keys, prompter, defaults, views, upstream, metrics, past, &shutdown,
     ));
     // The registry outlives the gateway, so it must not hold it.
     let looked_at = Arc::downgrade(&gateway);
@@ -195,24 +206,41 @@ async fn model(dir: String) -> Result<(Prompter, Defaults), GatewayError> {
     Ok((prompter, defaults))
 }
 
+/// The way to the workers.
+fn upstream(
+    config: &GatewayConfig,
+    views: &Arc<Views>,
+    loads: Arc<Loads>,
+    metrics: &Arc<Metrics>,
+    keys: Option<Keys>,
+) -> Upstream {
+    let router = route::Router::new(config.routing);
+    let upstream = Upstream::new(Arc::clone(views), loads, router, Arc::clone(metrics), keys);
+    match config.routing {
+        RoutingPolicy::Window => {
+            let longest = Duration::from_millis(config.queue_timeout_ms);
+            upstream.with_window(config.max_in_flight, longest)
+        }
+        RoutingPolicy::Signature | RoutingPolicy::LeastLoaded | RoutingPolicy::RoundRobin => {
+            upstream
+        }
+    }
+}
+
 /// Puts the parts together.
 fn gateway(
     config: GatewayConfig,
+    api_keys: Option<ApiKeys>,
     prompter: Prompter,
     defaults: Defaults,
     views: Arc<Views>,
-    loads: Arc<Loads>,
+    upstream: Upstream,
     metrics: Arc<Metrics>,
     past: past::Past,
     shutdown: &CancellationToken,
 ) -> Gateway {
-    let router = route::Router::new(config.routing);
-    let windowed = router.policy() == RoutingPolicy::Window;
+    let windowed = config.routing == RoutingPolicy::Window;
     let queue_timeout = Duration::from_millis(config.queue_timeout_ms);
-    let mut upstream = Upstream::new(Arc::clone(&views), loads, router, Arc::clone(&metrics));
-    if windowed {
-        upstream = upstream.with_window(config.max_in_flight, queue_timeout);
-    }
     let runner = Runner {
         prompter: prompter.clone(),
         upstream: Arc::new(upstream),
@@ -229,6 +257,7 @@ fn gateway(
     );
     Gateway {
         config,
+        api_keys,
         prompter,
         defaults,
         bodies: http::Bodies::default(),

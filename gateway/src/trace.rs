@@ -72,6 +72,7 @@ impl Identity {
             url.path = clip(path, 1024),
             http.response.status_code = tracing::field::Empty,
             request.id = request_id,
+            client.name = tracing::field::Empty,
             gen_ai.operation.name = tracing::field::Empty,
             gen_ai.request.model = tracing::field::Empty,
             gen_ai.request.max_tokens = tracing::field::Empty,

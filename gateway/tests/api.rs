@@ -761,3 +761,68 @@ async fn half_a_request_does_not_hold_up_the_drain() {
     assert!(from.elapsed() < Duration::from_secs(15));
     drop(silent);
 }
+
+#[tokio::test]
+async fn who_shows_no_key_gets_nothing_but_health_and_metrics() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("keys");
+    std::fs::write(&file, "alice:sk-secret-of-alice").unwrap();
+    let mut config = config();
+    config.api_keys = Some(file.to_str().unwrap().to_owned());
+    let cluster = Cluster::start(1, ANSWER, config).await;
+    let ask = async |path: &str, authorization: Option<&str>| {
+        let url = format!("{}{path}", cluster.url);
+        let mut request = if path.starts_with("/v1/c") {
+            cluster
+                .client
+                .post(url)
+                .json(&complete(&json!({"max_tokens": 1})))
+        } else {
+            cluster.client.get(url)
+        };
+        if let Some(value) = authorization {
+            request = request.header("authorization", value);
+        }
+        request.send().await.unwrap()
+    };
+    for path in ["/health", "/ready", "/metrics"] {
+        assert_eq!(ask(path, None).await.status(), 200, "{path}");
+    }
+    let paths = [
+        "/v1/models",
+        "/v1/completions",
+        "/version",
+        "/debug/experts",
+        "/nowhere",
+    ];
+    for path in paths {
+        let answer = ask(path, None).await;
+        assert_eq!(answer.status(), 401, "{path}");
+        assert_eq!(answer.headers()["www-authenticate"], "Bearer");
+        assert!(answer.headers().contains_key("x-request-id"));
+    }
+    for wrong in [
+        "Bearer sk-secret-of-bob",
+        "Bearer ",
+        "Basic sk-secret-of-alice",
+        "sk-secret-of-alice",
+    ] {
+        let answer = ask("/v1/completions", Some(wrong)).await;
+        assert_eq!(answer.status(), 401, "{wrong}");
+        let body: Value = answer.json().await.unwrap();
+        assert_eq!(body["error"]["type"], "invalid_request_error");
+        assert!(!body.to_string().contains("sk-secret"), "{body}");
+    }
+    let answer = ask("/v1/completions", Some("Bearer sk-secret-of-bob")).await;
+    let body: Value = answer.json().await.unwrap();
+    assert_eq!(body["error"]["code"], "invalid_api_key");
+    for right in ["Bearer sk-secret-of-alice", "bearer sk-secret-of-alice"] {
+        assert_eq!(ask("/v1/completions", Some(right)).await.status(), 200);
+    }
+    let metrics = ask("/metrics", None).await.text().await.unwrap();
+    assert!(
+        metrics.contains("reason=\"unauthorized\""),
+        "refusals are counted"
+    );
+    assert!(!metrics.contains("sk-secret"));
+}

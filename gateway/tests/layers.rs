@@ -5,11 +5,12 @@
 use std::path::{Path, PathBuf};
 
 /// From the bottom up.
-const ORDER: [&str; 21] = [
+const ORDER: [&str; 22] = [
     "clock",
     "random",
     "error",
     "past",
+    "api_keys",
     "model_files",
     "trace",
     "prompt",

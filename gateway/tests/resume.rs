@@ -168,7 +168,7 @@ async fn events_that_wait_do_not_outlive_the_deadline() {
     let (views, loads) = (Arc::new(Views::default()), Arc::new(Loads::default()));
     views.replace(Arc::new(state), &loads, &metrics);
     let router = Router::new(RoutingPolicy::LeastLoaded);
-    let upstream = Arc::new(Upstream::new(views, loads, router, metrics));
+    let upstream = Arc::new(Upstream::new(views, loads, router, metrics, None));
     let request = GenerateRequest {
         token_ids: vec![5, 6],
         prompt_len: 2,

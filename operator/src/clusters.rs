@@ -22,6 +22,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::build::Owner;
+use crate::secrets::ApiKey;
 use crate::status::Verdict;
 
 /// How often a token is asked for.
@@ -33,11 +34,16 @@ pub(crate) const WAKE_UPS: usize = 1;
 
 /// Asks a gateway for one token.
 pub trait Canary: Send + Sync + std::fmt::Debug {
-    /// Whether a token of `model` came from the API at `url`.
+    /// Whether a token of `model` came from the API at `url`, which may want a key.
     ///
     /// # Errors
     /// Why none came, in words.
-    fn token<'a>(&'a self, url: &'a str, model: &'a str) -> BoxFuture<'a, Result<(), String>>;
+    fn token<'a>(
+        &'a self,
+        url: &'a str,
+        model: &'a str,
+        api_key: Option<&'a str>,
+    ) -> BoxFuture<'a, Result<(), String>>;
 }
 
 /// Where a canary is sent.
@@ -47,6 +53,8 @@ pub(crate) struct Address {
     pub(crate) url: String,
     /// Name of the model.
     pub(crate) model: String,
+    /// What the gateway is shown.
+    pub(crate) api_key: Option<ApiKey>,
 }
 
 /// What is seen of a cluster.
@@ -325,8 +333,13 @@ async fn ask(
         let to = address.borrow_and_update().clone();
         let said = match &to {
             None => Verdict::Pending,
-            Some(Address { url, model }) => {
-                let asked = timeout(CANARY_DEADLINE, canary.token(url, model));
+            Some(Address {
+                url,
+                model,
+                api_key,
+            }) => {
+                let api_key = api_key.as_ref().map(|key| key.0.as_str());
+                let asked = timeout(CANARY_DEADLINE, canary.token(url, model, api_key));
                 tokio::select! {
                     () = shutdown.cancelled() => return,
                     answer = asked => match answer {

@@ -143,6 +143,7 @@ async fn control(
         recorder,
         now: || Time(Timestamp::now()),
         applied: Mutex::default(),
+        secured: Mutex::default(),
         failures: Mutex::default(),
     });
     let ours = Config::default().labels(&managed());

@@ -6,6 +6,7 @@ use foregate_api::node::{
     FabricKind, GatewayConfig, NodeConfig, OperatorConfig, RoleConfig, StoreConfig,
     WorkerConfig,
 };
+use foregate_api::tls::{StoreTls, TlsConfig, TlsRole};
 use foregate_planner::redundancy::slots_to_link;
 
 use crate::validate::{ModelLength, Redundancy, Threads, ValidatedCluster};
@@ -27,9 +28,32 @@ pub enum Form {
     Pods {
         /// etcd's client URLs.
         etcd: Vec<String>,
+        /// How etcd is proven, where its URLs are https.
+        etcd_tls: Option<StoreTls>,
         /// Name of the cluster in the store; names of manifests are unique in a namespace only.
         cluster: String,
     },
+}
+
+/// Where instances find their keys: folders with `ca.crt`, `tls.crt` and `tls.key`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KeyFolders {
+    /// Of gateways.
+    pub gateway: String,
+    /// Of workers.
+    pub worker: String,
+    /// What certificates call the cluster.
+    pub domain: String,
+}
+
+/// Folders of pods.
+pub mod folders {
+    /// Keys of the role.
+    pub const TLS: &str = "/etc/foregate-tls";
+    /// Keys of etcd's clients.
+    pub const ETCD: &str = "/etc/foregate-etcd";
+    /// Keys that clients of the API show.
+    pub const API_KEYS: &str = "/etc/foregate-api-keys";
 }
 
 /// Ports of pods.
@@ -67,6 +91,10 @@ pub struct Place {
     pub model_dir: String,
     /// `host:port` of the gateway.
     pub gateway_listen: String,
+    /// Keys of gateways and workers; `None`: they believe everybody.
+    pub keys: Option<KeyFolders>,
+    /// File or folder with the keys that clients of the gateway show; `None`: everybody may call.
+    pub api_keys: Option<String>,
     /// What the workers have to live on.
     pub machine: Machine,
 }
@@ -346,8 +374,17 @@ impl Shared<'_> {
     fn instance(&self, name: String, role: RoleConfig) -> Instance {
         let (cluster, store) = match &self.place.form {
             Form::InProcess => (&self.cluster.name, StoreConfig::InProcess),
-            Form::Processes { etcd } => (&self.cluster.name, in_etcd(etcd)),
-            Form::Pods { etcd, cluster } => (cluster, in_etcd(etcd)),
+            Form::Processes { etcd } => (&self.cluster.name, in_etcd(etcd, None)),
+            Form::Pods {
+                etcd,
+                etcd_tls,
+                cluster,
+            } => (cluster, in_etcd(etcd, etcd_tls.as_ref())),
+        };
+        let tls = match &role {
+            RoleConfig::Operator(_) => None,
+            RoleConfig::Gateway(_) => self.keys(TlsRole::Gateway),
+            RoleConfig::Worker(_) => self.keys(TlsRole::Worker),
         };
         Instance {
             name,
@@ -356,8 +393,24 @@ impl Shared<'_> {
                 store,
                 role,
                 status_listen: self.listen(ports::STATUS),
+                tls,
             },
         }
+    }
+
+    /// The files with a role's keys, where the cluster has them.
+    fn keys(&self, role: TlsRole) -> Option<TlsConfig> {
+        let keys = self.place.keys.as_ref()?;
+        let folder = match role {
+            TlsRole::Gateway => &keys.gateway,
+            TlsRole::Worker => &keys.worker,
+        };
+        Some(TlsConfig {
+            ca_file: format!("{folder}/ca.crt"),
+            cert_file: format!("{folder}/tls.crt"),
+            key_file: format!("{folder}/tls.key"),
+            domain: keys.domain.clone(),
+        })
     }
 
     /// Where an instance listens: a port that the system chooses and the store tells, or the one of its pod.
@@ -427,13 +480,15 @@ impl Shared<'_> {
             max_queued: gateway.max_queued,
             queue_timeout_ms: gateway.queue_timeout_ms,
             request_timeout_ms: gateway.request_timeout_ms,
+            api_keys: self.place.api_keys.clone(),
         })
     }
 }
 
-fn in_etcd(endpoints: &[String]) -> StoreConfig {
+fn in_etcd(endpoints: &[String], tls: Option<&StoreTls>) -> StoreConfig {
     StoreConfig::Etcd {
         endpoints: endpoints.to_vec(),
+        tls: tls.cloned(),
     }
 }
 

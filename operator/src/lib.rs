@@ -10,6 +10,7 @@
 #![forbid(unsafe_code)]
 
 mod apply;
+mod authority;
 mod balance;
 mod build;
 mod clusters;
@@ -28,6 +29,7 @@ pub mod quantity;
 mod reconcile;
 mod record;
 mod roster;
+mod secrets;
 mod source;
 mod status;
 mod tell;

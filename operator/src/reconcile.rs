@@ -31,17 +31,20 @@ use crate::build::{self, Component, Defaults, Inputs, Owner, Prepared, selector_
 use crate::clusters::{Address, Clusters, View};
 use crate::dereference::{Found, Inspection, dereference};
 use crate::fleet::{self, Doing, Look, Orders};
-use crate::launch::{Form, LaunchPlan, Machine, Place, launch, ports};
+use crate::launch::{Form, LaunchPlan, Machine, Place, folders, launch, ports};
+use crate::secrets::{self, ApiKey, SecretsError};
 use crate::source::Source;
 use crate::status::{Facts, Stage, Verdict, status};
 use crate::tell::{self, Told};
-use crate::validate::{ValidatedCluster, validate};
+use crate::validate::{Certificates, ValidatedCluster, validate};
 
 /// How soon a cluster is looked at again while something is under way, and while nothing is.
 const SOON: Duration = Duration::from_secs(2);
 const LATER: Duration = Duration::from_secs(20);
 /// How often objects that have not changed are applied again, in case somebody else changed them.
 const REAPPLY: Duration = Duration::from_secs(60);
+/// How often Secrets are looked at. They change once in weeks, unless somebody removes one.
+const SECRETS: Duration = Duration::from_secs(30);
 /// Longest pause after failures in a row.
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
@@ -56,6 +59,9 @@ pub(crate) enum ReconcileError {
         /// Its answer.
         source: Box<kube::Error>,
     },
+    /// The Secrets of a cluster cannot be used as they are.
+    #[error("{0}")]
+    Secrets(String),
     /// An object cannot be written as JSON.
     #[error("objects cannot be built: {0}")]
     Build(#[from] serde_json::Error),
@@ -73,6 +79,7 @@ impl ReconcileError {
     pub(crate) const fn category(&self) -> &'static str {
         match self {
             Self::Api { what, .. } => what,
+            Self::Secrets(_) => "secrets",
             Self::Build(_) => "build",
         }
     }
@@ -84,8 +91,14 @@ impl ReconcileError {
                 kube::Error::Api(error) if matches!(error.code, 400 | 403 | 422) => {
                     Some(error.message.clone())
                 }
+                // The objects are ours, so it is their kind that is not there.
+                kube::Error::Api(error) if error.code == 404 => Some(format!(
+                    "{}: is cert-manager installed, which spec.security.certManager asks for?",
+                    error.message
+                )),
                 _ => None,
             },
+            Self::Secrets(why) => Some(why.clone()),
             Self::Build(_) => None,
         }
     }
@@ -110,6 +123,8 @@ pub(crate) struct Context {
     pub(crate) now: fn() -> Time,
     /// What was applied last, per cluster: the hash of its objects, and when.
     pub(crate) applied: Mutex<BTreeMap<String, (blake3::Hash, Instant)>>,
+    /// When the Secrets were looked at last, per cluster, and the key that a gateway of it is asked with.
+    pub(crate) secured: Mutex<BTreeMap<String, (Instant, Option<ApiKey>)>>,
     /// Failures in a row, per cluster.
     pub(crate) failures: Mutex<BTreeMap<String, u32>>,
 }
@@ -255,13 +270,22 @@ async fn advance(
         defaults: &context.defaults,
         slots: &slots,
     })?;
+    let api_key = secure(context, owner, &validated, now).await?;
     apply_objects(context, owner, &prepared, found).await?;
     let wanted = prepared
         .pods
         .iter()
         .map(|(rank, pod)| (*rank, pod.config.clone()))
         .collect();
-    let view = settings(context, owner, &plan, found, Vec::new(), true);
+    let view = settings(
+        context,
+        owner,
+        &plan,
+        found,
+        api_key.as_ref(),
+        Vec::new(),
+        true,
+    );
     let orders = fleet::next(&Look {
         wanted: &wanted,
         pods: &seen,
@@ -269,7 +293,16 @@ async fn advance(
         experts: model.facts.experts,
     });
     let leaving = orders.leaving.iter().copied().collect();
-    let view = settings(context, owner, &plan, found, leaving, false).or(view);
+    let view = settings(
+        context,
+        owner,
+        &plan,
+        found,
+        api_key.as_ref(),
+        leaving,
+        false,
+    )
+    .or(view);
     obey(context, cluster, &orders, &prepared, found).await?;
     write_placement(context, cluster, owner, found, view.as_ref()).await?;
     Ok(Outcome {
@@ -333,13 +366,57 @@ fn plan(
     let place = Place {
         form: Form::Pods {
             etcd: context.defaults.etcd.clone(),
+            etcd_tls: build::etcd_keys(context.defaults.etcd_tls.as_ref()),
             cluster: owner.store_name(),
         },
+        keys: build::keys(owner, cluster),
+        api_keys: cluster
+            .security
+            .api_keys
+            .as_ref()
+            .map(|_| folders::API_KEYS.to_owned()),
         model_dir: Source::of(&cluster.model).directory(),
         gateway_listen: format!("0.0.0.0:{}", ports::HTTP),
         machine: Machine::Pods,
     };
     launch(cluster, facts, &place).map_err(|error| error.to_string())
+}
+
+/// Sees to the Secrets now and then. Gives the key that a gateway is asked with, where it wants one.
+async fn secure(
+    context: &Context,
+    owner: &Owner,
+    cluster: &ValidatedCluster,
+    now: &Time,
+) -> Result<Option<ApiKey>, ReconcileError> {
+    let known = lock(&context.secured).get(&owner.uid).cloned();
+    if let Some((at, key)) = known
+        && at.elapsed() < SECRETS
+    {
+        return Ok(key);
+    }
+    let failed = |error: SecretsError| match error {
+        SecretsError::Api(error) => ReconcileError::api("secrets")(error),
+        SecretsError::Unusable(why) => ReconcileError::Secrets(why),
+    };
+    if cluster.security.certificates == Certificates::Operator {
+        let now = u64::try_from(now.0.as_second()).unwrap_or_default();
+        let domain = build::domain(owner);
+        let done = secrets::ensure(&context.client, owner, &domain, now).await;
+        done.map_err(failed)?;
+    }
+    if let Some(tls) = &context.defaults.etcd_tls {
+        let done = secrets::ensure_etcd(&context.client, owner, tls).await;
+        done.map_err(failed)?;
+    }
+    let key = match &cluster.security.api_keys {
+        None => None,
+        Some(secret) => secrets::api_key(&context.client, owner, secret)
+            .await
+            .map_err(ReconcileError::api("secrets"))?,
+    };
+    lock(&context.secured).insert(owner.uid.clone(), (Instant::now(), key.clone()));
+    Ok(key)
 }
 
 /// Applies objects that are new or have not been applied for a while, and removes what is not wanted any more.
@@ -374,6 +451,7 @@ fn settings(
     owner: &Owner,
     plan: &LaunchPlan,
     found: &Found,
+    api_key: Option<&ApiKey>,
     leaving: Vec<Rank>,
     only_look: bool,
 ) -> Option<View> {
@@ -390,6 +468,7 @@ fn settings(
     let address = Address {
         url: url(owner),
         model: model.unwrap_or_default(),
+        api_key: api_key.cloned(),
     };
     let address = (found.available() > 0).then_some(address);
     if only_look && let Some(view) = context.clusters.look(owner) {

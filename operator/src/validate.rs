@@ -1,6 +1,7 @@
 //! Manifest → [`ValidatedCluster`], in which nothing is open any more. All findings at once.
 
 mod checks;
+mod security;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -14,6 +15,8 @@ use foregate_api::manifest::{
 use foregate_api::weights::WeightSettings;
 
 use crate::quantity::parse_bytes;
+pub use security::{Certificates, ValidatedSecurity};
+
 use checks::{Checks, cluster_name, dns_label, model_uri, object_name, short_name};
 
 /// A cluster as it is wanted, complete and within limits.
@@ -29,6 +32,8 @@ pub struct ValidatedCluster {
     pub gateway: ValidatedGateway,
     /// The balancer.
     pub balancing: ValidatedBalancing,
+    /// Who may speak with whom.
+    pub security: ValidatedSecurity,
     /// What all pods have in common; texts that only the API server can judge are as written.
     pub pods: PodsSpec,
 }
@@ -228,6 +233,7 @@ pub fn validate(manifest: Manifest) -> Result<ValidatedCluster, Findings> {
         workers: workers(&mut checks, spec.workers),
         gateway: gateway(&mut checks, spec.gateway),
         balancing: balancing(&mut checks, &spec.balancing),
+        security: security::security(&mut checks, spec.security),
         pods: spec.pods,
     };
     for (field, keys) in [

@@ -1,6 +1,9 @@
 //! One layer's exchange between two workers of one machine, by fabric and rows: what a decode step pays per
 //! layer beyond the arithmetic.
 
+#[path = "../../operator/tls/tests/desk/mod.rs"]
+mod desk;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::hint::black_box;
 use std::net::TcpListener;
@@ -11,10 +14,12 @@ use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use foregate_api::ids::{Epoch, ExpertId, LayerId, Rank};
 use foregate_api::model::{Family, ModelSpec};
 use foregate_api::placement::{LayerPlacement, Placement, Reason};
+use foregate_api::tls::TlsRole;
 use foregate_checkpoint::tiny::Tiny;
 use foregate_kernels::Cpu;
 use foregate_models::ExpertWeights;
 use foregate_models::experts::{ExpertBatch, Experts};
+use foregate_tls::Keys;
 use foregate_worker::engine::StepExperts;
 use foregate_worker::exchange::{Endpoint, EndpointParts, Exchange, Way};
 use foregate_worker::fabric::local::LocalHub;
@@ -24,6 +29,8 @@ use foregate_worker::load::LoadCounters;
 use foregate_worker::metrics::WorkerMetrics;
 use foregate_worker::residency::Routing;
 use prometheus::Registry;
+
+use desk::Desk;
 
 type Failure = Box<dyn std::error::Error>;
 
@@ -106,9 +113,9 @@ fn pair(spec: &Arc<ModelSpec>, ways: [Way; 2]) -> Result<Pair, Failure> {
     })
 }
 
-fn tcp() -> Result<Way, Failure> {
+fn tcp(keys: Option<&Keys>) -> Result<Way, Failure> {
     let listener = TcpListener::bind("127.0.0.1:0")?;
-    Ok(Way::Tcp(listener, TcpSettings::default()))
+    Ok(Way::Tcp(listener, TcpSettings::default(), keys.cloned()))
 }
 
 fn layer(c: &mut Criterion) {
@@ -121,9 +128,12 @@ fn run(c: &mut Criterion) -> Result<(), Failure> {
     let spec = spec()?;
     let hub = LocalHub::new();
     let local = [Way::Local(Arc::clone(&hub)), Way::Local(hub)];
+    let desk = Desk::new();
+    let keys = desk.keys(TlsRole::Worker);
     let mut fabrics = [
         ("local", pair(&spec, local)?),
-        ("tcp", pair(&spec, [tcp()?, tcp()?])?),
+        ("tcp", pair(&spec, [tcp(None)?, tcp(None)?])?),
+        ("tls", pair(&spec, [tcp(Some(&keys))?, tcp(Some(&keys))?])?),
     ];
     let mut group = c.benchmark_group("exchange_layer");
     for (name, pair) in &mut fabrics {

@@ -25,6 +25,7 @@ use foregate_api::member::{Ack, Member, Phase};
 use foregate_api::node::WorkerConfig;
 use foregate_store::coord::Coord;
 use foregate_store::kv::Store;
+use foregate_tls::Keys;
 use foregate_wire::serve as grpc;
 use prometheus::Registry;
 use tokio::task::JoinHandle;
@@ -79,6 +80,8 @@ pub struct Deps {
     pub cluster: String,
     /// Settings.
     pub config: WorkerConfig,
+    /// What this worker and who calls it prove themselves with; without them everybody is believed.
+    pub keys: Option<Keys>,
     /// The store.
     pub store: Arc<dyn Store>,
     /// The hub of this process; needed by the local fabric only.
@@ -157,6 +160,7 @@ impl Worker {
         let Deps {
             cluster,
             config,
+            keys,
             store,
             local_hub,
             dense: _,
@@ -179,7 +183,7 @@ impl Worker {
             spec: Arc::clone(&spec),
             ops: Arc::<foregate_kernels::Cpu>::clone(&loaded.cpu),
             callee_ops: Arc::<foregate_kernels::Cpu>::clone(&loaded.cpu),
-            way: start::way(&config, local_hub, exchange_listener)?,
+            way: start::way(&config, local_hub, exchange_listener, keys.clone())?,
             load: Arc::clone(&load),
             metrics: Arc::clone(&metrics),
             deadline: Duration::from_millis(config.exchange_deadline_ms),
@@ -231,6 +235,7 @@ impl Worker {
             Arc::clone(&loaded.checkpoint),
             Arc::clone(&metrics),
             config.threads as usize,
+            keys.clone(),
         );
         let follower = Follower::new(FollowerParts {
             rank: me.rank,
@@ -256,7 +261,7 @@ impl Worker {
             .add_service(ExpertsService::server(Arc::clone(endpoint.residency())));
         let (stop_rpc, stop_publisher) = (CancellationToken::new(), CancellationToken::new());
         Ok(Self {
-            rpc: spawn(grpc::serve(router, rpc_listener, stop_rpc.clone())),
+            rpc: spawn(grpc::serve(router, rpc_listener, keys, stop_rpc.clone())),
             follower: spawn(follower.run(stop_follower.clone())),
             gauges: spawn(gauges(metrics, engine.clone(), stop_follower.clone())),
             publisher: spawn(publisher.run(stop_publisher.clone())),

@@ -9,6 +9,7 @@ use foregate_api::node::{FabricKind, WorkerConfig};
 use foregate_checkpoint::Checkpoint;
 use foregate_kernels::{Cpu, KvCache, KvShape, PathError};
 use foregate_models::Model;
+use foregate_tls::Keys;
 
 use crate::dense::DenseWeights;
 use crate::error::WorkerError;
@@ -71,6 +72,7 @@ pub(crate) fn way(
     config: &WorkerConfig,
     hub: Option<Arc<LocalHub>>,
     listener: Option<TcpListener>,
+    keys: Option<Keys>,
 ) -> Result<Way, WorkerError> {
     match config.fabric {
         FabricKind::Local => hub.map(Way::Local).ok_or_else(|| {
@@ -87,7 +89,7 @@ pub(crate) fn way(
                 source,
             })?;
             reachable("exchange_listen", address)?;
-            Ok(Way::Tcp(listener, TcpSettings::default()))
+            Ok(Way::Tcp(listener, TcpSettings::default(), keys))
         }
     }
 }

@@ -8,6 +8,8 @@
     reason = "a test says what it expects by failing; its threads run on the wall clock, every wait bounded"
 )]
 
+#[path = "../../operator/tls/tests/desk/mod.rs"]
+mod desk;
 mod exchange_rig;
 mod proxy;
 
@@ -18,6 +20,8 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use foregate_api::ids::{Epoch, ExpertId, LayerId, Rank};
+use foregate_api::tls::TlsRole;
+use foregate_tls::Keys;
 use foregate_wire::frame::{Call, Frame, Hello, RefuseReason, Route, encode};
 use foregate_worker::exchange::serve::ServerLimits;
 use foregate_worker::fabric::local::LocalHub;
@@ -28,6 +32,7 @@ use foregate_worker::fabric::{
 };
 use foregate_worker::metrics::WorkerMetrics;
 
+use desk::Desk;
 use exchange_rig::{MISSING, PATIENCE, answer, call, callee, metrics, soon, wait_for};
 use proxy::Proxy;
 
@@ -145,8 +150,9 @@ impl Kind for Local {
     }
 }
 
+/// Plain, or with keys that both sides prove themselves with.
 #[derive(Default)]
-struct Tcp;
+struct Tcp(Option<Keys>);
 
 impl Kind for Tcp {
     fn open_as(
@@ -177,6 +183,7 @@ impl Kind for Tcp {
                 silence: PATIENCE,
                 ..TcpSettings::default()
             },
+            keys: self.0.clone(),
         })
         .unwrap();
         Station {
@@ -194,7 +201,13 @@ macro_rules! contract {
             $(#[test] fn $name() { super::$name(&super::Local::default()); })*
         }
         mod tcp {
-            $(#[test] fn $name() { super::$name(&super::Tcp); })*
+            $(#[test] fn $name() { super::$name(&super::Tcp::default()); })*
+        }
+        mod proven {
+            $(#[test] fn $name() {
+                let desk = super::Desk::new();
+                super::$name(&super::Tcp(Some(desk.keys(super::TlsRole::Worker))));
+            })*
         }
     };
 }
@@ -365,9 +378,13 @@ fn a_closed_fabric_takes_nothing(kind: &dyn Kind) {
 
 /// A caller that reaches its callee through a proxy.
 fn through_proxy(handler: Arc<dyn CallHandler>) -> (Station, Station, Proxy) {
-    let callee = Tcp.open(CALLEE, 7, handler);
+    through_proxy_with(&Tcp::default(), handler)
+}
+
+fn through_proxy_with(tcp: &Tcp, handler: Arc<dyn CallHandler>) -> (Station, Station, Proxy) {
+    let callee = tcp.open(CALLEE, 7, handler);
     let proxy = Proxy::to(&callee.fabric.address());
-    let caller = Tcp.open(CALLER, 1, Arc::new(Holding::default()));
+    let caller = tcp.open(CALLER, 1, Arc::new(Holding::default()));
     let address = PeerAddress {
         exchange: proxy.address(),
         incarnation: 7,
@@ -416,9 +433,9 @@ fn a_corrupt_answer_resets_the_connection_and_is_counted() {
 #[test]
 fn a_late_hello_ends_no_newer_connection() {
     let holding = Arc::new(Holding::default());
-    let callee = Tcp.open(CALLEE, 7, holding.clone());
+    let callee = Tcp::default().open(CALLEE, 7, holding.clone());
     let mut first = std::net::TcpStream::connect(callee.fabric.address()).unwrap();
-    let caller = Tcp.open(CALLER, 1, Arc::new(Holding::default()));
+    let caller = Tcp::default().open(CALLER, 1, Arc::new(Holding::default()));
     caller.meet(CALLEE, callee.address());
     let hello = Frame::Hello(Hello {
         cluster: test_name(),
@@ -438,8 +455,8 @@ fn a_late_hello_ends_no_newer_connection() {
 #[test]
 fn another_cluster_is_not_served() {
     let holding = Arc::new(Holding::default());
-    let callee = Tcp.open_as("other", CALLEE, 7, holding.clone());
-    let caller = Tcp.open_as("test", CALLER, 1, Arc::new(Holding::default()));
+    let callee = Tcp::default().open_as("other", CALLEE, 7, holding.clone());
+    let caller = Tcp::default().open_as("test", CALLER, 1, Arc::new(Holding::default()));
     caller
         .fabric
         .set_peers(&BTreeMap::from([(CALLEE, callee.address())]));
@@ -450,7 +467,7 @@ fn another_cluster_is_not_served() {
 
 #[test]
 fn bytes_that_are_no_frame_end_their_connection_only() {
-    let (caller, callee) = Tcp.pair(callee(ServerLimits::default()));
+    let (caller, callee) = Tcp::default().pair(callee(ServerLimits::default()));
     let mut stranger = std::net::TcpStream::connect(callee.fabric.address()).unwrap();
     stranger.write_all(&[b'x'; 200]).unwrap();
     stranger.set_read_timeout(Some(PATIENCE)).unwrap();
@@ -459,4 +476,67 @@ fn bytes_that_are_no_frame_end_their_connection_only() {
     assert!(!matches!(stranger.read(&mut answer), Ok(1..)));
     wait_for("the count", || callee.metrics.corrupt_frames_total() == 1);
     assert!(matches!(caller.ask(call(1)), Outcome::Reply(_)));
+}
+
+/// A caller with these keys never gets a call through.
+fn is_refused(callee: &Station, holding: &Holding, caller: Option<Keys>) {
+    let caller = Tcp(caller).open(CALLER, 1, Arc::new(Holding::default()));
+    caller
+        .fabric
+        .set_peers(&BTreeMap::from([(CALLEE, callee.address())]));
+    std::thread::park_timeout(Duration::from_millis(50));
+    assert_eq!(caller.send(call(1)), Err(SendError::Down(CALLEE)));
+    assert_eq!(holding.held(), 0);
+}
+
+#[test]
+fn only_workers_of_the_cluster_exchange_rows() {
+    let desk = Desk::new();
+    let holding = Arc::new(Holding::default());
+    let callee = Tcp(Some(desk.keys(TlsRole::Worker))).open(CALLEE, 7, holding.clone());
+    is_refused(&callee, &holding, None);
+    is_refused(&callee, &holding, Some(Desk::new().keys(TlsRole::Worker)));
+    is_refused(&callee, &holding, Some(desk.keys(TlsRole::Gateway)));
+    let other = desk.of_cluster("other.default.foregate.internal");
+    is_refused(&callee, &holding, Some(other.keys(TlsRole::Worker)));
+    // Neither does a worker with keys speak to one without.
+    let plain = Tcp::default().open(CALLEE, 7, holding.clone());
+    is_refused(&plain, &holding, Some(desk.keys(TlsRole::Worker)));
+    // Frames that are not even asked for.
+    let mut stranger = std::net::TcpStream::connect(callee.fabric.address()).unwrap();
+    let hello = Frame::Hello(Hello {
+        cluster: test_name(),
+        rank: CALLER,
+        incarnation: 1,
+    });
+    for frame in [hello, Frame::Call(call(1))] {
+        let mut bytes = Vec::new();
+        encode(&frame, &mut bytes).unwrap();
+        // The callee may have hung up already.
+        drop(stranger.write_all(&bytes));
+    }
+    stranger.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut answer = Vec::new();
+    drop(stranger.read_to_end(&mut answer));
+    assert!(answer.len() < 16, "more than an alert: {answer:?}");
+    assert_eq!(holding.held(), 0);
+    let caller = Tcp(Some(desk.keys(TlsRole::Worker))).open(CALLER, 1, holding);
+    caller.meet(CALLEE, callee.address());
+}
+
+#[test]
+fn keys_change_under_a_connection_in_use() {
+    let desk = Desk::new();
+    let tcp = Tcp(Some(desk.keys(TlsRole::Worker)));
+    let (caller, _callee, proxy) = through_proxy_with(&tcp, callee(ServerLimits::default()));
+    assert!(matches!(caller.ask(call(1)), Outcome::Reply(_)));
+    let next = Desk::successor();
+    desk.trust(&[&next]);
+    desk.write(TlsRole::Worker, &next.issued(TlsRole::Worker));
+    // The connection goes on; the next one is proven with the new keys.
+    assert!(matches!(caller.ask(call(2)), Outcome::Reply(_)));
+    proxy.cut();
+    wait_for("the end", || !caller.fabric.is_up(CALLEE));
+    wait_for("a new connection", || caller.fabric.is_up(CALLEE));
+    assert!(matches!(caller.ask(call(3)), Outcome::Reply(_)));
 }

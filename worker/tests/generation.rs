@@ -6,11 +6,15 @@
     reason = "a test says what it expects by failing"
 )]
 
+#[path = "../../operator/tls/tests/desk/mod.rs"]
+mod desk;
 mod rig;
 
 use std::time::Duration;
 
 use foregate_api::model::Family;
+use foregate_api::tls::TlsRole;
+use foregate_tls::Keys;
 use foregate_wire::connect::channel;
 use foregate_wire::generation::generation_client::GenerationClient;
 use foregate_wire::generation::{FinishReason, GenerateRequest, Sampling};
@@ -24,11 +28,13 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
+use desk::Desk;
 use rig::{Answer, Gather, PATIENCE, Rig, Sizes, collect, run, until};
 
 struct Served {
     engine: EngineHandle,
     client: GenerationClient<Channel>,
+    address: String,
     _tasks: JoinSet<()>,
 }
 
@@ -38,20 +44,31 @@ impl Served {
     }
 
     async fn over(engine: EngineHandle) -> Self {
+        Self::proven(engine, None, None).await
+    }
+
+    /// With keys of the worker, and of its client.
+    async fn proven(engine: EngineHandle, worker: Option<Keys>, client: Option<&Keys>) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let router = server().add_service(GenerationService::new(engine.clone()).into_server());
         let mut tasks = JoinSet::new();
         tasks.spawn(async move {
-            serve(router, listener, CancellationToken::new())
+            serve(router, listener, worker, CancellationToken::new())
                 .await
                 .unwrap();
         });
         Self {
             engine,
-            client: GenerationClient::new(channel(&address).unwrap()),
+            client: GenerationClient::new(channel(&address, client).unwrap()),
+            address,
             _tasks: tasks,
         }
+    }
+
+    /// As another client.
+    fn client(&self, keys: Option<&Keys>) -> GenerationClient<Channel> {
+        GenerationClient::new(channel(&self.address, keys).unwrap())
     }
 
     async fn ask(&mut self, request: GenerateRequest) -> Result<Answer, Status> {
@@ -190,4 +207,83 @@ async fn a_stopped_engine_ends_streams_as_unavailable() {
         }
     };
     assert_eq!(status.code(), Code::Unavailable);
+}
+
+/// No connection, or one that the worker ends when it has seen the proof: `UNAVAILABLE` is the first, the second comes
+/// as the break of a connection does.
+fn is_refusal(status: &Status) -> bool {
+    matches!(status.code(), Code::Unavailable | Code::Unknown)
+}
+
+#[tokio::test]
+async fn only_the_cluster_is_served() {
+    let desk = Desk::new();
+    let keys = desk.keys(TlsRole::Gateway);
+    let engine = Rig::tiny(Family::Qwen3Moe).alone(Sizes::default());
+    let worker = Some(desk.keys(TlsRole::Worker));
+    let mut served = Served::proven(engine, worker, Some(&keys)).await;
+    let got = served.ask(request(9)).await.unwrap();
+    let want = run(&served.engine, rig::request(&[5, 6, 7], 9)).await;
+    assert_eq!(got.ids(), want.ids());
+
+    let elsewhere = Desk::new().keys(TlsRole::Gateway);
+    let other = desk.of_cluster("other.default.foregate.internal");
+    let other = other.keys(TlsRole::Gateway);
+    for (who, keys) in [
+        ("plain", None),
+        ("another authority", Some(&elsewhere)),
+        ("another cluster", Some(&other)),
+    ] {
+        let refused = served.client(keys).generate(request(1)).await.unwrap_err();
+        assert!(is_refusal(&refused), "{who}: {refused}");
+    }
+    // A proven client does not speak to a worker without keys either.
+    let plain = Served::over(served.engine.clone()).await;
+    let refused = plain
+        .client(Some(&keys))
+        .generate(request(1))
+        .await
+        .unwrap_err();
+    assert!(is_refusal(&refused), "{refused}");
+}
+
+#[tokio::test]
+async fn keys_change_while_a_stream_runs() {
+    let desk = Desk::new();
+    let keys = desk.keys(TlsRole::Gateway);
+    let (engine, pace) = Rig::tiny(Family::Qwen3Moe).paced(Sizes::default());
+    let worker = Some(desk.keys(TlsRole::Worker));
+    let mut served = Served::proven(engine, worker, Some(&keys)).await;
+    let mut stream = served
+        .client
+        .generate(request(9))
+        .await
+        .unwrap()
+        .into_inner();
+    pace.steps(1);
+    let mut gather = Gather::default();
+    gather.add(stream.message().await.unwrap().unwrap().event.unwrap());
+
+    let late = desk.keys_of(TlsRole::Gateway, &desk.issued(TlsRole::Gateway));
+    let next = Desk::successor();
+    desk.trust(&[&next]);
+    for role in TlsRole::ALL {
+        desk.write(role, &next.issued(role));
+    }
+    // A new client with the old certificate, and one with the new one.
+    let refused = served
+        .client(Some(&late))
+        .generate(request(1))
+        .await
+        .unwrap_err();
+    assert!(is_refusal(&refused), "{refused}");
+    let mut client = served.client(Some(&keys));
+    let second = client.generate(request(2));
+    let (second, ()) = tokio::join!(second, async { drop(pace) });
+    second.unwrap();
+    while let Some(event) = stream.message().await.unwrap() {
+        gather.add(event.event.unwrap());
+    }
+    let want = run(&served.engine, rig::request(&[5, 6, 7], 9)).await;
+    assert_eq!(gather.end().ids(), want.ids());
 }

@@ -1,7 +1,7 @@
 //! A sequence's bits do not depend on where and with whom it runs.
 //!
 //! Each case draws a cluster (1 to 4 workers, fabric, threads, batch and chunk sizes, page size, KV
-//! memory), requests on random workers, and random placements with copies, one after the other while
+//! memory, with and without proofs between all), requests on random workers, and random placements with copies, one after the other while
 //! the requests run. Token ids and the bits of every log-probability must be those of the same request
 //! alone on one engine with all experts in its process.
 #![allow(
@@ -12,6 +12,8 @@
 )]
 
 mod cluster;
+#[path = "../../operator/tls/tests/desk/mod.rs"]
+mod desk;
 mod random;
 mod rig;
 
@@ -45,6 +47,8 @@ fn draw_form(random: &mut Random) -> Form {
         kv_bytes: page_bytes * u64::from(tokens / page_tokens),
         spare_slots: random.within(0, 3),
         weights: WeightSettings::default(),
+        // Set without a draw, so that a case stays what it was.
+        proven: page_tokens == 4,
     }
 }
 

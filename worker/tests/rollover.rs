@@ -115,6 +115,7 @@ impl Fabrics {
             Self::Tcp => Way::Tcp(
                 TcpListener::bind("127.0.0.1:0").unwrap(),
                 TcpSettings::default(),
+                None,
             ),
         }
     }
@@ -225,6 +226,7 @@ impl Cluster {
                 model.checkpoint.clone(),
                 metrics.clone(),
                 2,
+                None,
             )),
             publisher: PublisherHandle { wanted, published },
             metrics: metrics.clone(),
@@ -235,7 +237,7 @@ impl Cluster {
         let service = ExpertsService::server(endpoint.residency().clone());
         let router = foregate_wire::serve::server().add_service(service);
         self.tasks
-            .spawn(foregate_wire::serve::serve(router, rpc, stop.clone()));
+            .spawn(foregate_wire::serve::serve(router, rpc, None, stop.clone()));
         Node {
             rank,
             endpoint,

@@ -49,6 +49,14 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 
 {{- /* URLs of etcd, one a line: of one's own, or of every member, so that a lost one does not cut anybody off. */}}
 {{- define "foregate.etcd.urls" -}}
+{{- if and .Values.etcd.tls.secretName (not .Values.etcd.external) }}
+{{- fail "etcd.tls is for an etcd of your own: name it in etcd.external with https://host:port. The chart's own etcd is plain" }}
+{{- end }}
+{{- range .Values.etcd.external }}
+{{- if ne (hasPrefix "https://" .) (not (empty $.Values.etcd.tls.secretName)) }}
+{{- fail (printf "etcd.external %s: https goes with etcd.tls.secretName, http without" .) }}
+{{- end }}
+{{- end }}
 {{- if .Values.etcd.external }}
 {{- join "\n" .Values.etcd.external }}
 {{- else }}
@@ -78,6 +86,9 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 - apiGroups: [""]
   resources: [configmaps, services]
   verbs: [list, create, patch, delete]
+- apiGroups: [""]
+  resources: [secrets]
+  verbs: [get, create, update]
 - apiGroups: [apps]
   resources: [deployments]
   verbs: [get, list, watch, create, patch, delete]
@@ -92,5 +103,12 @@ app.kubernetes.io/instance: {{ .Release.Name }}
   verbs: [list, create, patch, delete]
 - apiGroups: [events.k8s.io]
   resources: [events]
+  verbs: [create, patch]
+{{- end }}
+
+{{- /* And where cert-manager issues certificates. */}}
+{{- define "foregate.rules.certManager" -}}
+- apiGroups: [cert-manager.io]
+  resources: [certificates]
   verbs: [create, patch]
 {{- end }}

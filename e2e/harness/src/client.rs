@@ -37,6 +37,21 @@ impl Client {
         }
     }
 
+    /// The same, which shows a key with each request.
+    ///
+    /// # Panics
+    /// If the key cannot stand in a header.
+    #[must_use]
+    pub fn with_key(base: &str, key: &str) -> Self {
+        let value = format!("Bearer {key}").parse().expect("a header's value");
+        let headers = [(reqwest::header::AUTHORIZATION, value)];
+        let http = reqwest::Client::builder().default_headers(headers.into_iter().collect());
+        Self {
+            http: http.build().expect("a client"),
+            ..Self::new(base)
+        }
+    }
+
     /// Host and port.
     #[must_use]
     pub fn address(&self) -> &str {

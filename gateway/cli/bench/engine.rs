@@ -102,7 +102,8 @@ pub(crate) struct EngineArgs {
     /// Compare a cluster of so many workers, which share the threads, with one process, in turn.
     #[arg(long, value_parser = clap::value_parser!(u32).range(2..=64))]
     workers: Option<u32>,
-    /// How the cluster's rows travel: `local`, its workers are threads of this process; `tcp`, each is a process.
+    /// How the cluster's rows travel: `local`, its workers are threads of this process; `tcp`, each is a
+    /// process; `tls`, the same with certificates.
     #[arg(long, value_enum, requires = "workers", default_value = "local")]
     fabric: FabricName,
     /// Draw decode against batch and context, and prefill against prompt length, with their limits.

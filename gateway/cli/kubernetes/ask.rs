@@ -6,6 +6,7 @@ use serde_json::Value;
 use tokio::time::{Instant, sleep};
 
 use super::OneToken;
+use crate::environment;
 use crate::error::{CliError, print};
 
 /// Pause between two attempts.
@@ -17,7 +18,7 @@ pub(crate) struct AskArgs {
     /// URL of the operator's status server.
     #[arg(long, value_name = "URL", required_unless_present = "gateway")]
     operator: Option<String>,
-    /// URL of a gateway, which is asked for a token.
+    /// URL of a gateway, which is asked for a token. It is shown the key in FOREGATE_API_KEY, if there is one.
     #[arg(long, value_name = "URL")]
     gateway: Option<String>,
     /// Seconds until an answer must have come.
@@ -44,21 +45,25 @@ pub(crate) async fn run(args: &AskArgs) -> Result<(), CliError> {
 async fn answers(asker: &OneToken, args: &AskArgs) -> Result<(), String> {
     if let Some(operator) = &args.operator {
         asker
-            .text(&format!("{operator}/readyz"))
+            .text(&format!("{operator}/readyz"), None)
             .await
             .map_err(|why| format!("operator: {why}"))?;
         print("the operator answers");
     }
     if let Some(gateway) = &args.gateway {
         let told = |why| format!("gateway: {why}");
+        let key = environment::variable("FOREGATE_API_KEY");
         let models = asker
-            .text(&format!("{gateway}/v1/models"))
+            .text(&format!("{gateway}/v1/models"), key.as_deref())
             .await
             .map_err(told)?;
         let models: Value = serde_json::from_str(&models).map_err(|e| told(e.to_string()))?;
         let model = models.pointer("/data/0/id").and_then(Value::as_str);
         let model = model.ok_or_else(|| told("it serves no model".to_owned()))?;
-        asker.ask(gateway, model).await.map_err(told)?;
+        asker
+            .ask(gateway, model, key.as_deref())
+            .await
+            .map_err(told)?;
         print(&format!("a token of {model} came through the gateway"));
     }
     Ok(())

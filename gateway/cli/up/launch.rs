@@ -6,7 +6,7 @@ use foregate_api::node::{NodeConfig, RoleConfig};
 use foregate_api::weights::WeightSettings;
 use foregate_checkpoint::Checkpoint;
 use foregate_operator::launch::{
-    Form, Instance, LaunchError, Machine, ModelFacts, Place, launch,
+    Form, Instance, KeyFolders, LaunchError, Machine, ModelFacts, Place, launch,
 };
 use foregate_operator::validate::ValidatedCluster;
 use tokio::net::TcpListener;
@@ -31,6 +31,10 @@ pub(super) struct Prepared {
     pub(super) cluster: ValidatedCluster,
     pub(super) directory: PathBuf,
     pub(super) listener: TcpListener,
+    /// Keys of gateway and workers.
+    pub(super) keys: Option<KeyFolders>,
+    /// Keys of clients.
+    pub(super) api_keys: Option<String>,
 }
 
 /// A launch plan with what `up` itself must know of it.
@@ -58,6 +62,8 @@ impl Launch {
             cluster,
             directory,
             listener,
+            keys,
+            api_keys,
         } = prepared;
         let facts = facts(&directory, cluster.model.weights).await?;
         let address = listener
@@ -67,6 +73,8 @@ impl Launch {
             form,
             model_dir: directory.to_string_lossy().into_owned(),
             gateway_listen: address.to_string(),
+            keys,
+            api_keys,
             machine: Machine::Shared {
                 cores: cores(),
                 memory: crate::doctor::total_memory(),

@@ -53,7 +53,7 @@ pub(crate) async fn run(
         etcd: etcd.endpoints.clone(),
     };
     let launch = Launch::plan(prepared, form, progress).await?;
-    let store = roles::connect_etcd(&etcd.endpoints).await?;
+    let store = roles::connect_etcd(&etcd.endpoints, None).await?;
     let mut listener = Some(handed_over(launch.listener)?);
     let mut children = Children::new(progress)?;
     for instance in launch.instances {

@@ -18,6 +18,8 @@ pub(super) struct Wish {
     pub(super) cluster: ValidatedCluster,
     /// Base of relative model directories.
     pub(super) base: PathBuf,
+    /// Where the keys of clients are.
+    pub(super) api_keys: Option<String>,
 }
 
 impl Wish {
@@ -45,9 +47,18 @@ impl Wish {
         spec.model.quantization = args.weights.quantization.or(spec.model.quantization);
         let cluster = validate(draft.manifest)
             .map_err(|findings| CliError::Usage(format!("{}: {findings}", draft.origin)))?;
+        let api_keys = args.api_key_file.as_deref();
+        if let (Some(secret), None) = (&cluster.security.api_keys, api_keys) {
+            return Err(CliError::Usage(format!(
+                "{}: spec.security.apiKeys wants the keys of Secret {secret}, and there are no Secrets here; pass \
+                 --api-key-file FILE",
+                draft.origin
+            )));
+        }
         Ok(Self {
             cluster,
             base: draft.base,
+            api_keys: api_keys.map(|path| path.to_string_lossy().into_owned()),
         })
     }
 }

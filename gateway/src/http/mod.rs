@@ -2,6 +2,7 @@
 
 mod admin;
 mod answer;
+mod authorize;
 mod body;
 mod chat;
 mod chat_request;
@@ -61,6 +62,10 @@ pub fn router(gateway: Arc<Gateway>) -> Router {
         .route("/debug/trace", get(trace::trace))
         .fallback(no_such_route)
         .method_not_allowed_fallback(method_not_allowed)
+        .layer(middleware::from_fn_with_state(
+            Arc::clone(&gateway),
+            authorize::authorize,
+        ))
         .layer(middleware::from_fn_with_state(
             Arc::clone(&gateway),
             identify,

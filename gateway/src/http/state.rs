@@ -10,6 +10,7 @@ use tokio::time::Instant;
 use super::body::Bodies;
 use super::defaults::Defaults;
 use crate::admission::Admission;
+use crate::api_keys::ApiKeys;
 use crate::clock::Clock;
 use crate::error::ApiError;
 use crate::generate::{Answer, Generation, Job, Runner};
@@ -28,6 +29,8 @@ const LONG_BODY: usize = 16 << 10;
 pub struct Gateway {
     /// Settings.
     pub config: GatewayConfig,
+    /// Keys that clients show; without them everybody may call.
+    pub api_keys: Option<ApiKeys>,
     /// Text and ids.
     pub prompter: Prompter,
     /// What a request does not say about sampling.

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use foregate_api::ids::Rank;
 use foregate_api::member::Member;
+use foregate_tls::Keys;
 use foregate_wire::connect;
 use foregate_wire::generation::GenerateRequest;
 use foregate_wire::tonic::transport::Channel;
@@ -39,6 +40,8 @@ pub struct Upstream {
     signatures: Signatures,
     feed: Feed,
     metrics: Arc<Metrics>,
+    /// What gateway and workers prove themselves with.
+    keys: Option<Keys>,
     channels: Mutex<BTreeMap<String, Channel>>,
     suspects: Mutex<BTreeMap<Rank, (u64, Instant)>>,
     /// Where sequences wait for their place, if the policy is that of the window.
@@ -46,13 +49,14 @@ pub struct Upstream {
 }
 
 impl Upstream {
-    /// Over the workers of `views`.
+    /// Over the workers of `views`; with `keys` over connections on which both sides prove themselves.
     #[must_use]
     pub fn new(
         views: Arc<Views>,
         loads: Arc<Loads>,
         router: Router,
         metrics: Arc<Metrics>,
+        keys: Option<Keys>,
     ) -> Self {
         Self {
             views,
@@ -61,6 +65,7 @@ impl Upstream {
             signatures: Signatures::default(),
             feed: Feed::default(),
             metrics,
+            keys,
             channels: Mutex::default(),
             suspects: Mutex::default(),
             ahead: None,
@@ -182,7 +187,7 @@ impl Upstream {
         // Addresses of workers that are gone go with them, so that restarts do not pile up.
         let view = self.views.load();
         channels.retain(|rpc, _| view.state.members.values().any(|member| &member.rpc == rpc));
-        let channel = connect::channel(&member.rpc)
+        let channel = connect::channel(&member.rpc, self.keys.as_ref())
             .map_err(|error| ApiError::upstream(format!("worker {}: {error}", member.rank)))?;
         channels.insert(member.rpc.clone(), channel.clone());
         Ok(channel)

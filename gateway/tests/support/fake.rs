@@ -73,8 +73,12 @@ impl Worker {
                 send.send(listener.local_addr().unwrap().to_string())
                     .unwrap();
                 let router = foregate_wire::serve::server().add_service(service);
-                let serving =
-                    foregate_wire::serve::serve(router, listener, CancellationToken::new());
+                let serving = foregate_wire::serve::serve(
+                    router,
+                    listener,
+                    None,
+                    CancellationToken::new(),
+                );
                 tokio::select! {
                     _ = serving => {}
                     () = killed.cancelled() => {}

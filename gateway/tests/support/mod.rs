@@ -136,6 +136,7 @@ pub fn config() -> GatewayConfig {
         max_queued: 16,
         queue_timeout_ms: 60_000,
         request_timeout_ms: 60_000,
+        api_keys: None,
     }
 }
 
@@ -183,6 +184,7 @@ impl Cluster {
         let shutdown = CancellationToken::new();
         let registry = prometheus::Registry::new();
         let deps = foregate_gateway::Deps {
+            keys: None,
             cluster: "test".into(),
             config,
             listener,

@@ -14,4 +14,6 @@ pub mod member;
 pub mod model;
 pub mod node;
 pub mod placement;
+pub mod security;
+pub mod tls;
 pub mod weights;

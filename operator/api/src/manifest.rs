@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::cpu::CpuPath;
+use crate::security::SecuritySpec;
 use crate::weights::{PlainFormat, Quantization};
 
 /// `apiVersion` of every manifest.
@@ -62,6 +63,9 @@ pub struct ClusterSpec {
     /// How experts are kept in balance.
     #[serde(default)]
     pub balancing: BalancingSpec,
+    /// Who may speak with whom.
+    #[serde(default)]
+    pub security: SecuritySpec,
     /// What all pods of the cluster have in common. Only Kubernetes has pods; `foregate up` does not look at it.
     #[serde(default)]
     pub pods: PodsSpec,

@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::cpu::CpuPath;
 use crate::ids::Rank;
 use crate::manifest::RoutingPolicy;
+use crate::tls::{StoreTls, TlsConfig};
 use crate::weights::WeightSettings;
 
 /// What one instance is told. Written by `foregate_operator::launch`, read by exactly one role.
@@ -19,6 +20,10 @@ pub struct NodeConfig {
     pub role: RoleConfig,
     /// `host:port` for `/metrics`, `/healthz` and `/readyz` of operator and worker; port 0 lets the system choose.
     pub status_listen: String,
+    /// How gateway and workers prove themselves to each other. Absent: connections between them are plain, and everybody
+    /// is believed. An operator has none: it speaks to the store only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls: Option<TlsConfig>,
 }
 
 /// How to reach the store.
@@ -29,8 +34,11 @@ pub enum StoreConfig {
     InProcess,
     /// etcd's client URLs.
     Etcd {
-        /// One or more `http://host:port`.
+        /// One or more `http://host:port`; with `tls` `https://host:port`.
         endpoints: Vec<String>,
+        /// How etcd is proven, and what it is shown. Absent: connections are plain.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        tls: Option<StoreTls>,
     },
 }
 
@@ -88,6 +96,10 @@ pub struct GatewayConfig {
     pub queue_timeout_ms: u64,
     /// Longest life of a request in milliseconds.
     pub request_timeout_ms: u64,
+    /// File or folder with the keys that clients show, read again when it has changed: lines of `name:key` or `key`. A
+    /// folder has one key a file, by the file's name, as a mounted Secret does. Absent: everybody may call.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub api_keys: Option<String>,
 }
 
 /// Which exchange fabric a worker opens.

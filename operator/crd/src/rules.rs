@@ -163,6 +163,13 @@ const RULES: &[Rule] = &[
         says: Says::Text("autoscaling goes by a share of resources.requests.cpu: give it"),
     },
     Rule {
+        at: "spec.security",
+        rule: "self.mtls || !has(self.certManager)",
+        says: Says::Text(
+            "certManager has nothing to issue, since mtls is false: set mtls to true or leave certManager out",
+        ),
+    },
+    Rule {
         at: "spec.pods.labels",
         rule: OWN_KEYS,
         says: Says::Text(
@@ -199,11 +206,13 @@ pub(crate) fn constrain(object: &mut Value) -> Result<(), SchemaError> {
         "spec.balancing.enabled",
         &[("default", json!(true))],
     )?;
+    set(object, "spec.security.mtls", &[("default", json!(true))])?;
     // Without an object there are no defaults of its fields.
     for group in [
         "spec.workers",
         "spec.gateway",
         "spec.balancing",
+        "spec.security",
         "spec.pods",
     ] {
         set(object, group, &[("default", json!({}))])?;
@@ -309,7 +318,12 @@ fn texts(object: &mut Value) -> Result<(), SchemaError> {
             ("pattern", json!("^[-A-Za-z0-9_./]+$")),
         ],
     )?;
-    for name in ["spec.model.cacheClaim", "spec.model.tokenSecret"] {
+    for name in [
+        "spec.model.cacheClaim",
+        "spec.model.tokenSecret",
+        "spec.security.certManager.issuer",
+        "spec.security.apiKeys.secretRef.name",
+    ] {
         set(
             object,
             name,
@@ -387,6 +401,7 @@ fn enumerations(object: &mut Value) -> Result<(), SchemaError> {
         ("spec.model.quantization", "none"),
         ("spec.workers.cpuPath", "auto"),
         ("spec.gateway.routing", "signature"),
+        ("spec.security.certManager.kind", "Issuer"),
     ] {
         set(object, path, &[("default", json!(default))])?;
     }

@@ -42,7 +42,7 @@ pub(super) fn config_map(
 }
 
 /// A pod of one container, as restricted as it can be: not root, nothing to write to but volumes, no rights, no token of
-/// the API. Certificates of the roles would be one more volume here.
+/// the API.
 pub(super) fn pod(
     pods: &PodsSpec,
     source: &Source,

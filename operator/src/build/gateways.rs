@@ -1,6 +1,7 @@
 //! Gateways: a Deployment, its autoscaler, and the Service that clients call.
 
 use foregate_api::node::RoleConfig;
+use foregate_api::tls::TlsRole;
 use k8s_openapi::api::apps::v1::{
     Deployment, DeploymentSpec, DeploymentStrategy, RollingUpdateDeployment,
 };
@@ -15,7 +16,7 @@ use k8s_openapi::api::core::v1::{
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
-use super::{CONFIG, Component, Inputs, Object, Prepared, config, hash};
+use super::{CONFIG, Component, Inputs, Object, Prepared, certificates, config, hash};
 use crate::launch::ports;
 use crate::source::Source;
 use crate::validate::Replicas;
@@ -127,6 +128,9 @@ fn spec(inputs: &Inputs<'_>, source: &Source) -> PodSpec {
     });
     let mut spec = config::pod(pods, source, container, inputs.defaults);
     config::with_node_file(&mut spec, &name(inputs));
+    certificates::with_keys(inputs, TlsRole::Gateway, &mut spec);
+    certificates::with_etcd_keys(inputs, &mut spec);
+    certificates::with_api_keys(inputs, &mut spec);
     spec.termination_grace_period_seconds = Some(GRACE);
     spec
 }

@@ -3,6 +3,7 @@
 //! Workers are pods of the operator's own, one per rank: a StatefulSet would not replace a pod whose node is lost, and
 //! would choose itself when a rank goes, which only the plan may. Gateways are alike, so a Deployment keeps them.
 
+mod certificates;
 mod config;
 mod gateways;
 mod guards;
@@ -12,6 +13,7 @@ mod workers;
 use std::collections::BTreeMap;
 
 use foregate_api::ids::Rank;
+use foregate_api::tls::StoreTls;
 use foregate_crd::MoeCluster;
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
@@ -24,6 +26,7 @@ use crate::launch::LaunchPlan;
 use crate::source::Source;
 use crate::validate::ValidatedCluster;
 
+pub(crate) use certificates::{domain, etcd_keys, etcd_secret, keys, keys_secret};
 pub(crate) use inspector::{inspector, source_key};
 
 /// Who writes the objects, as field manager and as label.
@@ -68,6 +71,8 @@ pub struct Defaults {
     pub image: String,
     /// etcd's client URLs.
     pub etcd: Vec<String>,
+    /// The operator's own files with keys of a client of etcd, where its URLs are https. Pods get copies.
+    pub etcd_tls: Option<StoreTls>,
 }
 
 /// The resource that owns everything.
@@ -224,6 +229,7 @@ pub(crate) fn build(inputs: &Inputs<'_>) -> Result<Prepared, serde_json::Error> 
     workers::build(inputs, &source, &mut prepared)?;
     gateways::build(inputs, &source, &mut prepared)?;
     guards::build(inputs, &mut prepared)?;
+    certificates::build(inputs, &mut prepared)?;
     Ok(prepared)
 }
 

@@ -4,7 +4,7 @@ use foregate_api::manifest::Manifest;
 use foregate_api::model::ModelFacts;
 
 use super::*;
-use crate::launch::{Form, Machine, Place, launch, ports};
+use crate::launch::{Form, Machine, Place, folders, launch, ports};
 use crate::{parse_manifest, validate};
 
 const FACTS: ModelFacts = ModelFacts {
@@ -29,12 +29,20 @@ fn prepared(manifest: Manifest, slots: &BTreeMap<Rank, u32>) -> Prepared {
     let defaults = Defaults {
         image: "ghcr.io/foregate/foregate:0.1.0".to_owned(),
         etcd: vec!["http://foregate-etcd.foregate.svc:2379".to_owned()],
+        etcd_tls: None,
     };
     let place = Place {
         form: Form::Pods {
             etcd: defaults.etcd.clone(),
+            etcd_tls: etcd_keys(defaults.etcd_tls.as_ref()),
             cluster: owner.store_name(),
         },
+        keys: keys(&owner, &cluster),
+        api_keys: cluster
+            .security
+            .api_keys
+            .as_ref()
+            .map(|_| folders::API_KEYS.to_owned()),
         model_dir: Source::of(&cluster.model).directory(),
         gateway_listen: format!("0.0.0.0:{}", ports::HTTP),
         machine: Machine::Pods,
@@ -75,6 +83,7 @@ fn objects_of_the_examples_are_as_recorded() {
             let defaults = Defaults {
                 image: "ghcr.io/foregate/foregate:0.1.0".to_owned(),
                 etcd: Vec::new(),
+                etcd_tls: None,
             };
             inspector(&owner(name), &cluster, &defaults)
         };
@@ -141,7 +150,13 @@ fn pods_are_restricted() {
                 assert_eq!(context["capabilities"]["drop"][0], "ALL");
             }
             for volume in spec["volumes"].as_array().unwrap() {
-                let kinds = ["configMap", "emptyDir", "persistentVolumeClaim", "image"];
+                let kinds = [
+                    "configMap",
+                    "emptyDir",
+                    "persistentVolumeClaim",
+                    "image",
+                    "secret",
+                ];
                 assert!(
                     kinds.iter().any(|kind| volume.get(kind).is_some()),
                     "{volume}"

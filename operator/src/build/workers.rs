@@ -2,6 +2,7 @@
 
 use foregate_api::ids::Rank;
 use foregate_api::node::{NodeConfig, RoleConfig, WorkerConfig};
+use foregate_api::tls::TlsRole;
 use k8s_openapi::api::core::v1::{
     Affinity, ContainerPort, NodeAffinity, NodeSelector, NodeSelectorRequirement,
     NodeSelectorTerm, Pod, PodSpec, Service, ServicePort, ServiceSpec,
@@ -10,7 +11,10 @@ use k8s_openapi::api::core::v1::{
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
-use super::{CONFIG, Component, Inputs, Object, Prepared, RANK, RankPod, SLOTS, config, hash};
+use super::{
+    CONFIG, Component, Inputs, Object, Prepared, RANK, RankPod, SLOTS, certificates, config,
+    hash,
+};
 use crate::launch::ports;
 use crate::source::Source;
 
@@ -111,6 +115,8 @@ fn spec(inputs: &Inputs<'_>, source: &Source, worker: &WorkerConfig, name: &str)
     container.readiness_probe = Some(config::probe("/readyz", "metrics", 2, 1));
     let mut spec = config::pod(pods, source, container, inputs.defaults);
     config::with_node_file(&mut spec, name);
+    certificates::with_keys(inputs, TlsRole::Worker, &mut spec);
+    certificates::with_etcd_keys(inputs, &mut spec);
     config::with_shared_memory(&mut spec);
     spec.hostname = Some(name.to_owned());
     spec.subdomain = Some(service_name(inputs));

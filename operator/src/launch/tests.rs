@@ -24,6 +24,8 @@ fn place(form: Form) -> Place {
         form,
         model_dir: "/models/demo".to_owned(),
         gateway_listen: "127.0.0.1:8000".to_owned(),
+        keys: None,
+        api_keys: None,
         machine: Machine::Shared {
             cores: 8,
             memory: Some(16 << 30),
@@ -92,7 +94,10 @@ fn processes_meet_in_etcd_over_tcp() {
     let etcd = vec!["http://127.0.0.1:2379".to_owned()];
     let form = Form::Processes { etcd: etcd.clone() };
     let plan = launch(&cluster(|_| ()), &DEMO, &place(form)).unwrap();
-    let store = StoreConfig::Etcd { endpoints: etcd };
+    let store = StoreConfig::Etcd {
+        endpoints: etcd,
+        tls: None,
+    };
     assert!(plan.instances.iter().all(|i| i.node.store == store));
     assert!(workers(&plan).iter().all(|w| w.fabric == FabricKind::Tcp));
 }
@@ -227,6 +232,7 @@ fn pages_shorter_than_a_block_of_keys_are_counted_as_large_as_they_are() {
 fn pods_have_known_ports_and_live_on_their_resources() {
     let form = Form::Pods {
         etcd: vec!["http://etcd:2379".to_owned()],
+        etcd_tls: None,
         cluster: "default.tiny.1".to_owned(),
     };
     let pods = Place {

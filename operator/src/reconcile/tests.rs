@@ -1,3 +1,5 @@
+use std::cell::Cell;
+
 use foregate_api::ids::Epoch;
 use foregate_api::member::{Ack, Member, Phase};
 use foregate_store::{Coord, Lease, MemoryStore, Store};
@@ -16,7 +18,12 @@ use crate::testing::api::{Api, Call};
 struct Answers;
 
 impl Canary for Answers {
-    fn token<'a>(&'a self, _: &'a str, _: &'a str) -> BoxFuture<'a, Result<(), String>> {
+    fn token<'a>(
+        &'a self,
+        _: &'a str,
+        _: &'a str,
+        _: Option<&'a str>,
+    ) -> BoxFuture<'a, Result<(), String>> {
         Box::pin(std::future::ready(Ok(())))
     }
 }
@@ -39,6 +46,12 @@ struct World {
 }
 
 const UID: &str = "0123456789";
+const DAY: i64 = 24 * 60 * 60;
+
+thread_local! {
+    /// The time of the test, in seconds since 1970; each has a thread of its own.
+    static NOW: Cell<i64> = const { Cell::new(1000) };
+}
 
 impl World {
     fn new(count: u32) -> Self {
@@ -71,6 +84,24 @@ impl World {
             },
         });
         self.api.insert(path, body, UID);
+    }
+
+    /// Writes into the manifest.
+    fn security(&self, spec: Value) {
+        self.api
+            .with("moeclusters", "tiny", |o| o["spec"]["security"] = spec);
+    }
+
+    /// Time passes, and the operator looks at Secrets again.
+    async fn pass(&self, seconds: i64) {
+        NOW.set(NOW.get() + seconds);
+        tokio::time::sleep(SECRETS).await;
+        self.look().await.unwrap();
+    }
+
+    fn secret(&self, name: &str) -> Value {
+        self.api
+            .with("secrets", name, |secret| secret["data"].clone())
     }
 
     fn kill(&mut self) {
@@ -248,10 +279,12 @@ fn context(api: &Api, store: &Arc<dyn Store>) -> Arc<Context> {
         defaults: Defaults {
             image: "foregate:test".to_owned(),
             etcd: vec!["http://etcd:2379".to_owned()],
+            etcd_tls: None,
         },
         clusters: Clusters::new(Arc::clone(store), Arc::new(Answers), wake),
-        now: || Time(Timestamp::from_second(1000).unwrap()),
+        now: || Time(Timestamp::from_second(NOW.get()).unwrap()),
         applied: Mutex::default(),
+        secured: Mutex::default(),
         failures: Mutex::default(),
     })
 }
@@ -463,6 +496,8 @@ async fn the_charts_rules_are_what_the_operator_needs() {
     world.settle(3).await;
     world.want(2);
     world.settle(2).await;
+    // Keys are renewed.
+    world.pass(61 * DAY).await;
     // An autoscaler, which goes again.
     for autoscaling in [json!({}), Value::Null] {
         world.api.with("moeclusters", "tiny", |object| {
@@ -499,13 +534,13 @@ async fn the_charts_rules_are_what_the_operator_needs() {
             needed.insert(call(&group, &resource, "delete"));
         }
     }
-    assert_eq!(granted(), needed);
+    assert_eq!(granted("foregate.rules"), needed);
 }
 
-fn granted() -> BTreeSet<Call> {
+fn granted(rules: &str) -> BTreeSet<Call> {
     let chart = include_str!("../../../charts/foregate/templates/_helpers.tpl");
     let (_, rest) = chart
-        .split_once("{{- define \"foregate.rules\" -}}")
+        .split_once(&format!("{{{{- define \"{rules}\" -}}}}"))
         .unwrap();
     let (rules, _) = rest.split_once("{{- end }}").unwrap();
     let rules: Vec<BTreeMap<String, Vec<String>>> = serde_yaml_ng::from_str(rules).unwrap();
@@ -520,4 +555,168 @@ fn granted() -> BTreeSet<Call> {
         }
     }
     granted
+}
+
+#[tokio::test(start_paused = true)]
+async fn secrets_are_made_once_renewed_in_time_and_put_right() {
+    let mut world = World::new(2);
+    world.settle(2).await;
+    let names = ["tiny-authority", "tiny-gateway-tls", "tiny-worker-tls"];
+    let made: BTreeSet<String> = names.map(str::to_owned).into();
+    assert_eq!(world.api.names("secrets"), made);
+    let owner = world.api.with("secrets", "tiny-authority", |secret| {
+        secret["metadata"]["ownerReferences"][0]["uid"].clone()
+    });
+    assert_eq!(owner, UID);
+    let first = names.map(|name| world.secret(name));
+    assert_eq!(first[1]["ca.crt"], first[0]["tls.crt"]);
+
+    world.api.calls();
+    world.pass(DAY).await;
+    world.kill();
+    world.pass(1).await;
+    let calls = world.api.calls();
+    let writes = writes(&calls);
+    assert!(writes.iter().all(|call| call.1 != "secrets"), "{writes:?}");
+    assert_eq!(names.map(|name| world.secret(name)), first);
+
+    // Two thirds of a certificate's life: roles have new ones, of the same authority.
+    world.pass(61 * DAY).await;
+    let second = names.map(|name| world.secret(name));
+    assert_eq!(second[0], first[0]);
+    for at in 1..3 {
+        assert_ne!(second[at]["tls.crt"], first[at]["tls.crt"]);
+        assert_eq!(second[at]["ca.crt"], first[at]["ca.crt"]);
+    }
+    // Two thirds of the authority's: another is trusted beside it, and nobody has one of it yet.
+    world.pass(190 * DAY).await;
+    let third = names.map(|name| world.secret(name));
+    assert_eq!(third[0]["tls.crt"], first[0]["tls.crt"]);
+    assert!(third[0]["next.crt"].is_string() && third[1]["ca.crt"] == third[0]["ca.crt"]);
+    assert_ne!(third[1]["ca.crt"], first[1]["ca.crt"]);
+    world.pass(2 * DAY).await;
+    let fourth = names.map(|name| world.secret(name));
+    assert_eq!(fourth[0]["tls.crt"], third[0]["next.crt"]);
+    assert_eq!(fourth[0]["before.crt"], first[0]["tls.crt"]);
+
+    world.api.remove("secrets", "tiny-worker-tls");
+    world.pass(1).await;
+    assert_eq!(world.api.names("secrets"), made);
+    // None of it starts a pod anew.
+    assert_eq!(world.workers[&Rank(0)].incarnation, 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_authority_of_somebody_elses_is_used_and_not_written() {
+    use foregate_tls::authority::{Authority, Validity, vouches};
+
+    let validity = Validity {
+        from: 0,
+        until: 40_000_000,
+    };
+    let theirs = Authority::create("theirs", validity).unwrap();
+    let mut world = World::new(2);
+    let path = "/api/v1/namespaces/default/secrets/tiny-authority";
+    let body = |cert: &str, key: &str| {
+        let bytes = |text: &str| k8s_openapi::ByteString(text.as_bytes().to_vec());
+        json!({
+            "apiVersion": "v1", "kind": "Secret",
+            "metadata": { "name": "tiny-authority", "namespace": "default" },
+            "data": { "tls.crt": bytes(cert), "tls.key": bytes(key) },
+        })
+    };
+    let put = |cert: &str, key: &str| world.api.insert(path, body(cert, key), "theirs");
+    put("-----BEGIN", "");
+    world.look().await.unwrap();
+    world.live().await;
+    let world = &mut world;
+    let error = world.look().await.unwrap_err();
+    assert_eq!(error.category(), "secrets");
+    let degraded = world.condition("Degraded");
+    let message = degraded["message"].as_str().unwrap();
+    assert!(message.contains("tiny-authority"), "{message}");
+
+    world
+        .api
+        .insert(path, body(&theirs.cert, &theirs.key), "theirs");
+    world.settle(2).await;
+    world.pass(330 * DAY).await;
+    let data = world.secret("tiny-authority");
+    assert_eq!(data, body(&theirs.cert, &theirs.key)["data"]);
+    let worker = world.secret("tiny-worker-tls");
+    let text = |entry: &str| {
+        let bytes: k8s_openapi::ByteString =
+            serde_json::from_value(worker[entry].clone()).unwrap();
+        String::from_utf8(bytes.0).unwrap()
+    };
+    let issued = foregate_tls::authority::Issued {
+        cert: text("tls.crt"),
+        key: text("tls.key"),
+    };
+    let now = u64::try_from(NOW.get()).unwrap();
+    let name = "worker.tiny.default.foregate.internal";
+    assert!(vouches(&theirs.cert, &issued, name, now));
+    // Once it has ended, that is said, and what runs goes on.
+    NOW.set(50_000_000);
+    tokio::time::sleep(SECRETS).await;
+    let error = world.look().await.unwrap_err();
+    assert!(error.to_string().contains("has ended"), "{error}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn cert_manager_is_asked_where_it_is_wanted() {
+    let mut world = World::new(2);
+    world.security(json!({ "certManager": { "issuer": "ca", "kind": "ClusterIssuer" } }));
+    world.settle(2).await;
+    assert_eq!(world.api.names("secrets"), BTreeSet::new());
+    let names = ["tiny-gateway-tls", "tiny-worker-tls"].map(str::to_owned);
+    assert_eq!(world.api.names("certificates"), names.into());
+    let spec = world
+        .api
+        .with("certificates", "tiny-worker-tls", |c| c["spec"].clone());
+    assert_eq!(
+        spec["dnsNames"],
+        json!(["worker.tiny.default.foregate.internal"])
+    );
+    assert_eq!(spec["issuerRef"]["kind"], "ClusterIssuer");
+    let asked = world.api.calls().into_iter();
+    let mut needed: BTreeSet<Call> = asked.filter(|call| call.0 == "cert-manager.io").collect();
+    let call = |verb: &str| {
+        (
+            "cert-manager.io".to_owned(),
+            "certificates".to_owned(),
+            verb.to_owned(),
+        )
+    };
+    assert_eq!(needed, BTreeSet::from([call("patch")]));
+    // An apply makes what is not there.
+    needed.insert(call("create"));
+    assert_eq!(granted("foregate.rules.certManager"), needed);
+}
+
+#[tokio::test(start_paused = true)]
+async fn plain_connections_and_keys_of_clients_are_as_the_manifest_says() {
+    let mut world = World::new(2);
+    world.security(json!({ "mtls": false, "apiKeys": { "secretRef": { "name": "clients" } } }));
+    let path = "/api/v1/namespaces/default/secrets/clients";
+    let key = k8s_openapi::ByteString(b"sk-1\n".to_vec());
+    world
+        .api
+        .insert(path, json!({ "data": { "alice": key } }), "theirs");
+    world.settle(2).await;
+    assert_eq!(
+        world.api.names("secrets"),
+        BTreeSet::from(["clients".to_owned()])
+    );
+    let known = lock(&world.context.secured)[UID].1.clone().unwrap();
+    assert_eq!(known.0, "sk-1");
+    assert!(!format!("{known:?}").contains("sk-1"));
+    let gateway = world.api.with("configmaps", "tiny-gateway", |map| {
+        serde_json::from_str::<Value>(map["data"]["node.json"].as_str().unwrap()).unwrap()
+    });
+    assert_eq!(gateway["tls"], Value::Null);
+    assert_eq!(
+        gateway["role"]["gateway"]["api_keys"],
+        "/etc/foregate-api-keys"
+    );
 }

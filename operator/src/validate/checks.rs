@@ -42,6 +42,15 @@ impl Checks {
         });
     }
 
+    /// An issuer where no certificates are wanted.
+    pub(super) fn certificates_of_nobody(&mut self) {
+        self.add(
+            "spec.security",
+            "certManager has nothing to issue, since mtls is false".to_owned(),
+            "set mtls to true or leave certManager out",
+        );
+    }
+
     pub(super) fn must_be(&mut self, field: &str, found: &str, wanted: &str) {
         if found != wanted {
             self.add(field, format!("is `{found}`"), format!("write `{wanted}`"));

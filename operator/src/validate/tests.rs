@@ -1,4 +1,5 @@
 use foregate_api::manifest::{ClusterSpec, Metadata};
+use foregate_api::security::{ApiKeysSpec, CertManagerSpec};
 use proptest::prelude::*;
 
 use super::*;
@@ -69,6 +70,10 @@ fn what_is_left_open_gets_the_documented_defaults() {
                 max_moves_per_layer: 4,
                 min_rows: 256,
             },
+            security: ValidatedSecurity {
+                certificates: Certificates::Operator,
+                api_keys: None,
+            },
             pods: PodsSpec::default(),
         }
     );
@@ -78,6 +83,19 @@ fn what_is_left_open_gets_the_documented_defaults() {
 type Wrong = (&'static str, fn(&mut Manifest));
 
 const WRONG: &[Wrong] = &[
+    ("spec.security", |m| {
+        m.spec.security.mtls = Some(false);
+        m.spec.security.cert_manager = Some(CertManagerSpec {
+            issuer: "ca".to_owned(),
+            kind: None,
+        });
+    }),
+    ("spec.security.certManager.issuer", |m| {
+        m.spec.security.cert_manager = Some(CertManagerSpec::default());
+    }),
+    ("spec.security.apiKeys.secretRef.name", |m| {
+        m.spec.security.api_keys = Some(ApiKeysSpec::default());
+    }),
     ("apiVersion", |m| m.api_version = "v1".into()),
     ("kind", |m| m.kind = "Pod".into()),
     ("metadata.name", |m| m.metadata.name = "Tiny".into()),

@@ -4,6 +4,7 @@
 //! error, a cancelled or compacted watch, a lost connection) ends in `Disconnected` and, once a list succeeds
 //! again, in a new snapshot; nothing is resumed at an old revision.
 
+mod dial;
 mod lease;
 mod watch;
 
@@ -16,6 +17,7 @@ use etcd_client::{
     Client, Compare, CompareOp, ConnectOptions, GetOptions, KvClient, LeaseClient, PutOptions,
     Txn, TxnOp, TxnOpResponse, WatchClient,
 };
+use foregate_tls::StoreKeys;
 use futures::future::BoxFuture;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
@@ -73,10 +75,22 @@ impl EtcdStore {
         endpoints: &[E],
         deadline: Duration,
     ) -> Result<Self, StoreError> {
+        Self::connect_proven(endpoints, None, deadline).await
+    }
+
+    /// With `keys` the endpoints are `https://host:port`, and each has to prove that it is certified for its host.
+    ///
+    /// # Errors
+    /// As [`Self::connect`].
+    pub async fn connect_proven<E: AsRef<str>>(
+        endpoints: &[E],
+        keys: Option<&StoreKeys>,
+        deadline: Duration,
+    ) -> Result<Self, StoreError> {
         let endpoints: Vec<&str> = endpoints.iter().map(AsRef::as_ref).collect();
-        check_endpoints(&endpoints)?;
+        let members = members(&endpoints, keys.is_some())?;
         let until = Instant::now() + deadline;
-        let store = Self::open(&endpoints).await?;
+        let store = Self::open(&endpoints, members, keys).await?;
         loop {
             let error = match store.answers().await {
                 Ok(()) => return Ok(store),
@@ -94,13 +108,23 @@ impl EtcdStore {
         }
     }
 
-    async fn open(endpoints: &[&str]) -> Result<Self, StoreError> {
+    async fn open(
+        endpoints: &[&str],
+        members: Vec<Member>,
+        keys: Option<&StoreKeys>,
+    ) -> Result<Self, StoreError> {
         let options = ConnectOptions::new()
             .with_connect_timeout(CONNECT_ATTEMPT)
             .with_keep_alive(PING_INTERVAL, PING_TIMEOUT)
             .with_keep_alive_while_idle(false)
             .with_require_leader(true);
-        let client = bounded("connect", Client::connect(endpoints, Some(options))).await?;
+        let client = match keys {
+            None => bounded("connect", Client::connect(endpoints, Some(options))).await?,
+            Some(keys) => {
+                let channel = dial::channel(members, keys.clone())?;
+                bounded("connect", Client::from_channel(channel, Some(options))).await?
+            }
+        };
         Ok(Self {
             kv: client.kv_client().max_decoding_message_size(MAX_ANSWER),
             watch: client.watch_client().max_decoding_message_size(MAX_ANSWER),
@@ -121,25 +145,56 @@ impl EtcdStore {
     }
 }
 
-fn check_endpoints(endpoints: &[&str]) -> Result<(), StoreError> {
-    if endpoints.is_empty() {
-        return Err(StoreError::Refused(
-            "no etcd endpoint is given: name at least one http://host:port".into(),
-        ));
-    }
-    for endpoint in endpoints {
-        let authority = endpoint.strip_prefix("http://").unwrap_or_default();
-        let port = authority
-            .trim_end_matches('/')
-            .rsplit_once(':')
-            .and_then(|(host, port)| (!host.is_empty()).then(|| port.parse::<u16>().ok())?);
-        if port.is_none() {
-            return Err(StoreError::Refused(format!(
-                "etcd endpoint `{endpoint}` is not of the form http://host:port (TLS is not supported)"
-            )));
+/// Where a member of an etcd listens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Member {
+    /// Name or address, without brackets.
+    host: String,
+    port: u16,
+}
+
+impl Member {
+    fn authority(&self) -> String {
+        if self.host.contains(':') {
+            format!("[{}]:{}", self.host, self.port)
+        } else {
+            format!("{}:{}", self.host, self.port)
         }
     }
-    Ok(())
+}
+
+/// The members behind the endpoints; all are proven by keys, or none.
+fn members(endpoints: &[&str], proven: bool) -> Result<Vec<Member>, StoreError> {
+    let (scheme, remedy) = if proven {
+        ("https://", "keys are given, so all of them are proven")
+    } else {
+        ("http://", "for https give the authorities too: ca_file")
+    };
+    if endpoints.is_empty() {
+        return Err(StoreError::Refused(format!(
+            "no etcd endpoint is given: name at least one {scheme}host:port"
+        )));
+    }
+    let member = |endpoint: &&str| {
+        let (host, port) = endpoint
+            .strip_prefix(scheme)?
+            .trim_end_matches('/')
+            .rsplit_once(':')?;
+        let host = host.trim_matches(['[', ']']);
+        let port = port.parse().ok()?;
+        (!host.is_empty()).then(|| Member {
+            host: host.to_owned(),
+            port,
+        })
+    };
+    let checked = endpoints.iter().map(|endpoint| {
+        member(endpoint).ok_or_else(|| {
+            StoreError::Refused(format!(
+                "etcd endpoint `{endpoint}` is not of the form {scheme}host:port ({remedy})"
+            ))
+        })
+    });
+    checked.collect()
 }
 
 /// Everything under `prefix` at one revision, and that revision.
@@ -359,7 +414,13 @@ mod tests {
 
     #[test]
     fn endpoints_are_checked_before_anybody_waits() {
-        assert!(check_endpoints(&["http://127.0.0.1:2379", "http://etcd:2379/"]).is_ok());
+        let found = members(&["http://127.0.0.1:2379", "http://etcd:2379/"], false).unwrap();
+        assert_eq!(found[1].authority(), "etcd:2379");
+        let found = members(&["https://[::1]:2379"], true).unwrap();
+        assert_eq!(
+            (found[0].host.as_str(), found[0].authority()),
+            ("::1", "[::1]:2379".to_owned())
+        );
         for bad in [
             "etcd",
             "https://e:1",
@@ -368,10 +429,16 @@ mod tests {
             "http://e:x",
             "",
         ] {
-            let error = check_endpoints(&[bad]).unwrap_err().to_string();
+            let error = members(&[bad], false).unwrap_err().to_string();
             assert!(error.contains("http://host:port"), "{error}");
         }
-        assert!(check_endpoints(&[]).is_err());
+        assert!(members(&[], false).is_err());
+        for bad in ["http://e:1", "https://e", "etcd"] {
+            let error = members(&["https://e:1", bad], true)
+                .unwrap_err()
+                .to_string();
+            assert!(error.contains("https://host:port"), "{error}");
+        }
     }
 
     #[test]

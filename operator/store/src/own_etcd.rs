@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
+use foregate_tls::StoreKeys;
 use tokio::process::{Child, Command};
 use tokio::time::Instant;
 
@@ -47,12 +48,26 @@ pub enum OwnEtcdError {
     },
 }
 
+/// Files of an etcd that is proven, and wants its clients to be.
+#[derive(Debug, Clone)]
+pub struct ServerFiles {
+    /// Authorities of its clients.
+    pub ca: String,
+    /// Its certificate, for 127.0.0.1.
+    pub cert: String,
+    /// Its key.
+    pub key: String,
+    /// What it is asked with whether it is well.
+    pub keys: StoreKeys,
+}
+
 /// A running etcd. Dropping it kills the process and removes the data.
 #[derive(Debug)]
 pub struct OwnEtcd {
     data: tempfile::TempDir,
     ports: Ports,
     child: Option<Child>,
+    proven: Option<ServerFiles>,
 }
 
 impl OwnEtcd {
@@ -61,9 +76,21 @@ impl OwnEtcd {
     /// # Errors
     /// See [`OwnEtcdError`].
     pub async fn start() -> Result<Self, OwnEtcdError> {
+        Self::start_with(None).await
+    }
+
+    /// The same behind TLS.
+    ///
+    /// # Errors
+    /// See [`OwnEtcdError`].
+    pub async fn start_proven(files: ServerFiles) -> Result<Self, OwnEtcdError> {
+        Self::start_with(Some(files)).await
+    }
+
+    async fn start_with(proven: Option<ServerFiles>) -> Result<Self, OwnEtcdError> {
         let mut attempt = 1;
         loop {
-            let mut own = Self::prepare()?;
+            let mut own = Self::prepare(proven.clone())?;
             match own.launch().await {
                 Ok(()) => return Ok(own),
                 Err(OwnEtcdError::Unhealthy { log, .. })
@@ -79,7 +106,7 @@ impl OwnEtcd {
     /// Where clients find it, for [`EtcdStore::connect`] and `StoreConfig::Etcd`.
     #[must_use]
     pub fn endpoints(&self) -> Vec<String> {
-        vec![format!("http://127.0.0.1:{}", self.ports.client())]
+        vec![self.client_url()]
     }
 
     /// Number of the process, if it was started: what a fault test sends its signals to.
@@ -130,7 +157,16 @@ impl OwnEtcd {
         })
     }
 
-    fn prepare() -> Result<Self, OwnEtcdError> {
+    fn client_url(&self) -> String {
+        let scheme = if self.proven.is_some() {
+            "https"
+        } else {
+            "http"
+        };
+        format!("{scheme}://127.0.0.1:{}", self.ports.client())
+    }
+
+    fn prepare(proven: Option<ServerFiles>) -> Result<Self, OwnEtcdError> {
         let data = tempfile::Builder::new()
             .prefix("foregate-etcd-")
             .tempdir()
@@ -146,11 +182,13 @@ impl OwnEtcd {
             data,
             ports,
             child: None,
+            proven,
         })
     }
 
     async fn launch(&mut self) -> Result<(), OwnEtcdError> {
         self.child = Some(self.spawn()?);
+        let keys = self.proven.as_ref().map(|files| files.keys.clone());
         let until = Instant::now() + START_DEADLINE;
         loop {
             let status = match self.child.as_mut() {
@@ -161,7 +199,7 @@ impl OwnEtcd {
                 return Err(self.unhealthy(format!("it ended with {status}")));
             }
             let wait = Duration::from_millis(500);
-            match EtcdStore::connect_within(&self.endpoints(), wait).await {
+            match EtcdStore::connect_proven(&self.endpoints(), keys.as_ref(), wait).await {
                 Ok(_) => return Ok(()),
                 Err(error) if Instant::now() >= until => {
                     return Err(self.unhealthy(error.to_string()));
@@ -177,9 +215,17 @@ impl OwnEtcd {
                 what: "writing its log",
                 source,
             })?;
-        let client = format!("http://127.0.0.1:{}", self.ports.client());
+        let client = self.client_url();
         let peer = format!("http://127.0.0.1:{}", self.ports.peer());
-        Command::new("etcd")
+        let mut command = Command::new("etcd");
+        if let Some(files) = &self.proven {
+            command
+                .arg("--client-cert-auth")
+                .arg(format!("--trusted-ca-file={}", files.ca))
+                .arg(format!("--cert-file={}", files.cert))
+                .arg(format!("--key-file={}", files.key));
+        }
+        command
             .arg("--name=foregate")
             .arg("--data-dir")
             .arg(self.data.path().join("data"))

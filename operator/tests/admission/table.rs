@@ -62,6 +62,9 @@ pub(crate) const GOOD: &[Row] = rows! {
     "an autoscaler", "/spec/gateway", { "autoscaling": { "maxReplicas": 3 }, "resources": { "requests": { "cpu": 1 } } } => "";
     "a toleration", "/spec/pods/tolerations", [{ "key": "gpu", "operator": "Exists", "effect": "NoSchedule" }] => "";
     "a whole balance", "/spec/balancing/threshold", 1.0 => "";
+    "plain connections", "/spec/security/mtls", false => "";
+    "an issuer", "/spec/security/certManager", { "issuer": "ca", "kind": "ClusterIssuer" } => "";
+    "keys of clients", "/spec/security/apiKeys/secretRef/name", "clients" => "";
     "a label of one's own", "/spec/pods/labels", { "team": "x" } => "";
 };
 
@@ -101,5 +104,9 @@ pub(crate) const BAD: &[Row] = rows! {
     "more than balanced", "/spec/balancing/threshold", 1.01 => "spec.balancing.threshold";
     "a short window", "/spec/balancing/windowMs", 1 => "spec.balancing.windowMs";
     "an operator of none", "/spec/pods/tolerations", [{ "operator": "Perhaps" }] => "spec.pods.tolerations[0].operator";
+    "an issuer of nothing", "/spec/security", { "mtls": false, "certManager": { "issuer": "ca" } } => "certManager has nothing to issue";
+    "an issuer of capitals", "/spec/security/certManager/issuer", "CA" => "spec.security.certManager.issuer";
+    "an unknown issuer", "/spec/security/certManager", { "issuer": "ca", "kind": "Vault" } => "spec.security.certManager.kind";
+    "keys in no Secret", "/spec/security/apiKeys/secretRef/name", "" => "spec.security.apiKeys.secretRef.name";
     "the operator's label", "/spec/pods/labels", { "foregate.dev/rank": "7" } => "are the operator's";
 };

@@ -12,6 +12,7 @@ use std::time::Duration;
 use foregate_api::ids::Rank;
 use foregate_api::model::ModelSpec;
 use foregate_kernels::Ops;
+use foregate_tls::Keys;
 
 use super::serve::{Server, ServerLimits, ServerParts};
 use super::{Exchange, ExchangeParts};
@@ -30,8 +31,8 @@ const LOCAL_IN_FLIGHT: usize = 32;
 pub enum Way {
     /// Channels of this process.
     Local(Arc<LocalHub>),
-    /// Frames over TCP; the listener is bound.
-    Tcp(TcpListener, TcpSettings),
+    /// Frames over TCP; the listener is bound. With keys both sides of a connection prove themselves.
+    Tcp(TcpListener, TcpSettings, Option<Keys>),
 }
 
 /// What an endpoint is opened with.
@@ -115,13 +116,14 @@ impl Endpoint {
             Way::Local(hub) => {
                 Arc::new(hub.open(parts.me, handler, inbox_of_fabric, LOCAL_IN_FLIGHT))
             }
-            Way::Tcp(listener, settings) => Arc::new(TcpFabric::open(TcpParts {
+            Way::Tcp(listener, settings, keys) => Arc::new(TcpFabric::open(TcpParts {
                 me: parts.me,
                 listener,
                 handler,
                 inbox: inbox_of_fabric,
                 metrics: Arc::clone(&parts.metrics),
                 settings,
+                keys,
             })?),
         };
         Ok(Self {

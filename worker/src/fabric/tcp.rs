@@ -7,7 +7,8 @@
 //! ```text
 //!  outgoing.rs   one thread per peer: connect, hello, read answers, reconnect with backoff
 //!  incoming.rs   one thread that accepts, one per connection that reads calls
-//!  link.rs       the writing half of a connection; reading one frame
+//!  stream.rs     a connection's two halves, plain or proven
+//!  link.rs       who writes when; reading one frame
 //! ```
 //!
 //! A frame that cannot be decoded resets its connection: after it nothing on the stream can be trusted.
@@ -22,6 +23,7 @@ use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use foregate_api::ids::Rank;
+use foregate_tls::Keys;
 use foregate_wire::frame::{Call, Frame};
 
 use self::outgoing::Outgoing;
@@ -31,13 +33,14 @@ use crate::metrics::WorkerMetrics;
 mod incoming;
 mod link;
 mod outgoing;
+mod stream;
 
 /// Limits of the fabric.
 #[derive(Debug, Clone, Copy)]
 pub struct TcpSettings {
     /// Most calls in flight to one peer.
     pub in_flight: usize,
-    /// Longest time to connect or to wait for a hello.
+    /// Longest time to connect, for the proofs of both sides, or to wait for a hello.
     pub handshake: Duration,
     /// First wait before connecting again; doubles up to `backoff_most`.
     pub backoff_first: Duration,
@@ -80,6 +83,8 @@ pub struct TcpParts {
     pub metrics: Arc<WorkerMetrics>,
     /// Limits.
     pub settings: TcpSettings,
+    /// What both sides of a connection prove themselves with; without them connections are plain.
+    pub keys: Option<Keys>,
 }
 
 /// What every thread of the fabric shares.
@@ -90,6 +95,7 @@ struct Shared {
     inbox: Arc<Inbox>,
     metrics: Arc<WorkerMetrics>,
     settings: TcpSettings,
+    keys: Option<Keys>,
     closing: AtomicBool,
 }
 
@@ -118,6 +124,7 @@ impl TcpFabric {
             inbox,
             metrics,
             settings,
+            keys,
         } = parts;
         listener.set_nonblocking(false)?;
         let address = listener.local_addr()?;
@@ -127,6 +134,7 @@ impl TcpFabric {
             inbox,
             metrics,
             settings,
+            keys,
             closing: AtomicBool::new(false),
         });
         let callers = Arc::new(incoming::Callers::default());

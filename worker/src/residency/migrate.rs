@@ -14,6 +14,7 @@ use foregate_api::model::ModelSpec;
 use foregate_checkpoint::{Checkpoint, ExpertHash};
 use foregate_kernels::ShapeError;
 use foregate_models::{ExpertWeights, ModelError};
+use foregate_tls::Keys;
 use foregate_wire::connect::{BadAddress, channel};
 use foregate_wire::experts::experts_client::ExpertsClient;
 use foregate_wire::experts::{Chunk, FetchRequest};
@@ -84,17 +85,20 @@ pub struct Loader {
     metrics: Arc<WorkerMetrics>,
     packing: Arc<Semaphore>,
     threads: usize,
+    keys: Option<Keys>,
     connections: Mutex<BTreeMap<String, Channel>>,
 }
 
 impl Loader {
-    /// A loader over the local files. Packing takes a core: at most `threads` experts are packed at a time.
+    /// A loader over the local files. Packing takes a core: at most `threads` experts are packed at a time. Holders are
+    /// asked over connections that `keys` prove, if there are any.
     #[must_use]
     pub fn new(
         spec: Arc<ModelSpec>,
         checkpoint: Arc<Checkpoint>,
         metrics: Arc<WorkerMetrics>,
         threads: usize,
+        keys: Option<Keys>,
     ) -> Self {
         Self {
             spec,
@@ -102,6 +106,7 @@ impl Loader {
             metrics,
             packing: Arc::new(Semaphore::new(threads.max(1))),
             threads: threads.max(1),
+            keys,
             connections: Mutex::default(),
         }
     }
@@ -188,7 +193,7 @@ impl Loader {
         if let Some(channel) = open.get(holder) {
             return Ok(channel.clone());
         }
-        let channel = channel(holder)?;
+        let channel = channel(holder, self.keys.as_ref())?;
         // A peer that was started again has another address, so the old ones are let go now and then.
         if open.len() >= MOST_CONNECTIONS {
             open.clear();

@@ -11,6 +11,7 @@ use foregate_api::ids::{Epoch, ExpertId, Rank};
 use foregate_api::model::ModelSpec;
 use foregate_api::node::{FabricKind, WorkerConfig};
 use foregate_api::placement::{LayerPlacement, Placement, Reason};
+use foregate_api::tls::TlsRole;
 use foregate_api::weights::WeightSettings;
 use foregate_store::coord::{ClusterState, Coord};
 use foregate_store::kv::Store;
@@ -29,6 +30,7 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
+use crate::desk::Desk;
 use crate::random::Random;
 use crate::rig::{Answer, Gather};
 
@@ -48,6 +50,8 @@ pub struct Form {
     /// Slots per layer beyond those that hold each expert once, on each worker.
     pub spare_slots: u32,
     pub weights: WeightSettings,
+    /// Whether all prove themselves to each other.
+    pub proven: bool,
 }
 
 pub struct Cluster {
@@ -61,6 +65,8 @@ pub struct Cluster {
     shutdown: CancellationToken,
     slots: u32,
     epoch: Epoch,
+    /// Whose files the keys are.
+    desk: Option<Desk>,
 }
 
 impl Cluster {
@@ -82,17 +88,22 @@ impl Cluster {
             shutdown,
             slots,
             epoch: Epoch(0),
+            desk: None,
         };
+        let desk = form.proven.then(Desk::new);
+        let keys = |role| desk.as_ref().map(|desk| desk.keys(role));
+        let (gateway, worker) = (keys(TlsRole::Gateway), keys(TlsRole::Worker));
         for rank in (0..form.workers).map(Rank) {
             let rpc_listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let address = rpc_listener.local_addr().unwrap().to_string();
-            let client = GenerationClient::new(channel(&address).unwrap());
+            let client = GenerationClient::new(channel(&address, gateway.as_ref()).unwrap());
             cluster.clients.insert(rank, client);
             let told = Arc::<Mutex<Vec<Progress>>>::default();
             cluster.told.push(Arc::clone(&told));
             let deps = Deps {
                 cluster: "test".to_owned(),
                 config: config(dir, rank, slots, form),
+                keys: worker.clone(),
                 store: Arc::clone(&store),
                 local_hub: Some(Arc::clone(&hub)),
                 dense: Arc::clone(&dense),
@@ -105,6 +116,7 @@ impl Cluster {
             };
             cluster.workers.spawn(foregate_worker::run(deps));
         }
+        cluster.desk = desk;
         let all = form.workers as usize;
         cluster
             .until("all registered", move |state| state.members.len() == all)

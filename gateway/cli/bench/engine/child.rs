@@ -10,9 +10,12 @@ use std::sync::Arc;
 
 use foregate_api::cpu::CpuPath;
 use foregate_api::ids::Rank;
+use foregate_api::tls::{TlsConfig, TlsRole};
 use foregate_api::weights::WeightSettings;
 use foregate_checkpoint::Checkpoint;
 use foregate_models::{ExpertWeights, Model};
+use foregate_operator::launch::KeyFolders;
+use foregate_tls::Keys;
 use foregate_worker::exchange::Way;
 use foregate_worker::fabric::tcp::TcpSettings;
 use serde::{Deserialize, Serialize};
@@ -39,6 +42,12 @@ pub(crate) struct ChildArgs {
     workers: u32,
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1024))]
     threads: u32,
+    /// Folder with the keys of a worker.
+    #[arg(long, requires = "domain")]
+    keys: Option<PathBuf>,
+    /// What its certificate calls the cluster.
+    #[arg(long)]
+    domain: Option<String>,
 }
 
 /// What all workers load, and how they compute it.
@@ -47,6 +56,8 @@ pub(super) struct Source<'a> {
     pub(super) model: &'a Path,
     pub(super) weights: WeightSettings,
     pub(super) cpu_path: CpuPath,
+    /// What workers that are processes prove themselves with.
+    pub(super) keys: Option<&'a KeyFolders>,
 }
 
 /// What a child is told.
@@ -103,7 +114,7 @@ fn open(args: &ChildArgs) -> Result<Node, CliError> {
         workers: args.workers,
         threads: args.threads,
     };
-    let way = Way::Tcp(listener, TcpSettings::default());
+    let way = Way::Tcp(listener, TcpSettings::default(), keys(args)?);
     let cpu = foregate_worker::cpu(args.cpu_path, seat.threads as usize)
         .map_err(|error| CliError::Usage(format!("--cpu-path: {error}")))?;
     let cpu = Arc::new(cpu);
@@ -115,6 +126,22 @@ fn open(args: &ChildArgs) -> Result<Node, CliError> {
             .map(Arc::new)
             .map_err(|error| CliError::runtime("model", &error))
     })
+}
+
+fn keys(args: &ChildArgs) -> Result<Option<Keys>, CliError> {
+    let (Some(folder), Some(domain)) = (&args.keys, &args.domain) else {
+        return Ok(None);
+    };
+    let file = |name: &str| folder.join(name).to_string_lossy().into_owned();
+    let config = TlsConfig {
+        ca_file: file("ca.crt"),
+        cert_file: file("tls.crt"),
+        key_file: file("tls.key"),
+        domain: domain.clone(),
+    };
+    let keys = Keys::open(&config, TlsRole::Worker);
+    keys.map(Some)
+        .map_err(|error| CliError::runtime("keys", &error))
 }
 
 async fn obey(node: &mut Node, order: Order) -> Result<Answer, CliError> {
@@ -162,6 +189,9 @@ impl Remote {
             ("--threads", seat.threads),
         ] {
             command.arg(name).arg(value.to_string());
+        }
+        if let Some(keys) = source.keys {
+            command.args(["--keys", &keys.worker, "--domain", &keys.domain]);
         }
         let mut process = command
             .stdin(Stdio::piped())

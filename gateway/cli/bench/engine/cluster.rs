@@ -29,6 +29,8 @@ pub(super) enum FabricName {
     Local,
     /// Workers are processes of their own, over loopback.
     Tcp,
+    /// The same, over connections that both sides prove and encrypt.
+    Tls,
 }
 
 /// What the cluster is made of.
@@ -60,7 +62,7 @@ impl Cluster {
         });
         match shape.fabric {
             FabricName::Local => Self::here(rig, seats).await,
-            FabricName::Tcp => Self::processes(source, seats).await,
+            FabricName::Tcp | FabricName::Tls => Self::processes(source, seats).await,
         }
     }
 

@@ -3,11 +3,12 @@
 use serde::Serialize;
 
 use super::child::Source;
-use super::cluster::{Cluster, Compared, Phase, Shape, compare};
+use super::cluster::{Cluster, Compared, FabricName, Phase, Shape, compare};
 use super::rig::{Load, Rig};
 use super::speed;
 use super::{EngineArgs, Loads, memory};
 use crate::error::{CliError, print};
+use crate::keys;
 use crate::progress::Progress;
 
 /// One run.
@@ -63,10 +64,15 @@ pub(super) async fn run(
         fabric: args.fabric,
     };
     let task = progress.steps("load the workers", 1);
+    let keys = match args.fabric {
+        FabricName::Local | FabricName::Tcp => None,
+        FabricName::Tls => Some(keys::make("bench")?),
+    };
     let source = Source {
         model: &args.model,
         weights: args.weights.settings(),
         cpu_path: args.cpu_path,
+        keys: keys.as_ref().map(|keys| &keys.folders),
     };
     let mut cluster = Cluster::start(source, rig, shape).await?;
     task.finish("done");

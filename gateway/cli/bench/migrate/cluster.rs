@@ -115,7 +115,7 @@ impl Cluster {
         let (rpc_listener, address) = status::bind("127.0.0.1:0")
             .await
             .map_err(|error| CliError::Runtime(error.to_string()))?;
-        let channel = channel(&address.to_string())
+        let channel = channel(&address.to_string(), None)
             .map_err(|error| CliError::runtime("a worker's address", &error))?;
         self.clients.push(GenerationClient::new(channel));
         let registry = Registry::new();
@@ -123,6 +123,7 @@ impl Cluster {
         Ok(Deps {
             cluster: NAME.to_owned(),
             config: config(path, rank, &self.spec, self.shape),
+            keys: None,
             store: Arc::clone(store),
             local_hub: Some(Arc::clone(hub)),
             dense: Arc::clone(dense),

@@ -9,9 +9,11 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use foregate_api::ids::Rank;
+use foregate_tls::TlsError;
 use foregate_wire::frame::{Frame, Hello, MAX_FRAME, MAX_HELLO, Refuse, Reply};
 
 use super::link::{ReadError, Writer, read_frame, shut};
+use super::stream::Halves;
 use super::{Shared, lock};
 use crate::fabric::{Answer, Responder};
 
@@ -135,13 +137,32 @@ fn take(stream: TcpStream, shared: &Arc<Shared>, callers: &Arc<Callers>) -> io::
     Ok(())
 }
 
-fn end(error: &ReadError, shared: &Shared) {
+/// Why a caller's connection ended.
+#[derive(Debug, thiserror::Error)]
+enum Ended {
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    /// The caller did not prove to be a worker of this cluster.
+    #[error(transparent)]
+    Unproven(TlsError),
+}
+
+impl From<io::Error> for Ended {
+    fn from(error: io::Error) -> Self {
+        Self::Read(error.into())
+    }
+}
+
+fn end(error: &Ended, shared: &Shared) {
     match error {
-        ReadError::Frame(what) => {
+        Ended::Read(ReadError::Frame(what)) => {
             shared.metrics.frame_corrupt();
             tracing::warn!(error = %what, "exchange_frame_corrupt");
         }
-        ReadError::Io(what) => tracing::debug!(error = %what, "exchange_caller_gone"),
+        Ended::Read(ReadError::Io(what)) => {
+            tracing::debug!(error = %what, "exchange_caller_gone");
+        }
+        Ended::Unproven(what) => tracing::warn!(error = %what, "exchange_caller_refused"),
     }
 }
 
@@ -150,13 +171,17 @@ fn serve(
     number: u64,
     shared: &Shared,
     callers: &Callers,
-) -> Result<(), ReadError> {
+) -> Result<(), Ended> {
     stream.set_nodelay(true)?;
-    stream.set_read_timeout(Some(shared.settings.handshake))?;
-    let writer = Arc::new(Writer::start(&stream, shared.settings.write_timeout)?);
-    let mut reader = BufReader::with_capacity(READ_AHEAD, stream);
+    let settings = &shared.settings;
+    let halves = Halves::of_callee(stream, shared.keys.as_ref(), settings.handshake)
+        .map_err(Ended::Unproven)?;
+    halves.read.set_read_timeout(Some(settings.handshake))?;
+    let writer = Writer::start(halves.write, halves.control, settings.write_timeout)?;
+    let writer = Arc::new(writer);
+    let mut reader = BufReader::with_capacity(READ_AHEAD, halves.read);
     let Frame::Hello(hello) = read_frame(&mut reader, MAX_HELLO)? else {
-        return Err(protocol("the first frame is not a hello"));
+        return Err(protocol("the first frame is not a hello").into());
     };
     // Answered in any case: the caller compares and sees whom it reached.
     send(&writer, Frame::Hello(shared.hello()))?;
@@ -166,7 +191,7 @@ fn serve(
     reader.get_ref().set_read_timeout(None)?;
     loop {
         let Frame::Call(call) = read_frame(&mut reader, MAX_FRAME)? else {
-            return Err(protocol("a caller may only send calls"));
+            return Err(protocol("a caller may only send calls").into());
         };
         let responder = Responder::new(&call, Box::new(TcpAnswer(Arc::clone(&writer))));
         shared.handler.call(rank, call, responder);

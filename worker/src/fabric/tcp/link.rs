@@ -9,6 +9,8 @@ use std::time::Duration;
 
 use foregate_wire::frame::{self, Frame, FrameError};
 
+use super::stream::WriteHalf;
+
 /// Frames with rows of up to this many bytes are written by the thread that has them: copying one into the socket's buffer
 /// takes about as long as waking another thread. Larger ones go through the connection's own thread, so that
 /// the engine computes its local rows meanwhile.
@@ -54,16 +56,19 @@ pub(super) struct Writer {
 struct Socket {
     /// For shutting down without the lock.
     control: TcpStream,
-    writing: Mutex<TcpStream>,
+    writing: Mutex<WriteHalf>,
 }
 
 impl Writer {
-    /// Takes the writing side of `stream` and starts the connection's thread.
-    pub(super) fn start(stream: &TcpStream, timeout: Duration) -> io::Result<Self> {
-        let writing = stream.try_clone()?;
+    /// Takes the writing half of a connection and starts the connection's thread.
+    pub(super) fn start(
+        writing: WriteHalf,
+        control: TcpStream,
+        timeout: Duration,
+    ) -> io::Result<Self> {
         writing.set_write_timeout(Some(timeout))?;
         let socket = Arc::new(Socket {
-            control: stream.try_clone()?,
+            control,
             writing: Mutex::new(writing),
         });
         let (queue, waiting) = sync_channel(QUEUE);
@@ -115,7 +120,7 @@ impl Socket {
         }
     }
 
-    fn write_now(&self, stream: &mut TcpStream, frame: &Frame) -> Result<(), WriteError> {
+    fn write_now(&self, stream: &mut WriteHalf, frame: &Frame) -> Result<(), WriteError> {
         let pieces = frame::pieces(frame)?;
         // A write that ends half-way leaves the stream without a frame boundary: give it up.
         write_all(stream, pieces.slices()).map_err(|_| {
@@ -126,7 +131,7 @@ impl Socket {
 }
 
 /// Writes all pieces, with as few calls to the system as it allows.
-fn write_all(stream: &mut TcpStream, pieces: [&[u8]; 3]) -> io::Result<()> {
+fn write_all(stream: &mut WriteHalf, pieces: [&[u8]; 3]) -> io::Result<()> {
     let mut slices = pieces.map(IoSlice::new);
     let mut left = slices.as_mut_slice();
     // Empty ones at the front are left out, or a write of nothing would look like an end.
@@ -216,7 +221,9 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (mut other, _) = listener.accept().unwrap();
-        let writer = Writer::start(&stream, Duration::from_secs(20)).unwrap();
+        let control = stream.try_clone().unwrap();
+        let writer =
+            Writer::start(WriteHalf::Plain(stream), control, Duration::from_secs(20)).unwrap();
         other
             .set_read_timeout(Some(Duration::from_secs(20)))
             .unwrap();

@@ -9,9 +9,11 @@ use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwapOption;
 use foregate_api::ids::Rank;
+use foregate_tls::TlsError;
 use foregate_wire::frame::{Frame, Hello, MAX_FRAME, MAX_HELLO};
 
 use super::link::{ReadError, Writer, read_frame};
+use super::stream::{Halves, ReadHalf};
 use super::{Shared, lock};
 use crate::fabric::PeerAddress;
 use crate::fabric::pending::Pending;
@@ -45,6 +47,9 @@ pub(super) struct Link {
 enum Broken {
     #[error(transparent)]
     Read(#[from] ReadError),
+    /// The peer did not prove to be a worker of this cluster, or does not believe that this one is.
+    #[error(transparent)]
+    Unproven(TlsError),
     #[error("{0} does not resolve to an address")]
     Address(String),
     #[error("the peer says it is {found:?}")]
@@ -115,15 +120,22 @@ impl Outgoing {
 
     fn run(&self, shared: &Shared) {
         let mut backoff = shared.settings.backoff_first;
+        let mut complained = false;
         while !self.is_closed() {
             match self.connect(shared) {
                 Ok((link, reader)) => {
                     backoff = shared.settings.backoff_first;
+                    complained = false;
                     tracing::info!(rank = %self.rank, "exchange_connected");
                     let broken = read_answers(&link, reader, shared);
                     self.link.store(None);
                     link.end();
                     self.report(&broken, shared);
+                }
+                // Does not go away by itself, so once is enough.
+                Err(Broken::Unproven(error)) if error.is_refusal() && !complained => {
+                    tracing::warn!(rank = %self.rank, %error, "exchange_peer_refused");
+                    complained = true;
                 }
                 Err(error) => {
                     tracing::debug!(rank = %self.rank, %error, "exchange_connect_failed");
@@ -135,7 +147,7 @@ impl Outgoing {
         }
     }
 
-    fn connect(&self, shared: &Shared) -> Result<(Arc<Link>, BufReader<TcpStream>), Broken> {
+    fn connect(&self, shared: &Shared) -> Result<(Arc<Link>, BufReader<ReadHalf>), Broken> {
         let settings = &shared.settings;
         let address = self
             .address
@@ -145,15 +157,24 @@ impl Outgoing {
             .ok_or_else(|| Broken::Address(self.address.exchange.clone()))?;
         let stream = TcpStream::connect_timeout(&address, settings.handshake)?;
         stream.set_nodelay(true)?;
-        stream.set_read_timeout(Some(settings.handshake))?;
-        let writer = Writer::start(&stream, settings.write_timeout)?;
+        let keys = shared.keys.as_ref();
+        let halves =
+            Halves::of_caller(stream, keys, settings.handshake).map_err(Broken::Unproven)?;
+        halves.read.set_read_timeout(Some(settings.handshake))?;
+        let writer = Writer::start(halves.write, halves.control, settings.write_timeout)?;
         let hello = Frame::Hello(shared.hello());
         writer
             .write(hello)
             .map_err(|_| io::Error::from(io::ErrorKind::BrokenPipe))?;
-        let mut reader = BufReader::with_capacity(READ_AHEAD, stream);
-        let Frame::Hello(found) = read_frame(&mut reader, MAX_HELLO)? else {
-            return Err(Broken::Protocol);
+        let mut reader = BufReader::with_capacity(READ_AHEAD, halves.read);
+        let found = match (read_frame(&mut reader, MAX_HELLO), keys) {
+            (Ok(Frame::Hello(found)), _) => found,
+            (Ok(_), _) => return Err(Broken::Protocol),
+            // Where a peer that does not believe this worker's proof says so.
+            (Err(ReadError::Io(error)), Some(keys)) => {
+                return Err(Broken::Unproven(keys.explain_read(error)));
+            }
+            (Err(error), _) => return Err(error.into()),
         };
         let expected = Hello {
             cluster: shared.me.cluster.clone(),
@@ -209,7 +230,7 @@ impl Link {
 }
 
 /// Reads answers until the connection ends, and says why it did.
-fn read_answers(link: &Link, mut reader: BufReader<TcpStream>, shared: &Shared) -> Broken {
+fn read_answers(link: &Link, mut reader: BufReader<ReadHalf>, shared: &Shared) -> Broken {
     if let Err(error) = reader.get_ref().set_read_timeout(Some(LOOK)) {
         return error.into();
     }
@@ -233,7 +254,7 @@ fn read_answers(link: &Link, mut reader: BufReader<TcpStream>, shared: &Shared) 
     reason = "a thread of its own, on the wall clock"
 )]
 fn wait_readable(
-    reader: &mut BufReader<TcpStream>,
+    reader: &mut BufReader<ReadHalf>,
     link: &Link,
     shared: &Shared,
 ) -> Result<(), Broken> {
