@@ -109,6 +109,7 @@ const EVERYDAY: &[&str] = &[
     "prometheus",
     "serde",
     "serde_json",
+    "smallvec",
     "thiserror",
     "tokio",
     "tokio-stream",

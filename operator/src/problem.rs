@@ -9,7 +9,7 @@ use foregate_api::model::ModelSpec;
 use foregate_api::placement::{Placement, Reason};
 use foregate_explain::record::rounded;
 use foregate_planner::demand::Demand;
-use foregate_planner::{Problem, RankSlots};
+use foregate_planner::{Cover, Problem, RankSlots};
 use foregate_store::ClusterState;
 
 /// The model of the cluster. Members with another one take no part.
@@ -54,6 +54,9 @@ pub(crate) fn problem(
         // What is recorded is what was planned on.
         demand: rounded(demand.prediction()),
         evidence: demand.evidence(),
+        batch_rows: demand.batch_rows(),
+        expert_bytes: model.expert_bytes() as u64,
+        cover: Cover::Spread,
         above,
     }
 }

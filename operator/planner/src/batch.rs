@@ -223,7 +223,7 @@ impl Splitter {
                     &mut self.flow[item.start..item.end],
                 );
                 let rows = f64::from(item.rows);
-                pour(&mut self.loads, hosts, flow, rows, &mut self.level);
+                pour(&mut self.loads, hosts, flow, rows, 1.0, &mut self.level);
             }
         }
     }
@@ -257,8 +257,7 @@ mod tests {
 
     fn table(ranks: u32, hosts: &[&[usize]]) -> SplitTable {
         let ranks: Vec<Rank> = (0..ranks).map(Rank).collect();
-        let hosts: Vec<Vec<usize>> = hosts.iter().map(|h| h.to_vec()).collect();
-        SplitTable::even(&ranks, &hosts)
+        SplitTable::even(&ranks, hosts.iter().copied())
     }
 
     #[test]

@@ -13,15 +13,19 @@
 
 #![forbid(unsafe_code)]
 
+mod backtest;
 mod batch;
 pub mod bound;
+mod budget;
 pub mod check;
 mod connect;
+mod cover;
 pub mod demand;
 mod finding;
-mod guided;
+mod flow;
 mod improve;
 mod layer;
+mod likely;
 mod noise;
 mod pack;
 mod plan;
@@ -33,6 +37,7 @@ mod repair;
 mod replicate;
 pub mod report;
 pub mod rollover;
+mod search;
 mod settings;
 mod solve;
 pub mod split;
@@ -44,5 +49,5 @@ pub use crate::plan::{Decision, initial, plan};
 pub use crate::problem::{PlanError, Problem, RankSlots};
 pub use crate::relabel::assign;
 pub use crate::report::Report;
-pub use crate::settings::Settings;
+pub use crate::settings::{Cover, Economy, Settings};
 pub use crate::trigger::{Because, History, Verdict};

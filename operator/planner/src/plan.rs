@@ -3,14 +3,18 @@
 use foregate_api::ids::{Epoch, LayerId, Rank};
 use foregate_api::placement::{LayerPlacement, Placement, Reason};
 
+use crate::budget::Offer;
+use crate::flow::Flow;
 use crate::layer::Layer;
+use crate::likely::Draws;
 use crate::problem::{FLOOR, PlanError, Problem, Room};
 use crate::report::{Heaviest, LayerReport, Report, Step};
 use crate::settings::Settings;
-use crate::solve::{balance, shares};
+use crate::solve::{SOLVE_GAP, SOLVE_SWEEPS, balance, settled, shares};
+use crate::steps::Homes;
 use crate::table::SplitTable;
 use crate::trigger::{Because, History, Verdict};
-use crate::{bound, check, report, steps, trigger};
+use crate::{bound, budget, check, cover, report, steps, trigger};
 
 /// What is to be done.
 #[derive(Debug, Clone, PartialEq)]
@@ -96,12 +100,39 @@ pub fn plan(
     let planner = Planner::new(problem, previous, settings);
     let mut next = history.clone();
     next.fit(problem.layers);
-    let layers: Vec<Planned> = (0..problem.layers)
-        .map(|l| planner.layer(l, next.resting(l)))
-        .collect();
+    let layers = planner.admitted(side_by_side(problem.layers, settings.threads, |l| {
+        planner.layer(l, next.resting(l))
+    }));
     let decision = planner.decide(layers, &mut next)?;
     *history = next;
     Ok(decision)
+}
+
+/// `of(0)`, `of(1)`, … of `count` layers, computed by at most `threads` threads.
+fn side_by_side<T: Send>(
+    count: usize,
+    threads: usize,
+    of: impl Fn(usize) -> T + Sync,
+) -> Vec<T> {
+    let threads = threads.clamp(1, count.max(1));
+    if threads == 1 {
+        return (0..count).map(of).collect();
+    }
+    let of = &of;
+    let mut parts: Vec<_> = std::thread::scope(|scope| {
+        let mine = |t| move || (t..count).step_by(threads).map(of).collect::<Vec<T>>();
+        let started: Vec<_> = (0..threads).map(|t| scope.spawn(mine(t))).collect();
+        let ended = started.into_iter().map(std::thread::ScopedJoinHandle::join);
+        ended
+            .map(|part| {
+                part.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+                    .into_iter()
+            })
+            .collect()
+    });
+    (0..count)
+        .filter_map(|l| parts[l % threads].next())
+        .collect()
 }
 
 /// One layer's answer.
@@ -111,14 +142,30 @@ struct Planned {
     placement: Option<LayerPlacement>,
     /// Copies each rank has to load.
     to_load: Vec<usize>,
+    /// Whether it closes a gap in cover.
+    covers: bool,
     report: LayerReport,
 }
 
-/// What the shares in force give, by dense rank.
-struct InForce {
-    loads: Vec<f64>,
-    /// Variance of each load if the rows of the demand were drawn independently: `Σ share² · rows`.
-    variances: Vec<f64>,
+/// How a layer stood before.
+#[derive(Debug, Clone, Copy, Default)]
+struct Was {
+    /// Predicted balance with the shares in force.
+    before: f64,
+    /// That of the best split.
+    best: f64,
+    /// Expected balance of a batch's best split.
+    expected: f64,
+}
+
+impl Was {
+    fn of(before: f64, now: &Homes<'_>) -> Self {
+        Self {
+            before,
+            best: now.splits.predicted(),
+            expected: now.splits.expected(),
+        }
+    }
 }
 
 struct Planner<'a> {
@@ -126,7 +173,10 @@ struct Planner<'a> {
     previous: Option<&'a Placement>,
     settings: &'a Settings,
     room: Room,
+    /// What is left of the placement in force, by layer; empty without one.
+    adopted: Vec<Layer>,
     demand: Vec<Vec<f64>>,
+    draws: Draws,
     lost: Vec<Rank>,
     joined: Vec<Rank>,
     /// Ranks, or slots of a rank, came or went.
@@ -147,12 +197,22 @@ impl<'a> Planner<'a> {
                 .copied()
                 .collect()
         };
+        let adopted: Vec<Layer> = previous.map_or_else(Vec::new, |p| {
+            let layers = 0..p.layers.len();
+            layers
+                .map(|l| Layer::adopt(p, l, &room, problem.experts))
+                .collect()
+        });
+        let full =
+            |layer: &Layer| (0..layer.ranks()).all(|g| layer.slots(g).len() == room.slots[g]);
         let floored = |row: &Vec<f64>| row.iter().map(|x| x + FLOOR).collect();
         Self {
             lost: outside(old, &room.ranks),
             joined: outside(&room.ranks, old),
-            reshaped: previous.is_none_or(|p| reshaped(p, &room, problem.experts)),
+            reshaped: old != room.ranks || !adopted.iter().all(full),
+            adopted,
             demand: problem.demand.iter().map(floored).collect(),
+            draws: Draws::new(problem.experts),
             problem,
             previous,
             settings,
@@ -161,95 +221,119 @@ impl<'a> Planner<'a> {
     }
 
     fn layer(&self, l: usize, resting: bool) -> Planned {
-        let w = &self.demand[l];
+        let loads = self.draws.loads(&self.demand[l], self.problem.batch_rows);
         let Some(previous) = self.previous else {
             let empty = Layer::empty(self.room.ranks.len(), self.problem.experts);
-            let homes = self.scratch(w, None);
-            return self.moved(l, &empty, homes, (0.0, 0.0));
+            let homes = steps::from_scratch(&self.room, &loads, self.settings, None);
+            return self.moved(l, &empty, homes, Was::default());
         };
-        let old = Layer::adopt(previous, l, &self.room, self.problem.experts);
-        let in_force = self.in_force(previous, l);
+        let old = &self.adopted[l];
+        let in_force = Flow::published(old, &self.room, &previous.layers[l], &loads[0]);
         let before = balance(&in_force.loads);
         if self.reshaped {
-            return self.reshape(l, &old, before);
+            return self.reshape(l, old, &loads, before);
         }
-        let solved = old.best_split(&self.room, w);
-        let best = solved.balance();
-        let because = match trigger::may_move(best, resting, self.settings) {
-            Err(because) => because,
-            Ok(()) => match steps::lazy(&old, &self.room, w, best, self.settings) {
-                Some(homes) => return self.moved(l, &old, homes, (before, best)),
-                None => Because::NoGain,
-            },
+        let now = Homes::as_is(old, &loads, &in_force);
+        let was = Was::of(before, &now);
+        let worth = trigger::worth_moving(self.doubt(l, &in_force));
+        let gap = cover::open(&self.room, &now.layer).next().is_some();
+        let because = match trigger::may_move(was.expected, resting, self.settings) {
+            Err(because) if !gap => because,
+            Ok(()) | Err(_) => {
+                match steps::lazy(&now, &self.room, &loads, self.settings, worth) {
+                    Some(homes) => return self.moved(l, old, homes, was),
+                    None => Because::NoGain,
+                }
+            }
         };
-        let homes = steps::Homes {
-            layer: old,
-            solved,
-            steps: Vec::new(),
-        };
-        self.stays(l, homes, &in_force, (before, best), because)
+        self.stays(l, now, &in_force, was, because)
     }
 
-    fn scratch(&self, w: &[f64], old: Option<&Layer>) -> steps::Homes {
-        steps::from_scratch(&self.room, w, self.settings, old)
+    /// The layer as it stands, with new shares if they gain enough; for a move that is not made.
+    fn stay(&self, l: usize, because: Because) -> Option<Planned> {
+        let previous = self.previous?;
+        let loads = self.draws.loads(&self.demand[l], self.problem.batch_rows);
+        let old = &self.adopted[l];
+        let in_force = Flow::published(old, &self.room, &previous.layers[l], &loads[0]);
+        let now = Homes::as_is(old, &loads, &in_force);
+        let was = Was::of(balance(&in_force.loads), &now);
+        Some(self.stays(l, now, &in_force, was, because))
+    }
+
+    /// Takes back moves that do not pay, or that the bytes of this call do not carry.
+    fn admitted(&self, mut layers: Vec<Planned>) -> Vec<Planned> {
+        if self.reshaped {
+            return layers;
+        }
+        let offers = layers
+            .iter()
+            .filter(|planned| planned.report.verdict == Verdict::Move)
+            .map(|planned| {
+                let report = &planned.report;
+                let gain = report.expected_after - report.expected_before;
+                Offer {
+                    layer: report.layer.index(),
+                    gain: if planned.covers { f64::INFINITY } else { gain },
+                    copies: report.copies_moved,
+                    seconds: (report.saves_s, report.costs_s),
+                }
+            })
+            .collect();
+        for (l, because) in budget::refused(offers, self.problem.expert_bytes, self.settings) {
+            if let Some(stays) = self.stay(l, because) {
+                layers[l] = stays;
+            }
+        }
+        layers
     }
 
     /// Ranks or slots came or went: what survived is completed, or, if that is less than half, planned afresh.
-    fn reshape(&self, l: usize, old: &Layer, before: f64) -> Planned {
-        let w = &self.demand[l];
+    fn reshape(&self, l: usize, old: &Layer, loads: &[Vec<f64>], before: f64) -> Planned {
+        let was = Was {
+            before,
+            best: before,
+            expected: before,
+        };
         if old.copies() * 2 < self.room.total() {
-            let homes = self.scratch(w, Some(old));
-            return self.moved(l, old, homes, (before, before));
+            let homes = steps::from_scratch(&self.room, loads, self.settings, Some(old));
+            return self.moved(l, old, homes, was);
         }
-        let mut homes = steps::from_survivors(old, &self.room, w);
-        if self.lost.is_empty() {
-            // Nothing is missing, so the lazy step may follow at once; after a loss orphans come first and alone.
-            let q0 = homes.solved.balance();
-            if q0 < self.settings.threshold
-                && let Some(more) = steps::lazy(&homes.layer, &self.room, w, q0, self.settings)
-            {
-                (homes.layer, homes.solved) = (more.layer, more.solved);
-                homes.steps.extend(more.steps);
-            }
+        let mut homes = steps::from_survivors(old, &self.room, loads, self.settings);
+        // Nothing is missing if none were lost, so the lazy step may follow at once; else orphans come first and alone.
+        if self.lost.is_empty()
+            && homes.splits.expected() < self.settings.threshold
+            && let Some(mut more) = steps::lazy(
+                &homes,
+                &self.room,
+                loads,
+                self.settings,
+                trigger::LEAST_GAIN,
+            )
+        {
+            homes.steps.append(&mut more.steps);
+            more.steps = homes.steps;
+            homes = more;
         }
-        self.moved(l, old, homes, (before, before))
-    }
-
-    /// Loads under the shares in force on the ranks that are left: what a lost rank had of an expert goes to the
-    /// expert's other copies in proportion, an orphan's rows to nobody.
-    fn in_force(&self, previous: &Placement, l: usize) -> InForce {
-        let mut loads = vec![0.0; self.room.ranks.len()];
-        let mut variances = loads.clone();
-        for (copies, w) in previous.layers[l].copies.iter().zip(&self.demand[l]) {
-            let left: Vec<(usize, f64)> = copies
-                .iter()
-                .filter_map(|copy| {
-                    let g = self.room.ranks.binary_search(&copy.rank).ok()?;
-                    Some((g, f64::from(copy.share)))
-                })
-                .collect();
-            let total: f64 = left.iter().map(|(_, share)| share).sum();
-            for (g, share) in &left {
-                let even = 1.0 / left.len() as f64;
-                let share = if total > 0.0 { share / total } else { even };
-                loads[*g] += share * w;
-                variances[*g] += share * share * w;
-            }
-        }
-        InForce { loads, variances }
+        self.moved(l, old, homes, was)
     }
 
     /// See [`trigger::doubt`].
-    fn doubt(&self, l: usize, in_force: &InForce) -> f64 {
-        let rows: f64 = self.demand[l].iter().sum();
+    fn doubt(&self, l: usize, in_force: &Flow) -> f64 {
+        let w = &self.demand[l];
+        let rows: f64 = w.iter().sum();
         let per_row = rows / self.problem.evidence;
-        let highest = in_force.variances.iter().copied().fold(0.0, f64::max);
-        let mean = in_force.loads.iter().sum::<f64>() / in_force.loads.len().max(1) as f64;
-        let trials = in_force.loads.len() * self.problem.layers;
+        let highest = in_force.variances(w).into_iter().fold(0.0, f64::max);
+        let ranks = in_force.loads.len();
+        let mean = in_force.loads.iter().sum::<f64>() / ranks.max(1) as f64;
+        let trials = ranks * self.problem.layers;
         trigger::doubt((highest * per_row).sqrt() / mean, trials)
     }
 
-    fn moved(&self, l: usize, old: &Layer, homes: steps::Homes, was: (f64, f64)) -> Planned {
+    fn moved(&self, l: usize, old: &Layer, homes: Homes<'_>, was: Was) -> Planned {
+        let covers = homes
+            .steps
+            .iter()
+            .any(|step| matches!(step, Step::Cover { copies, .. } if *copies > 0));
         let mut planned = self.shared(l, homes, was);
         planned.to_load = (0..old.ranks())
             .map(|g| planned.homes.moved_on(old, g))
@@ -257,6 +341,14 @@ impl<'a> Planner<'a> {
         planned.report.copies_moved = planned.to_load.iter().sum();
         planned.report.verdict = Verdict::Move;
         planned.report.because = Because::Moves;
+        planned.covers = covers;
+        if let (Some(economy), false) = (&self.settings.economy, self.reshaped) {
+            let shape = (self.problem.layers, self.problem.expert_bytes);
+            let balance = (was.expected, planned.report.expected_after);
+            let most = planned.to_load.iter().copied().max().unwrap_or(0);
+            (planned.report.saves_s, planned.report.costs_s) =
+                budget::seconds(economy, shape, balance, most);
+        }
         if self.previous.is_some() {
             let w = &self.demand[l];
             let orphans = (0..w.len()).filter(|e| old.count(*e) == 0);
@@ -271,53 +363,77 @@ impl<'a> Planner<'a> {
     fn stays(
         &self,
         l: usize,
-        homes: steps::Homes,
-        in_force: &InForce,
-        was: (f64, f64),
+        homes: Homes<'_>,
+        in_force: &Flow,
+        was: Was,
         because: Because,
     ) -> Planned {
         let doubt = self.doubt(l, in_force);
-        let mut planned = self.shared(l, homes, was);
+        let verdict = trigger::without_move(was.before, was.best, doubt);
+        let mut planned = if verdict == Verdict::Keep {
+            // The shares in force stand, so it is their loads that the report is about.
+            let expected = homes.splits.expected();
+            let homes = homes.layer.into_owned();
+            let mut kept = self.told(l, homes, (was, expected), &in_force.loads);
+            kept.report.after = was.before;
+            kept
+        } else {
+            self.shared(l, homes, was)
+        };
         planned.report.because = because;
         planned.report.doubt = doubt;
-        planned.report.verdict = trigger::without_move(was.0, was.1, doubt);
-        if planned.report.verdict == Verdict::Keep {
-            // The shares in force stand, so it is their loads that the report is about.
-            let table = planned.homes.table(&self.room);
-            planned.placement = None;
-            planned.report.after = was.0;
-            planned.report.heaviest = self.heaviest(&table, &self.demand[l], &in_force.loads);
-            planned.report.steps.clear();
-        }
+        planned.report.verdict = verdict;
         planned
     }
 
     /// Turns a solved split into shares and says how the layer stands; verdict and reason are the caller's.
-    fn shared(&self, l: usize, homes: steps::Homes, was: (f64, f64)) -> Planned {
+    fn shared(&self, l: usize, homes: Homes<'_>, was: Was) -> Planned {
         let w = &self.demand[l];
-        let steps::Homes {
-            layer: homes,
-            solved,
+        let Homes {
+            layer,
+            splits,
+            exact,
             mut steps,
         } = homes;
-        let even = homes.table(&self.room);
+        let expected = splits.expected();
+        let flow = exact.unwrap_or_else(|| splits.into_prediction());
+        let solved = settled(flow, w, SOLVE_SWEEPS, SOLVE_GAP);
         steps.push(Step::Split {
             sweeps: solved.sweeps,
             gap: solved.max() / solved.certificate - 1.0,
         });
-        let mut placement = homes.placement(&self.room);
-        placement.copies = shares(&even, &solved);
+        let mut placement = layer.placement(&self.room);
+        placement.copies = shares(&layer.table(&self.room), &solved);
         let loads = SplitTable::of(&self.room.ranks, &placement)
             .map_or_else(|| solved.loads.clone(), |table| table.fixed_loads(w));
+        let mut planned = self.told(l, layer.into_owned(), (was, expected), &loads);
+        planned.placement = Some(placement);
+        planned.report.steps = steps;
+        planned
+    }
+
+    /// How a layer stands with these homes and the loads its shares give.
+    fn told(
+        &self,
+        l: usize,
+        homes: Layer,
+        (was, expected_after): (Was, f64),
+        loads: &[f64],
+    ) -> Planned {
+        let w = &self.demand[l];
         let mean = w.iter().sum::<f64>() / homes.ranks() as f64;
         let bound = bound::any_placement(w, homes.ranks(), homes.copies());
         let report = LayerReport {
             layer: LayerId(l as u32),
             verdict: Verdict::Reweigh,
             because: Because::Balanced,
-            before: was.0,
-            best: was.1,
-            after: balance(&loads),
+            before: was.before,
+            best: was.best,
+            after: balance(loads),
+            expected_before: was.expected,
+            expected_after,
+            saves_s: 0.0,
+            costs_s: 0.0,
             bound: (mean / bound).min(1.0),
             doubt: 0.0,
             copies_moved: 0,
@@ -325,13 +441,14 @@ impl<'a> Planner<'a> {
             components_least: homes.least_components(),
             orphans: 0,
             orphaned_rows: 0.0,
-            heaviest: self.heaviest(&even, w, &loads),
-            steps,
+            heaviest: self.heaviest(&homes.table(&self.room), w, loads),
+            steps: Vec::new(),
         };
         Planned {
             homes,
-            placement: Some(placement),
+            placement: None,
             to_load: Vec::new(),
+            covers: false,
             report,
         }
     }
@@ -418,6 +535,9 @@ impl<'a> Planner<'a> {
                 .map(|p| p.to_load.get(g).copied().unwrap_or(0))
                 .sum()
         };
+        let seconds =
+            |of: fn(&LayerReport) -> f64| layers.iter().fold(0.0, |sum, p| sum + of(&p.report));
+        let copies_moved = layers.iter().map(|p| p.report.copies_moved).sum();
         let homes: Vec<&Layer> = layers.iter().map(|p| &p.homes).collect();
         let parent = self.previous.map_or(Epoch(0), |p| p.epoch);
         let reason = self.reason(verdict);
@@ -429,7 +549,13 @@ impl<'a> Planner<'a> {
             epoch: if reason.is_some() { next } else { parent },
             balance_before: mean(|l| l.before),
             balance_after: mean(|l| l.after),
-            copies_moved: layers.iter().map(|p| p.report.copies_moved).sum(),
+            copies_moved,
+            bytes_moved: self
+                .problem
+                .expert_bytes
+                .saturating_mul(copies_moved as u64),
+            saves_s: seconds(|l| l.saves_s),
+            costs_s: seconds(|l| l.costs_s),
             most_to_one_rank: (0..self.room.ranks.len()).map(to_one).max().unwrap_or(0),
             lost: self.lost.clone(),
             joined: self.joined.clone(),
@@ -438,13 +564,4 @@ impl<'a> Planner<'a> {
             layers: Vec::with_capacity(layers.len()),
         }
     }
-}
-
-/// Whether ranks differ, or a rank holds more or less than its room.
-fn reshaped(previous: &Placement, room: &Room, experts: usize) -> bool {
-    previous.ranks != room.ranks
-        || (0..previous.layers.len()).any(|l| {
-            let layer = Layer::adopt(previous, l, room, experts);
-            (0..layer.ranks()).any(|g| layer.slots(g).len() != room.slots[g])
-        })
 }

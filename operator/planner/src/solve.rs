@@ -2,8 +2,7 @@
 
 use foregate_api::placement::Copy;
 
-use crate::bound::certificate_of;
-use crate::pour::pour;
+use crate::flow::{Flow, share};
 use crate::table::SplitTable;
 
 /// Most sweeps of the planner's solve; it stops earlier when the certificate says that nothing is left to gain.
@@ -50,45 +49,32 @@ pub fn balance(loads: &[f64]) -> f64 {
 
 /// Solves the least maximum load over all splits of `rows` over the table's copies, from even shares.
 ///
-/// `rows[e]` is the load of expert `e`; missing entries count as zero. At most `sweeps` sweeps; every eighth
-/// tests whether the maximum is within `1 + gap` of the certificate.
+/// `rows[e]` is the load of expert `e`; missing entries count as zero. At most `sweeps` sweeps, over-relaxed; every
+/// eighth tests whether the maximum is within `1 + gap` of the certificate.
 #[must_use]
 pub fn solve(table: &SplitTable, rows: &[f64], sweeps: usize, gap: f64) -> Solved {
-    let of = |e: usize| rows.get(e).copied().unwrap_or(0.0);
-    let mut loads = vec![0.0; table.ranks.len()];
-    let mut flow = vec![0.0; table.len()];
-    for e in 0..table.experts() {
-        let span = table.span(e);
-        let part = of(e) / span.len().max(1) as f64;
-        for copy in span {
-            flow[copy] = part;
-            loads[table.hosts[copy] as usize] += part;
-        }
+    let w: Vec<f64> = (0..table.experts())
+        .map(|e| rows.get(e).copied().unwrap_or(0.0))
+        .collect();
+    let mut flow = Flow::over(table.ranks.len());
+    for (e, rows) in w.iter().enumerate() {
+        flow.push(table.hosts[table.span(e)].iter().copied(), *rows);
     }
-    let shared = |e: &usize| table.span(*e).len() > 1 && of(*e) > 0.0;
-    let shared: Vec<usize> = (0..table.experts()).filter(shared).collect();
-    let (mut order, mut done) = (Vec::new(), 0);
-    let mut certificate = certificate_of(table, rows, &loads);
-    while done < sweeps {
-        if done % 8 == 0 {
-            certificate = certificate_of(table, rows, &loads);
-            let max = loads.iter().copied().fold(0.0, f64::max);
-            if max <= (1.0 + gap) * certificate {
-                break;
-            }
-        }
-        for e in shared.iter().copied() {
-            let span = table.span(e);
-            let hosts = &table.hosts[span.clone()];
-            pour(&mut loads, hosts, &mut flow[span], of(e), &mut order);
-        }
-        done += 1;
+    settled(flow, &w, sweeps, gap)
+}
+
+/// Settles a flow whose copies are in the order of a table.
+pub(crate) fn settled(mut flow: Flow, w: &[f64], sweeps: usize, gap: f64) -> Solved {
+    let start = flow.clone();
+    let (certificate, done) = flow.settle(w, sweeps, gap);
+    if flow.max() > start.max() {
+        flow = start;
     }
     Solved {
-        certificate: certificate.max(certificate_of(table, rows, &loads)),
-        loads,
-        flow,
+        flow: flow.copies(),
+        loads: flow.loads,
         sweeps: done,
+        certificate,
     }
 }
 
@@ -98,14 +84,10 @@ pub(crate) fn shares(table: &SplitTable, solved: &Solved) -> Vec<Vec<Copy>> {
         .map(|e| {
             let span = table.span(e);
             let total: f64 = solved.flow[span.clone()].iter().sum();
-            let even = 1.0 / span.len().max(1) as f64;
+            let copies = span.len();
             span.map(|copy| Copy {
                 rank: table.ranks[table.hosts[copy] as usize],
-                share: if total > 0.0 {
-                    solved.flow[copy] / total
-                } else {
-                    even
-                } as f32,
+                share: share(solved.flow[copy], total, copies),
             })
             .collect()
         })
@@ -123,7 +105,10 @@ mod tests {
     fn a_chain_of_links_levels_all_ranks() {
         // 0-1-2: rank 0 has an excess of 60, it leaves through both links.
         let hosts = [vec![0, 1], vec![1, 2], vec![0], vec![1], vec![2]];
-        let t = SplitTable::even(&[Rank(0), Rank(1), Rank(2)], &hosts);
+        let t = SplitTable::even(
+            &[Rank(0), Rank(1), Rank(2)],
+            hosts.iter().map(Vec::as_slice),
+        );
         let solved = solve(&t, &[60.0, 60.0, 60.0, 0.0, 0.0], 1000, 1e-9);
         assert!(
             solved.loads.iter().all(|load| (load - 60.0).abs() < 1e-3),
@@ -136,7 +121,10 @@ mod tests {
     fn an_island_sets_the_pace_and_is_named() {
         // Ranks 1 and 2 share their experts with nobody; rank 0 is nearly idle.
         let hosts = [vec![0], vec![1, 2], vec![1], vec![2]];
-        let table = SplitTable::even(&[Rank(0), Rank(1), Rank(2)], &hosts);
+        let table = SplitTable::even(
+            &[Rank(0), Rank(1), Rank(2)],
+            hosts.iter().map(Vec::as_slice),
+        );
         let rows = [1.0, 50.0, 30.0, 20.0];
         let solved = solve(&table, &rows, 100, 1e-9);
         let found = certificate(&table, &rows, &solved.loads);

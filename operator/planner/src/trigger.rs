@@ -26,6 +26,10 @@ pub enum Because {
     Resting,
     /// No allowed move gains anything worth a copy.
     NoGain,
+    /// The best move found costs more than it saves before drift has eaten its advantage.
+    NotWorth,
+    /// Other layers' moves gain more with the bytes that may be moved.
+    Budget,
     /// It does move.
     Moves,
 }
@@ -36,6 +40,9 @@ pub(crate) const REST: u8 = 2;
 const URGENT: f64 = 0.05;
 /// Least gain in balance that is worth moving a copy for.
 pub(crate) const LEAST_GAIN: f64 = 0.002;
+/// Part of the doubt that a move must gain beside. The best split depends on the demand less than shares in force do,
+/// so less of the doubt is about it; without any of it, homes at the edge of the threshold follow every sample.
+const MOVE_DOUBT: f64 = 0.2;
 /// Least gain in balance that is worth new shares: an epoch costs every worker a switch, and workers split each
 /// batch anew from the published shares, so that what is left of the gain there is smaller still.
 const LEAST_REWEIGH: f64 = 0.01;
@@ -69,7 +76,7 @@ impl History {
     }
 }
 
-/// Whether a layer may look for a move, given the balance of its best split.
+/// Whether a layer may look for a move, given the balance that is expected of its best splits.
 pub(crate) fn may_move(best: f64, resting: bool, settings: &Settings) -> Result<(), Because> {
     if best >= settings.threshold {
         Err(Because::Balanced)
@@ -91,6 +98,11 @@ pub(crate) fn doubt(standard_error: f64, trials: usize) -> f64 {
     (std::f64::consts::SQRT_2 * z * standard_error).min(MOST_DOUBT)
 }
 
+/// Least gain in balance that a move must promise under a demand of this doubt.
+pub(crate) fn worth_moving(doubt: f64) -> f64 {
+    LEAST_GAIN + MOVE_DOUBT * doubt
+}
+
 /// What is left for a layer that does not move: new shares, if they gain enough and noise does not explain the gain.
 /// `in_force` and `best` are balances in (0, 1], `doubt` an overload.
 pub(crate) fn without_move(in_force: f64, best: f64, doubt: f64) -> Verdict {
@@ -110,7 +122,7 @@ mod tests {
     fn a_layer_rests_two_windows_unless_it_is_urgent() {
         let settings = Settings {
             threshold: 0.97,
-            max_moves_per_layer: 4,
+            ..Settings::default()
         };
         let mut history = History::default();
         history.fit(1);
