@@ -234,6 +234,12 @@ pub(crate) fn install_resources(cluster: &Cluster) {
                 .ok_or_else(|| crd["status"].to_string())
         });
     }
+    // The list of what is served follows a moment later.
+    awaited("kubectl to know the resources", ROLLOUT, || {
+        let output = cluster.try_kubectl(&["get", "moe,moep", "-A"], "");
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        output.status.success().then_some(()).ok_or(said)
+    });
 }
 
 /// Whether an object's condition is true.

@@ -25,6 +25,7 @@ use crate::source::Source;
 use crate::validate::ValidatedCluster;
 
 pub(crate) use inspector::{inspector, source_key};
+pub(crate) use workers::name as worker_name;
 
 /// Who writes the objects, as field manager and as label.
 pub(crate) const MANAGER: &str = "foregate-operator";

@@ -527,10 +527,14 @@ fn granted() -> BTreeSet<Call> {
 async fn a_new_operator_does_not_take_ready_back() {
     let mut world = World::new(2);
     world.settle(2).await;
-    let before = world.api.with("moeclusters", "tiny", |o| o["status"].clone());
+    let before = world
+        .api
+        .with("moeclusters", "tiny", |o| o["status"].clone());
     world.kill();
     world.look().await.unwrap();
-    let after = world.api.with("moeclusters", "tiny", |o| o["status"].clone());
+    let after = world
+        .api
+        .with("moeclusters", "tiny", |o| o["status"].clone());
     assert_eq!(after, before);
     world.settle(2).await;
 }
