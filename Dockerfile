@@ -13,5 +13,7 @@ RUN --mount=type=cache,target=/usr/local/cargo/registry --mount=type=cache,targe
 # C library, its loader, certificates, a user 65532. No shell.
 FROM gcr.io/distroless/cc-debian12:nonroot AS cpu
 COPY --from=build /usr/local/bin/foregate /usr/local/bin/foregate
+# The demonstration model, where charts/examples/tiny.yaml looks for it.
+COPY e2e/models/demo /e2e/models/demo
 USER 65532:65532
 ENTRYPOINT ["/usr/local/bin/foregate"]

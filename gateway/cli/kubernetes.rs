@@ -71,6 +71,9 @@ struct KubernetesArgs {
         requires = "kubernetes"
     )]
     lease_namespace: String,
+    /// The Deployment in that namespace that this process is of: the Lease goes with it.
+    #[arg(long, value_name = "NAME", requires = "kubernetes")]
+    deployment: Option<String>,
     /// Name of this process in the Lease; default: HOSTNAME, which in a pod is its name.
     #[arg(long, value_name = "NAME", requires = "kubernetes")]
     identity: Option<String>,
@@ -147,6 +150,7 @@ async fn lead(
         client,
         namespace: args.namespace,
         own_namespace: args.lease_namespace,
+        deployment: args.deployment,
         identity: identity.unwrap_or_else(|| format!("operator-{}", std::process::id())),
         defaults: Defaults {
             image: args.image.unwrap_or_default(),

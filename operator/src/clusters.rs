@@ -17,7 +17,7 @@ use prometheus::Registry;
 use prometheus::core::{Collector, Desc};
 use prometheus::proto::MetricFamily;
 use tokio::sync::{mpsc, watch};
-use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -62,6 +62,8 @@ pub(crate) struct Address {
 pub(crate) struct View {
     pub(crate) state: Arc<ClusterState>,
     pub(crate) verdict: Verdict,
+    /// Whether this process has seen the store and, where there is a gateway, had an answer; or has waited long enough.
+    pub(crate) informed: bool,
     moved: Option<(Epoch, usize)>,
 }
 
@@ -84,13 +86,18 @@ struct Running {
     moves: watch::Receiver<Option<(Epoch, usize)>>,
     shutdown: CancellationToken,
     registry: Registry,
+    begun: Instant,
 }
 
 impl Running {
     fn view(&self) -> View {
+        let state = Arc::clone(&self.states.borrow());
+        let verdict = self.verdicts.borrow().clone();
+        let asking = self.address.borrow().is_some() && verdict == Verdict::Pending;
         View {
-            state: Arc::clone(&self.states.borrow()),
-            verdict: self.verdicts.borrow().clone(),
+            informed: state.connected && !asking || self.begun.elapsed() > CANARY,
+            state,
+            verdict,
             moved: *self.moves.borrow(),
         }
     }
@@ -208,6 +215,7 @@ impl Clusters {
             moves,
             shutdown,
             registry,
+            begun: Instant::now(),
         }
     }
 

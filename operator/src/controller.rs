@@ -11,13 +11,13 @@ use foregate_store::Store;
 use futures::StreamExt as _;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::Pod;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, Time};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, OwnerReference, Time};
 use k8s_openapi::jiff::Timestamp;
 use kube::runtime::Controller;
 use kube::runtime::events::{Recorder, Reporter};
 use kube::runtime::reflector::Store as Reflected;
 use kube::runtime::watcher::Config;
-use kube::{Api, Client, ResourceExt as _};
+use kube::{Api, Client, Resource as _, ResourceExt as _};
 use prometheus::Registry;
 use tokio::sync::mpsc;
 use tokio::time::interval;
@@ -48,6 +48,8 @@ pub struct KubeDeps {
     pub namespace: Option<String>,
     /// Namespace of its Lease.
     pub own_namespace: String,
+    /// The Deployment there that this process is of, with which its Lease is to go; `None`: the Lease stays.
+    pub deployment: Option<String>,
     /// Tells this process from others; a pod's name does.
     pub identity: String,
     /// What it adds to every manifest.
@@ -95,6 +97,7 @@ pub async fn run(deps: KubeDeps) -> Result<(), OperatorError> {
         &deps.own_namespace,
         MANAGER,
         deps.identity.clone(),
+        lease_owner(&deps).await,
         || MicroTime(Timestamp::now()),
     );
     if !election.won(&deps.shutdown).await {
@@ -119,6 +122,17 @@ pub async fn run(deps: KubeDeps) -> Result<(), OperatorError> {
         election.resign().await;
     }
     end
+}
+
+/// The Deployment that this process is of.
+async fn lease_owner(deps: &KubeDeps) -> Option<OwnerReference> {
+    let name = deps.deployment.as_deref()?;
+    let api: Api<Deployment> = Api::namespaced(deps.client.clone(), &deps.own_namespace);
+    let found = api.get(name).await;
+    let found = found.inspect_err(
+        |error| tracing::warn!(%name, %error, "the Lease will outlive the Deployment"),
+    );
+    found.ok()?.owner_ref(&())
 }
 
 /// Follows all clusters until `stop`.

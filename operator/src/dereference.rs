@@ -178,6 +178,7 @@ fn seen(pod: &Pod, now: &Time) -> Seen {
         .any(|condition| condition.type_ == "Ready" && condition.status == "True");
     let life = match &pod.metadata.deletion_timestamp {
         Some(end) if now.0.duration_since(end.0) > OVERDUE => Life::Overdue,
+        Some(_) if cut(pod) => Life::Cut,
         Some(_) => Life::Ending,
         None if matches!(phase, Some("Failed" | "Succeeded")) => Life::Ended,
         None => Life::Lives,
@@ -188,6 +189,16 @@ fn seen(pod: &Pod, now: &Time) -> Seen {
         ready,
         life,
     }
+}
+
+/// Whether Kubernetes gave the pod up with its node, which will not say when it has ended.
+fn cut(pod: &Pod) -> bool {
+    let status = pod.status.iter();
+    let mut conditions = status.flat_map(|status| status.conditions.iter().flatten());
+    conditions.any(|condition| {
+        condition.type_ == "DisruptionTarget"
+            && condition.reason.as_deref() == Some("DeletionByTaintManager")
+    })
 }
 
 /// The scheduler's sentence about a pod that has no node.

@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta, OwnerReference};
 use kube::api::PostParams;
 use kube::{Api, Client, ResourceExt as _};
 use tokio::time::{Instant, sleep, timeout};
@@ -27,22 +27,25 @@ pub(crate) struct Election {
     api: Api<Lease>,
     name: String,
     identity: String,
+    owner: Option<OwnerReference>,
     now: fn() -> MicroTime,
 }
 
 impl Election {
-    /// `identity` tells this process from the others; a pod's name does.
+    /// `identity` tells this process from the others; a pod's name does. The lease goes with its `owner`.
     pub(crate) fn new(
         client: Client,
         namespace: &str,
         name: &str,
         identity: String,
+        owner: Option<OwnerReference>,
         now: fn() -> MicroTime,
     ) -> Self {
         Self {
             api: Api::namespaced(client, namespace),
             name: name.to_owned(),
             identity,
+            owner,
             now,
         }
     }
@@ -148,6 +151,7 @@ impl Election {
             metadata: ObjectMeta {
                 name: Some(self.name.clone()),
                 resource_version: over.and_then(kube::ResourceExt::resource_version),
+                owner_references: self.owner.clone().map(|owner| vec![owner]),
                 ..ObjectMeta::default()
             },
             spec: Some(LeaseSpec {

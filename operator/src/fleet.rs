@@ -35,6 +35,8 @@ pub(crate) enum Life {
     Ended,
     /// It was told to end and has time left.
     Ending,
+    /// It was told to end because its node is silent.
+    Cut,
     /// It should have ended; nobody is there to say that it has.
     Overdue,
 }
@@ -87,7 +89,9 @@ pub(crate) fn next(look: &Look<'_>) -> Orders {
     for (rank, seen) in look.pods {
         match seen.life {
             Life::Ended | Life::Overdue => orders.remove.insert(*rank),
-            Life::Lives | Life::Ending => false,
+            // Its lease has run out, so it is nobody to the others even if it still lives.
+            Life::Cut if is_gone(look, *rank) => orders.remove.insert(*rank),
+            Life::Lives | Life::Ending | Life::Cut => false,
         };
     }
     let missing = look
@@ -200,6 +204,12 @@ fn has_not_begun(look: &Look<'_>, rank: Rank) -> bool {
         let member = state.members.get(&rank);
         member.is_none_or(|member| member.phase == Phase::Joining)
     })
+}
+
+/// Whether a rank's registration is no more. Nothing is known while the store is away.
+fn is_gone(look: &Look<'_>, rank: Rank) -> bool {
+    let state = look.state.filter(|state| state.connected);
+    state.is_some_and(|state| !state.members.contains_key(&rank))
 }
 
 /// Whether nobody can call a rank any more: the placement in force is without it, nothing else is under way, and no step of

@@ -6,12 +6,8 @@ use foregate_api::node::{
     FabricKind, GatewayConfig, NodeConfig, OperatorConfig, RoleConfig, StoreConfig,
     WorkerConfig,
 };
-<<<<<<< HEAD
 use foregate_api::tls::{StoreTls, TlsConfig, TlsRole};
-use foregate_planner::redundancy::slots_to_link;
-=======
 use foregate_planner::redundancy::Needs;
->>>>>>> planner
 
 use crate::validate::{ModelLength, Redundancy, Threads, ValidatedCluster};
 

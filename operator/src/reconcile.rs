@@ -17,7 +17,9 @@ use foregate_api::limits;
 use foregate_api::model::ModelFacts;
 use foregate_api::node::RoleConfig;
 use foregate_crd::cluster::{InspectedModel, MemoryPlan};
-use foregate_crd::{ExpertPlacementStatus, MoeCluster, Reason};
+use foregate_crd::{
+    ConditionType, ExpertPlacementStatus, MoeCluster, MoeClusterStatus, Reason,
+};
 use foregate_store::ClusterState;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::Client;
@@ -605,21 +607,27 @@ async fn report(
         notes: outcome.notes.clone(),
     };
     let before = cluster.status.as_ref();
+    if before.is_some_and(is_ready) && view.is_some_and(|view| !view.informed) {
+        // An operator that has just begun knows no better yet than the one before it.
+        return Ok(false);
+    }
     let after = status(&facts, before, now);
     if before != Some(&after) {
         let written = apply::write_status(&context.client, owner, &after).await;
         written.map_err(ReconcileError::api("status"))?;
         tell::conditions(&context.recorder, cluster, before, &after).await;
     }
-    let ready = after
-        .conditions
-        .iter()
-        .any(|c| c.type_ == "Ready" && c.status == "True");
+    let ready = is_ready(&after);
     let asked = after
         .conditions
         .iter()
         .any(|c| c.reason == Reason::EpochChanging.name());
     Ok(ready && !asked && outcome.orders.doing == Doing::Settled)
+}
+
+fn is_ready(status: &MoeClusterStatus) -> bool {
+    let mut conditions = status.conditions.iter();
+    conditions.any(|c| c.type_ == ConditionType::Ready.name() && c.status == "True")
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {

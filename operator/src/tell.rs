@@ -4,9 +4,12 @@
 use foregate_api::ids::Rank;
 use foregate_api::placement::{Placement, Reason};
 use foregate_crd::{ConditionType, MoeCluster, MoeClusterStatus};
+use k8s_openapi::api::core::v1::ObjectReference;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
-use kube::Resource as _;
 use kube::runtime::events::{Event, EventType, Recorder};
+use kube::{Resource as _, ResourceExt as _};
+
+use crate::build::worker_name;
 
 /// Longest note that the API takes.
 const NOTE: usize = 1000;
@@ -36,7 +39,23 @@ pub(crate) async fn rank(recorder: &Recorder, cluster: &MoeCluster, rank: Rank, 
         ),
     };
     tracing::info!(cluster = %cluster.manifest().metadata.name, %rank, reason, "{note}");
-    publish(recorder, cluster, EventType::Normal, reason, note).await;
+    // Events that differ in their words only are counted as one, so each names its pod.
+    let pod = ObjectReference {
+        api_version: Some("v1".to_owned()),
+        kind: Some("Pod".to_owned()),
+        name: Some(worker_name(&cluster.name_any(), rank)),
+        namespace: cluster.namespace(),
+        ..ObjectReference::default()
+    };
+    publish(
+        recorder,
+        cluster,
+        EventType::Normal,
+        reason,
+        note,
+        Some(pod),
+    )
+    .await;
 }
 
 /// Tells of a placement that came into force, and of the copies that it moved, if that is known.
@@ -75,7 +94,7 @@ pub(crate) async fn conditions(
 ) {
     for (kind, condition) in news(before, after) {
         let note = condition.message.clone();
-        publish(recorder, cluster, kind, &condition.reason, note).await;
+        publish(recorder, cluster, kind, &condition.reason, note, None).await;
     }
 }
 
@@ -124,6 +143,7 @@ async fn publish(
     type_: EventType,
     reason: &str,
     mut note: String,
+    secondary: Option<ObjectReference>,
 ) {
     if let Some((at, _)) = note.char_indices().nth(NOTE) {
         note.truncate(at);
@@ -133,7 +153,7 @@ async fn publish(
         reason: reason.to_owned(),
         note: Some(note),
         action: "Reconcile".to_owned(),
-        secondary: None,
+        secondary,
     };
     if let Err(error) = recorder.publish(&event, &cluster.object_ref(&())).await {
         tracing::debug!(%error, reason, "an event was not taken");

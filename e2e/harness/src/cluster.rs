@@ -15,7 +15,7 @@ use std::process::{Command, Output, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-pub use hermetic::Hermetic;
+pub use hermetic::{Cut, Hermetic};
 pub use namespace::Namespace;
 
 /// Longest wait for one pod on a busy machine.
@@ -107,6 +107,16 @@ impl Cluster {
             &format!("kubectl {arguments:?}"),
             self.try_kubectl(arguments, ""),
         )
+    }
+
+    /// Runs helm and returns what it printed.
+    ///
+    /// # Panics
+    /// With its stderr if it fails.
+    pub fn helm(&self, arguments: &[&str]) -> String {
+        let mut command = self.command("helm");
+        command.args(arguments);
+        succeeded(&format!("helm {arguments:?}"), with_input(command, ""))
     }
 
     /// Applies objects given as YAML.

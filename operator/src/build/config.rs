@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use foregate_api::manifest::{PodsSpec, TolerationSpec};
+use foregate_api::manifest::{PodsSpec, TaintEffect, TolerationSpec};
 use foregate_api::node::NodeConfig;
 use k8s_openapi::api::core::v1::{
     Capabilities, ConfigMap, ConfigMapVolumeSource, Container, EmptyDirVolumeSource, EnvVar,
@@ -23,6 +23,14 @@ const FOLDER: &str = "/etc/foregate";
 const FILE: &str = "node.json";
 /// The path of the node file.
 pub(super) const NODE_FILE: &str = "/etc/foregate/node.json";
+/// Seconds that a pod stays with a node that nobody hears of. Kubernetes' own 300 are for pods that would lose more than
+/// they gain by a start elsewhere; here others wait for the experts of a rank.
+const PATIENCE: i64 = 10;
+/// Taints of such a node.
+const SILENT: [&str; 2] = [
+    "node.kubernetes.io/not-ready",
+    "node.kubernetes.io/unreachable",
+];
 /// Who runs in the containers: nobody in particular, and not root.
 const USER: i64 = 65532;
 
@@ -86,7 +94,7 @@ pub(super) fn pod(
         }),
         image_pull_secrets: some(pods.image_pull_secrets.iter().map(secret).collect()),
         node_selector: (!pods.node_selector.is_empty()).then(|| pods.node_selector.clone()),
-        tolerations: some(pods.tolerations.iter().map(toleration).collect()),
+        tolerations: some(tolerations(&pods.tolerations)),
         priority_class_name: pods.priority_class_name.clone(),
         ..PodSpec::default()
     }
@@ -211,6 +219,26 @@ pub(super) fn requirements(resources: &Resources) -> Option<ResourceRequirements
         ..ResourceRequirements::default()
     };
     (requirements != ResourceRequirements::default()).then_some(requirements)
+}
+
+/// The manifest's, and how long a silent node is waited for where it does not say so.
+fn tolerations(given: &[TolerationSpec]) -> Vec<Toleration> {
+    let said = |taint: &str| {
+        let of = |key: &Option<String>| key.as_deref().is_none_or(|key| key == taint);
+        let always = |effect: TaintEffect| effect == TaintEffect::NoExecute;
+        given
+            .iter()
+            .any(|one| of(&one.key) && one.effect.is_none_or(always))
+    };
+    let waited = SILENT.iter().filter(|taint| !said(taint));
+    let waited = waited.map(|taint| Toleration {
+        key: Some((*taint).to_owned()),
+        operator: Some("Exists".to_owned()),
+        effect: Some("NoExecute".to_owned()),
+        toleration_seconds: Some(PATIENCE),
+        value: None,
+    });
+    given.iter().map(toleration).chain(waited).collect()
 }
 
 fn toleration(spec: &TolerationSpec) -> Toleration {

@@ -28,6 +28,7 @@ use crate::validate::ValidatedCluster;
 
 pub(crate) use certificates::{domain, etcd_keys, etcd_secret, keys, keys_secret};
 pub(crate) use inspector::{inspector, source_key};
+pub(crate) use workers::name as worker_name;
 
 /// Who writes the objects, as field manager and as label.
 pub(crate) const MANAGER: &str = "foregate-operator";

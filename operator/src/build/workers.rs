@@ -22,8 +22,8 @@ use crate::source::Source;
 const GRACE: i64 = 45;
 
 /// Name of a rank's pod, and of its ConfigMap.
-fn name(inputs: &Inputs<'_>, rank: Rank) -> String {
-    format!("{}-worker-{rank}", inputs.owner.name)
+pub(crate) fn name(cluster: &str, rank: Rank) -> String {
+    format!("{cluster}-worker-{rank}")
 }
 
 /// The headless Service.
@@ -49,7 +49,7 @@ pub(super) fn build(
             role: RoleConfig::Worker(worker.clone()),
             ..instance.node.clone()
         };
-        let name = name(inputs, rank);
+        let name = name(&inputs.owner.name, rank);
         let map = config::config_map(inputs.owner, &name, Component::Worker, &node)?;
         prepared.objects.push(Object::of(&map)?);
         let spec = spec(inputs, source, &worker, &name);

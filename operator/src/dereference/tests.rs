@@ -60,6 +60,15 @@ fn lives_of_pods() {
         life(|pod| pod["metadata"]["deletionTimestamp"] = "1970-01-01T00:16:20Z".into()),
         Life::Overdue
     );
+    assert_eq!(
+        life(|pod| {
+            pod["metadata"]["deletionTimestamp"] = "1970-01-01T00:16:45Z".into();
+            pod["status"]["conditions"] = json!([{
+                "type": "DisruptionTarget", "status": "True", "reason": "DeletionByTaintManager",
+            }]);
+        }),
+        Life::Cut
+    );
     let seen = found(pod("worker", |pod| {
         pod["status"]["conditions"] = json!([{ "type": "Ready", "status": "True" }]);
     }))

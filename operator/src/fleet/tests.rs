@@ -341,3 +341,15 @@ fn any_history_settles() {
         assert!(world.pods.values().all(|seen| seen.config == "last"));
     }
 }
+
+#[test]
+fn a_pod_of_a_silent_node_goes_once_its_lease_has_run_out() {
+    let mut world = World::new(3, 8);
+    let rank = Rank(1);
+    world.pods.get_mut(&rank).unwrap().life = Life::Cut;
+    assert!(world.orders().remove.is_empty(), "it may still serve");
+    world.state.members.remove(&rank);
+    assert_eq!(world.orders().remove, BTreeSet::from([rank]));
+    world.state.connected = false;
+    assert!(world.orders().remove.is_empty(), "nothing is known");
+}

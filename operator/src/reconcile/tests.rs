@@ -720,3 +720,20 @@ async fn plain_connections_and_keys_of_clients_are_as_the_manifest_says() {
         "/etc/foregate-api-keys"
     );
 }
+
+/// An operator that has just begun has seen neither store nor token. That is no news of the cluster.
+#[tokio::test(start_paused = true)]
+async fn a_new_operator_does_not_take_ready_back() {
+    let mut world = World::new(2);
+    world.settle(2).await;
+    let before = world
+        .api
+        .with("moeclusters", "tiny", |o| o["status"].clone());
+    world.kill();
+    world.look().await.unwrap();
+    let after = world
+        .api
+        .with("moeclusters", "tiny", |o| o["status"].clone());
+    assert_eq!(after, before);
+    world.settle(2).await;
+}

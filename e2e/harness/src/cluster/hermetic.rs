@@ -80,6 +80,51 @@ impl Hermetic {
         }
     }
 
+    /// Where a component of the cluster lies, such as `etcd`.
+    ///
+    /// # Panics
+    /// If there is none of this name.
+    #[must_use]
+    pub fn program(&self, name: &str) -> PathBuf {
+        let env = succeeded(
+            "run env",
+            run(&self.id).arg("env").output().expect("it starts"),
+        );
+        let path = env.lines().find_map(|line| line.strip_prefix("path="));
+        std::env::split_paths(path.unwrap_or_default())
+            .map(|folder| folder.join(name))
+            .find(|file| file.is_file())
+            .unwrap_or_else(|| panic!("no {name} in {env}"))
+    }
+
+    /// What service accounts have asked the API server, one event of its audit log a line.
+    ///
+    /// # Panics
+    /// If it cannot be read.
+    #[must_use]
+    pub fn audit(&self) -> String {
+        let env = succeeded(
+            "run env",
+            run(&self.id).arg("env").output().expect("it starts"),
+        );
+        let folder = env.lines().find_map(|line| line.strip_prefix("run="));
+        let file = Path::new(folder.unwrap_or_default()).join("logs/audit.jsonl");
+        std::fs::read_to_string(&file)
+            .unwrap_or_else(|error| panic!("{}: {error}", file.display()))
+    }
+
+    /// Drops what is forwarded to a port of pods on every node, until the answer is dropped. What a pod and its own
+    /// node say to each other, such as probes, is not forwarded.
+    ///
+    /// # Panics
+    /// If a node does not take the rule.
+    #[must_use]
+    pub fn cut(&self, port: u16) -> Cut<'_> {
+        let cut = Cut { made: self, port };
+        cut.rule("-I");
+        cut
+    }
+
     /// Ends a node without warning, as a power cut does.
     ///
     /// # Panics
@@ -124,6 +169,42 @@ impl Hermetic {
                 Err(panic) => std::panic::resume_unwind(panic),
             }
         })
+    }
+}
+
+/// A cut through the network of pods; mends when dropped.
+#[derive(Debug)]
+pub struct Cut<'a> {
+    made: &'a Hermetic,
+    port: u16,
+}
+
+impl Cut<'_> {
+    fn rule(&self, what: &str) {
+        let port = self.port.to_string();
+        for node in 1..=self.made.nodes {
+            let node = format!("n{node}");
+            let rule = ["-p", "tcp", "--dport", &port, "-j", "DROP"];
+            let output = self
+                .made
+                .inside("ip")
+                .args(["netns", "exec", &node, "iptables", "-w", what, "FORWARD"])
+                .args(rule)
+                .output();
+            let _printed = succeeded(
+                &format!("iptables {what} on {node}"),
+                output.expect("it starts"),
+            );
+        }
+    }
+}
+
+impl Drop for Cut<'_> {
+    fn drop(&mut self) {
+        // A second panic would hide the first.
+        if !std::thread::panicking() {
+            self.rule("-D");
+        }
     }
 }
 

@@ -1,54 +1,11 @@
-//! Foregate on a real cluster: API server, scheduler, kubelets, containers. See e2e/cluster/README.md.
-#![expect(clippy::unwrap_used, reason = "a failure here is the test's failure")]
-
-use std::path::Path;
-use std::process::Command;
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+//! The cluster itself: nodes, pods, the restricted profile, services, the loss of a node.
 
 use foregate_harness::client::Client;
 use foregate_harness::cluster::{Cluster, Image, Namespace, POD, ROLLOUT, awaited};
-use foregate_harness::{repository, skip};
 use serde_json::{Value, json};
-use tempfile::TempDir;
 
-const BINARY: &str = env!("CARGO_BIN_EXE_foregate");
-const IMAGE: &str = "localhost/foregate:e2e";
-
-/// The cluster, for one test at a time: one of them kills nodes.
-fn cluster() -> Option<(&'static Cluster, MutexGuard<'static, ()>)> {
-    static TURN: Mutex<()> = Mutex::new(());
-    let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-    match Cluster::shared() {
-        Ok(cluster) => Some((cluster, turn)),
-        Err(reason) => {
-            skip(reason);
-            None
-        }
-    }
-}
-
-/// The image of the binary under test with the demonstration model, on every node.
-fn image(cluster: &Cluster) -> &'static Image {
-    static IMAGE_ON_NODES: OnceLock<Image> = OnceLock::new();
-    IMAGE_ON_NODES.get_or_init(|| {
-        let directory = TempDir::new().unwrap();
-        let tar = directory.path().join("foregate.tar");
-        let model = format!("{}=/models/demo", repository("e2e/models/demo").display());
-        build_image(&tar, &model);
-        cluster.load(&tar, IMAGE)
-    })
-}
-
-fn build_image(tar: &Path, model: &str) {
-    let output = Command::new(repository(".ci/image/build"))
-        .args([BINARY, IMAGE])
-        .arg(tar)
-        .arg(model)
-        .output()
-        .unwrap();
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{}\n{stderr}", output.status);
-}
+use crate::site::is;
+use crate::stage;
 
 /// A pod of the image under the restricted profile.
 fn pod(name: &str, image: &Image, arguments: &[&str]) -> Value {
@@ -72,23 +29,15 @@ fn pod(name: &str, image: &Image, arguments: &[&str]) -> Value {
     })
 }
 
-fn ready(object: &Value) -> bool {
-    let conditions = object["status"]["conditions"].as_array();
-    conditions.is_some_and(|all| {
-        all.iter()
-            .any(|one| one["type"] == "Ready" && one["status"] == "True")
-    })
-}
-
 fn node_ready(cluster: &Cluster, node: &str) -> bool {
     let text = cluster.kubectl(&["get", "node", node, "-o", "json"]);
-    ready(&serde_json::from_str(&text).unwrap())
+    is(&serde_json::from_str(&text).unwrap(), "Ready")
 }
 
 fn await_pod_ready(namespace: &Namespace<'_>, name: &str) {
     awaited(&format!("pod {name} to be Ready"), POD, || {
         let pod = namespace.get("pod", name);
-        ready(&pod)
+        is(&pod, "Ready")
             .then_some(())
             .ok_or_else(|| pod["status"].to_string())
     });
@@ -96,10 +45,10 @@ fn await_pod_ready(namespace: &Namespace<'_>, name: &str) {
 
 #[test]
 fn every_node_runs_the_image_under_the_restricted_profile() {
-    let Some((cluster, _turn)) = cluster() else {
+    let Some((cluster, _turn)) = stage::cluster() else {
         return;
     };
-    let image = image(cluster);
+    let image = stage::foregate(cluster);
     let namespace = cluster.namespace("version");
     let nodes = cluster.kubectl(&["get", "nodes", "-o", "name"]);
     let nodes: Vec<_> = nodes
@@ -125,12 +74,12 @@ fn every_node_runs_the_image_under_the_restricted_profile() {
 
 #[test]
 fn the_namespace_refuses_a_pod_that_is_not_restricted() {
-    let Some((cluster, _turn)) = cluster() else {
+    let Some((cluster, _turn)) = stage::cluster() else {
         return;
     };
     let namespace = cluster.namespace("refused");
     let image = Image {
-        reference: IMAGE.to_owned(),
+        reference: "localhost/foregate:e2e".to_owned(),
         pull_policy: "Never",
     };
     let mut pod = pod("root", &image, &["--version"]);
@@ -145,19 +94,15 @@ fn the_namespace_refuses_a_pod_that_is_not_restricted() {
 
 #[test]
 fn a_pod_serves_tokens_through_a_service() {
-    let Some((cluster, _turn)) = cluster() else {
+    let Some((cluster, made, _turn)) = stage::made() else {
         return;
     };
-    let made = match cluster.hermetic() {
-        Ok(made) => made,
-        Err(reason) => return skip(reason),
-    };
-    let image = image(cluster);
+    let image = stage::foregate(cluster);
     let namespace = cluster.namespace("serve");
     let up = [
         "up",
         "--model",
-        "/models/demo",
+        "/e2e/models/demo",
         "--workers",
         "2",
         "--host",
@@ -197,12 +142,8 @@ fn a_pod_serves_tokens_through_a_service() {
 
 #[test]
 fn a_killed_node_is_noticed_and_comes_back() {
-    let Some((cluster, _turn)) = cluster() else {
+    let Some((cluster, made, _turn)) = stage::made() else {
         return;
-    };
-    let made = match cluster.hermetic() {
-        Ok(made) => made,
-        Err(reason) => return skip(reason),
     };
     let node = format!("n{}", made.nodes);
     made.kill(&node);
@@ -217,7 +158,7 @@ fn a_killed_node_is_noticed_and_comes_back() {
     awaited("the node to be Ready again", ROLLOUT, || look(true));
     // Ready is what its kubelet says; a pod that runs there shows it.
     let namespace = cluster.namespace("back");
-    let mut pod = pod("back", image(cluster), &["--version"]);
+    let mut pod = pod("back", stage::foregate(cluster), &["--version"]);
     pod["spec"]["nodeName"] = json!(node);
     namespace.apply(&pod.to_string());
     let _pod = namespace.pod_in_phase("back", "Succeeded");

@@ -1,0 +1,23 @@
+//! Foregate on a real cluster: API server, scheduler, kubelets, containers. See e2e/cluster/README.md.
+//!
+//! Start reading at `site.rs`: a namespace with the charts and a `MoeCluster` in it. Figures and outputs that the docs
+//! show go to the folder that `FOREGATE_E2E_RECORD` names, if it names one.
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a failure here is the test's failure"
+)]
+
+mod canary;
+mod coverage;
+mod devices;
+mod install;
+mod load;
+mod losses;
+mod nodes;
+mod refusals;
+mod rights;
+mod routes;
+mod scaling;
+mod site;
+mod stage;
