@@ -146,7 +146,10 @@ const DOORS: &[(&str, &[&str])] = &[
     ("opentelemetry-proto", &[BINARY]),
     ("opentelemetry_sdk", &[BINARY]),
     ("plotters", &[BINARY]),
-    ("rustix", &[BINARY, "foregate-worker", HARNESS]),
+    (
+        "rustix",
+        &[BINARY, "foregate-kernels", "foregate-worker", HARNESS],
+    ),
     // The token model of `foregate simulate`.
     ("rand_chacha", &[BINARY]),
     // The load generator of `foregate bench`.

@@ -224,7 +224,7 @@ impl Cluster {
                 model.spec.clone(),
                 model.checkpoint.clone(),
                 metrics.clone(),
-                2,
+                self.model.cpu.clone(),
             )),
             publisher: PublisherHandle { wanted, published },
             metrics: metrics.clone(),

@@ -67,6 +67,7 @@ pub(super) async fn run(
         model: &args.model,
         weights: args.weights.settings(),
         cpu_path: args.cpu_path,
+        pinning: args.pinning,
     };
     let mut cluster = Cluster::start(source, rig, shape).await?;
     task.finish("done");
