@@ -181,7 +181,10 @@ const DOORS: &[(&str, &[&str])] = &[
     ("plotters", &[BINARY]),
     // The terminal of `foregate top`.
     ("ratatui", &[BINARY]),
-    ("rustix", &[BINARY, "foregate-worker", HARNESS]),
+    (
+        "rustix",
+        &[BINARY, "foregate-kernels", "foregate-worker", HARNESS],
+    ),
     // The loads and the token model of `foregate simulate`.
     ("rand_chacha", &["foregate-simulate"]),
     // The load generator of `foregate bench`.

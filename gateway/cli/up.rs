@@ -13,7 +13,7 @@ mod wish;
 
 use std::path::PathBuf;
 
-use foregate_api::cpu::CpuPath;
+use foregate_api::cpu::{CpuPath, Pinning};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
@@ -49,6 +49,9 @@ pub(crate) struct UpArgs {
     /// amx.
     #[arg(long, value_name = "PATH")]
     cpu_path: Option<CpuPath>,
+    /// Which processors the workers' threads keep to, in place of the manifest's: none, node, core.
+    #[arg(long, value_name = "HOW")]
+    pinning: Option<Pinning>,
     /// Run each role as a child process, over TCP and a real etcd.
     #[arg(long)]
     processes: bool,

@@ -49,6 +49,9 @@ impl RmsNorm<'_> {
         const OP: &str = "rms_norm";
         ShapeError::check_area(OP, "x", (self.rows, self.width), self.x.len())?;
         ShapeError::check(OP, "out", self.x.len(), self.out.len())?;
+        if let Some(add) = self.add {
+            ShapeError::check(OP, "add", self.x.len(), add.len())?;
+        }
         ShapeError::check(OP, "weight", self.width, self.weight.len())
     }
 }
@@ -59,6 +62,20 @@ impl Rope<'_> {
         let row = self.heads.saturating_mul(self.head_dim);
         ShapeError::check_area(OP, "x", (self.rows, row), self.x.len())?;
         ShapeError::check(OP, "head_dim", self.table.half * 2, self.head_dim)?;
+        if let Some(norm) = self.norm {
+            let width = norm.weight.len();
+            if width == 0 || !row.is_multiple_of(width) {
+                return Err(ShapeError::new(
+                    OP,
+                    "width of a norm, dividing a row of",
+                    row,
+                    width,
+                ));
+            }
+        }
+        if self.clip.is_some_and(|clip| clip.is_nan() || clip < 0.0) {
+            return Err(ShapeError::new(OP, "clip, not negative and a number", 0, 0));
+        }
         let angles = self.table.cos.len();
         ShapeError::check_area(OP, "angles", (self.rows, self.table.half), angles)
     }

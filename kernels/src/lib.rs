@@ -28,14 +28,17 @@ mod sample;
 mod slab;
 
 pub use buffer::MappedFile;
-pub use cpu::{Arithmetic, Cpu, Path, PathError, ReadThrough, UnknownPath, quantize};
+pub use cpu::{
+    Arithmetic, Cpu, Keep, Path, PathError, ReadThrough, SeatError, Seated, Seats, Share,
+    UnknownPath, quantize,
+};
 pub use dtype::Dtype;
 pub use error::ShapeError;
 pub use kv::{KvCache, KvDtype, KvShape, PageMap};
 pub use matrix::{Matrix, PANEL};
 pub use ops::{
     Add, Attention, Combine, Embed, ExpertFfn, ExpertGroup, Gate, KvWrite, LogSoftmax, MatMul,
-    Ops, RmsNorm, Rope, RopeTable, SigmoidScale, SiluMul,
+    Norm, Ops, RmsNorm, Rope, RopeTable, SigmoidScale, SiluMul,
 };
 pub use oracle::Oracle;
 pub use sample::{argmax, top_n};

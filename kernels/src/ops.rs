@@ -3,6 +3,7 @@
 //! Matrices of activations are row-major float32 slices. Every method checks the sizes of its slices and
 //! every index it is given before it computes, and returns a [`ShapeError`] instead of panicking.
 
+use crate::cpu::Seated;
 use crate::error::ShapeError;
 use crate::kv::{KvCache, PageMap};
 use crate::matrix::Matrix;
@@ -44,12 +45,14 @@ pub struct Embed<'a> {
     pub out: &'a mut [f32],
 }
 
-/// `out[r] = weight * (x[r] / sqrt(mean(x[r]²) + eps))`. The sum of squares runs in 16 lanes (lane =
-/// column mod 16, one fused multiply-add each, ascending) that are then added pairwise.
+/// `x += add`, then `out[r] = weight * (x[r] / sqrt(mean(x[r]²) + eps))`, in one pass over the memory. The sum of squares
+/// runs in 16 lanes (lane = column mod 16, one fused multiply-add each, ascending) that are then added pairwise.
 #[derive(Debug)]
 pub struct RmsNorm<'a> {
-    /// `rows × width`.
-    pub x: &'a [f32],
+    /// `rows × width`; changed only if there is something to add.
+    pub x: &'a mut [f32],
+    /// A residual branch, of the same size.
+    pub add: Option<&'a [f32]>,
     /// Rows; a norm per head has `rows × heads` of them.
     pub rows: usize,
     /// Width of a row.
@@ -71,7 +74,17 @@ pub struct RopeTable {
     pub(crate) sin: Vec<f32>,
 }
 
-/// Rotates pairs `(x[i], x[i + head_dim / 2])` of every head in place (the `rotate_half` layout).
+/// A norm within a row, as [`RmsNorm`] has it.
+#[derive(Debug, Clone, Copy)]
+pub struct Norm<'a> {
+    /// Its length is the width that is normalised: that of a head, or of a whole row.
+    pub weight: &'a [f32],
+    /// Added to the mean of squares.
+    pub eps: f32,
+}
+
+/// Rotates pairs `(x[i], x[i + head_dim / 2])` of every head in place (the `rotate_half` layout), after a norm and a clip
+/// if there are any. Each row is gone through while it is near.
 #[derive(Debug)]
 pub struct Rope<'a> {
     /// `rows × heads × head_dim`, changed in place.
@@ -82,6 +95,10 @@ pub struct Rope<'a> {
     pub heads: usize,
     /// Width of a head: twice the frequencies of the table.
     pub head_dim: usize,
+    /// Comes first.
+    pub norm: Option<Norm<'a>>,
+    /// Comes second: values are kept in `-clip..=clip`.
+    pub clip: Option<f32>,
     /// One row of angles per row of `x`.
     pub table: &'a RopeTable,
 }
@@ -241,6 +258,10 @@ pub struct LogSoftmax<'a> {
     reason = "the one cause is stated above for all"
 )]
 pub trait Ops: Send + Sync {
+    /// For a thread that will call often: binds it to where this executor's own threads are, until the guard is dropped.
+    fn enter(&self) -> Seated {
+        Seated::default()
+    }
     /// Linear layer: see [`MatMul`].
     fn matmul(&self, op: MatMul<'_>) -> Result<(), ShapeError>;
     /// Rows of a table: see [`Embed`].

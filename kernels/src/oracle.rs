@@ -8,8 +8,8 @@ use crate::error::ShapeError;
 use crate::kv::{KEYS, KvCache, KvDtype, PageMap};
 use crate::matrix::Matrix;
 use crate::ops::{
-    Add, Attention, Combine, Embed, ExpertFfn, Gate, KvWrite, LogSoftmax, MatMul, Ops, RmsNorm,
-    Rope, SigmoidScale, SiluMul,
+    Add, Attention, Combine, Embed, ExpertFfn, Gate, KvWrite, LogSoftmax, MatMul, Norm, Ops,
+    RmsNorm, Rope, SigmoidScale, SiluMul,
 };
 
 /// Runs ops slowly and exactly. Not bit-equal to [`crate::Cpu`]: equal within rounding.
@@ -118,6 +118,16 @@ impl Place {
     }
 }
 
+/// A norm in double precision.
+fn normalised<'a>(x: &'a [f32], norm: Norm<'a>) -> impl Iterator<Item = f64> + 'a {
+    let squares: f64 = x.iter().map(|x| f64::from(*x).powi(2)).sum();
+    let root = (squares / x.len() as f64 + f64::from(norm.eps)).sqrt();
+    let weights = norm.weight.iter().map(|w| f64::from(*w));
+    x.iter()
+        .zip(weights)
+        .map(move |(x, w)| f64::from(*x) / root * w)
+}
+
 impl Ops for Oracle {
     fn matmul(&self, op: MatMul<'_>) -> Result<(), ShapeError> {
         op.check()?;
@@ -140,11 +150,16 @@ impl Ops for Oracle {
     fn rms_norm(&self, op: RmsNorm<'_>) -> Result<(), ShapeError> {
         op.check()?;
         let width = op.width.max(1);
+        for (x, add) in op.x.iter_mut().zip(op.add.unwrap_or_default()) {
+            *x += add;
+        }
+        let norm = Norm {
+            weight: op.weight,
+            eps: op.eps,
+        };
         for (x, out) in op.x.chunks_exact(width).zip(op.out.chunks_exact_mut(width)) {
-            let squares: f64 = x.iter().map(|x| f64::from(*x).powi(2)).sum();
-            let root = (squares / width as f64 + f64::from(op.eps)).sqrt();
-            for ((x, w), out) in x.iter().zip(op.weight).zip(out) {
-                *out = (f64::from(*x) / root * f64::from(*w)) as f32;
+            for (value, out) in normalised(x, norm).zip(out) {
+                *out = value as f32;
             }
         }
         Ok(())
@@ -155,6 +170,19 @@ impl Ops for Oracle {
         let half = op.table.half;
         let row = (op.heads * op.head_dim).max(1);
         for (r, x) in op.x.chunks_exact_mut(row).enumerate() {
+            if let Some(norm) = op.norm {
+                for part in x.chunks_exact_mut(norm.weight.len()) {
+                    let values: Vec<f64> = normalised(part, norm).collect();
+                    for (x, value) in part.iter_mut().zip(values) {
+                        *x = value as f32;
+                    }
+                }
+            }
+            if let Some(clip) = op.clip {
+                for x in x.iter_mut() {
+                    *x = x.clamp(-clip, clip);
+                }
+            }
             for head in x.chunks_exact_mut(op.head_dim) {
                 for i in 0..half {
                     let cos = f64::from(op.table.cos[r * half + i]);

@@ -1,5 +1,6 @@
 //! Validated cluster + what the model is → instances with their `NodeConfig`. Pure: for `up`, and for pods.
 
+use foregate_api::cpu::{Pinning, Seat};
 use foregate_api::ids::Rank;
 pub use foregate_api::model::ModelFacts;
 use foregate_api::node::{
@@ -459,6 +460,8 @@ impl Shared<'_> {
             slots: self.slots,
             threads: self.threads,
             cpu_path: workers.cpu_path,
+            pinning: self.pinning(),
+            seat: self.seat(rank),
             max_num_seqs: workers.max_num_seqs,
             max_num_batched_tokens: workers.max_num_batched_tokens,
             max_waiting: workers.max_waiting,
@@ -469,6 +472,25 @@ impl Shared<'_> {
             domain: domain.to_owned(),
             window_ms: self.cluster.balancing.window_ms,
         })
+    }
+
+    fn pinning(&self) -> Pinning {
+        let by_place = match self.place.machine {
+            Machine::Shared { .. } => Pinning::Node,
+            Machine::Pods => Pinning::None,
+        };
+        self.cluster.workers.pinning.unwrap_or(by_place)
+    }
+
+    /// Pods know nothing of each other's processors: each takes those that it was given for its own.
+    fn seat(&self, rank: Rank) -> Seat {
+        match self.place.machine {
+            Machine::Shared { .. } => Seat {
+                index: rank.0,
+                of: self.cluster.workers.count,
+            },
+            Machine::Pods => Seat::ALONE,
+        }
     }
 
     fn gateway(&self) -> RoleConfig {

@@ -6,7 +6,7 @@ mod security;
 use std::collections::BTreeMap;
 use std::fmt;
 
-use foregate_api::cpu::CpuPath;
+use foregate_api::cpu::{CpuPath, Pinning};
 use foregate_api::limits;
 use foregate_api::manifest::{
     API_VERSION, AutoscalingSpec, BalancingSpec, GatewaySpec, KIND, Manifest, ModelSource,
@@ -93,6 +93,8 @@ pub struct ValidatedWorkers {
     pub threads: Threads,
     /// Instructions of the kernels.
     pub cpu_path: CpuPath,
+    /// Which processors compute threads keep to; `None` leaves it to the place.
+    pub pinning: Option<Pinning>,
     /// Most sequences in a batch.
     pub max_num_seqs: u32,
     /// Most tokens in a step.
@@ -288,6 +290,7 @@ fn workers(checks: &mut Checks, spec: WorkersSpec) -> ValidatedWorkers {
         redundant_slots,
         threads,
         cpu_path,
+        pinning,
         max_num_seqs,
         max_num_batched_tokens,
         max_waiting,
@@ -320,6 +323,7 @@ fn workers(checks: &mut Checks, spec: WorkersSpec) -> ValidatedWorkers {
         redundancy,
         threads,
         cpu_path: cpu_path.unwrap_or_default(),
+        pinning,
         max_num_seqs: checks.range(&limits::MAX_NUM_SEQS, max_num_seqs),
         max_num_batched_tokens: checks
             .range(&limits::MAX_NUM_BATCHED_TOKENS, max_num_batched_tokens),

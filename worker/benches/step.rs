@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
-use foregate_api::cpu::CpuPath;
+use foregate_api::cpu::{CpuPath, Pinning, Seat};
 use foregate_api::ids::Rank;
 use foregate_api::model::Family;
 use foregate_api::node::{FabricKind, WorkerConfig};
@@ -62,6 +62,8 @@ fn config() -> WorkerConfig {
         slots: 0,
         threads: 2,
         cpu_path: CpuPath::Auto,
+        pinning: Pinning::None,
+        seat: Seat::ALONE,
         max_num_seqs: SEQUENCES,
         max_num_batched_tokens: 256,
         max_waiting: 8,

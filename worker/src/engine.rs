@@ -233,6 +233,8 @@ impl Engine {
     }
 
     fn run(&mut self) {
+        let ops = Arc::clone(self.model.ops());
+        let _seated = ops.enter();
         let mut wake_at = None;
         let mut plan = Plan::default();
         while self.take_commands(wake_at) {

@@ -67,7 +67,7 @@ mod start;
 pub use error::WorkerError;
 pub use health::Health;
 pub use loading::{Progress, ProgressSink};
-pub use start::cpu;
+pub use start::{cpu, seats};
 
 /// How often the engine's gauges are brought up to date.
 const GAUGES: Duration = Duration::from_millis(250);
@@ -234,7 +234,7 @@ impl Worker {
             Arc::clone(&spec),
             Arc::clone(&loaded.checkpoint),
             Arc::clone(&metrics),
-            config.threads as usize,
+            Arc::clone(&loaded.cpu),
             keys.clone(),
         );
         let follower = Follower::new(FollowerParts {

@@ -4,10 +4,10 @@ use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use foregate_api::cpu::CpuPath;
+use foregate_api::cpu::{CpuPath, Pinning, Seat};
 use foregate_api::node::{FabricKind, WorkerConfig};
 use foregate_checkpoint::Checkpoint;
-use foregate_kernels::{Cpu, KvCache, KvShape, PathError};
+use foregate_kernels::{Cpu, Keep, KvCache, KvShape, Ops, PathError, SeatError, Seats, Share};
 use foregate_models::Model;
 use foregate_tls::Keys;
 
@@ -132,9 +132,13 @@ fn load_now(
 ) -> Result<Loaded, WorkerError> {
     let dir = PathBuf::from(&config.model_dir);
     let checkpoint = Checkpoint::open_with(&dir, &config.weights)?;
-    let cpu = cpu(config.cpu_path, config.threads as usize)
+    let seats = seats(config.pinning, config.seat, config.threads)
+        .map_err(|error| refuse("pinning", &format!("{error}; spec.workers.pinning: none")))?;
+    let cpu = cpu(config.cpu_path, seats)
         .map_err(|error| refuse("cpu_path", &format!("{error}, or auto")))?;
     let cpu = Arc::new(cpu);
+    // Memory lies on the node of the thread that writes it first.
+    let _seated = cpu.enter();
     let spec = checkpoint.spec();
     let slots = (config.slots as usize).min(spec.experts) * spec.moe_layers();
     let expert_bytes = (slots * spec.expert_bytes()) as u64;
@@ -155,14 +159,31 @@ fn load_now(
     })
 }
 
+/// The processors that a worker's threads keep to.
+///
+/// # Errors
+/// When there are too few for the wish, or the system does not tell.
+pub fn seats(pinning: Pinning, seat: Seat, threads: u32) -> Result<Seats, SeatError> {
+    let keep = match pinning {
+        Pinning::None => return Ok(Seats::from(threads as usize)),
+        Pinning::Node => Keep::Node,
+        Pinning::Core => Keep::Processor,
+    };
+    let share = Share {
+        index: seat.index as usize,
+        of: seat.of as usize,
+    };
+    Seats::here(keep, share, threads as usize)
+}
+
 /// The processor with the path that a configuration names.
 ///
 /// # Errors
 /// When the processor does not have it.
-pub fn cpu(path: CpuPath, threads: usize) -> Result<Cpu, PathError> {
+pub fn cpu(path: CpuPath, seats: impl Into<Seats>) -> Result<Cpu, PathError> {
     use foregate_kernels::Path;
     let path = match path {
-        CpuPath::Auto => return Ok(Cpu::new(threads)),
+        CpuPath::Auto => return Ok(Cpu::new(seats)),
         CpuPath::Portable => Path::Portable,
         CpuPath::Neon => Path::Neon,
         CpuPath::Avx2 => Path::Avx2,
@@ -170,7 +191,7 @@ pub fn cpu(path: CpuPath, threads: usize) -> Result<Cpu, PathError> {
         CpuPath::Avx512Bf16 => Path::Avx512Bf16,
         CpuPath::Amx => Path::Amx,
     };
-    Cpu::with_path(path, threads)
+    Cpu::with_path(path, seats)
 }
 
 /// Address space for the KV cache. Only that can be refused here, so the field to change is the cache's size.
@@ -218,6 +239,8 @@ mod tests {
             slots: 8,
             threads: 1,
             cpu_path: CpuPath::Auto,
+            pinning: Pinning::None,
+            seat: Seat::ALONE,
             max_num_seqs: 1,
             max_num_batched_tokens: 1,
             max_waiting: 0,

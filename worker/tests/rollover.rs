@@ -225,7 +225,7 @@ impl Cluster {
                 model.spec.clone(),
                 model.checkpoint.clone(),
                 metrics.clone(),
-                2,
+                self.model.cpu.clone(),
                 None,
             )),
             publisher: PublisherHandle { wanted, published },

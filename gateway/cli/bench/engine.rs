@@ -25,7 +25,7 @@ mod versus;
 
 use std::path::{Path, PathBuf};
 
-use foregate_api::cpu::CpuPath;
+use foregate_api::cpu::{CpuPath, Pinning, Seat};
 use foregate_api::model::ModelSpec;
 use foregate_api::weights::WeightSettings;
 use foregate_checkpoint::Checkpoint;
@@ -68,6 +68,9 @@ pub(crate) struct EngineArgs {
     /// Instructions of the kernels: auto, portable, neon, avx2, avx512, avx512bf16, amx.
     #[arg(long, value_name = "PATH", default_value = "auto")]
     cpu_path: CpuPath,
+    /// Which processors the threads keep to: none, node, core.
+    #[arg(long, value_name = "HOW", default_value = "node")]
+    pinning: Pinning,
     /// Sequences that decode together.
     #[arg(long, value_delimiter = ',', default_value = "1,8,32", value_parser = clap::value_parser!(u32).range(1..=MOST))]
     batch: Vec<u32>,
@@ -198,10 +201,15 @@ pub(super) async fn run(args: &EngineArgs, progress: &Progress) -> Result<(), Cl
     let checkpoint = open(&args.model, args.weights.settings())?;
     let loads = args.loads(checkpoint.spec())?;
     let threads = match args.threads {
-        Some(threads) => threads as usize,
-        None => std::thread::available_parallelism().map_or(1, usize::from),
+        Some(threads) => threads,
+        None => {
+            let cores = std::thread::available_parallelism().map_or(1, usize::from);
+            u32::try_from(cores).unwrap_or(u32::MAX)
+        }
     };
-    let cpu = foregate_worker::cpu(args.cpu_path, threads)
+    let seats = foregate_worker::seats(args.pinning, Seat::ALONE, threads)
+        .map_err(|error| CliError::Usage(format!("--pinning: {error}")))?;
+    let cpu = foregate_worker::cpu(args.cpu_path, seats)
         .map_err(|error| CliError::Usage(format!("--cpu-path: {error}")))?;
     let task = progress.steps("load", 1);
     let rig = Rig::load(&checkpoint, cpu)?;

@@ -40,6 +40,7 @@ impl Wish {
         if let Some(path) = args.cpu_path {
             spec.workers.cpu_path = Some(path);
         }
+        spec.workers.pinning = args.pinning.or(spec.workers.pinning);
         if !args.served_model_name.is_empty() {
             spec.model.served_names.clone_from(&args.served_model_name);
         }

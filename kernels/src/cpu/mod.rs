@@ -14,6 +14,7 @@ mod quantize;
 mod read_through;
 mod rope;
 mod row;
+mod seats;
 mod softmax;
 mod threads;
 
@@ -33,6 +34,7 @@ use threads::Threads;
 pub use detect::{Arithmetic, Path, PathError, UnknownPath};
 pub use quantize::quantize;
 pub use read_through::ReadThrough;
+pub use seats::{Keep, SeatError, Seated, Seats, Share};
 
 /// A processor with its instruction path and its threads. Clones share the threads.
 #[derive(Debug, Clone)]
@@ -44,6 +46,7 @@ pub struct Cpu {
 struct Shared {
     isa: Isa,
     threads: Threads,
+    seats: Seats,
     products: Kept<gemm::Scratch>,
     attention: Kept<attention::Scratch>,
 }
@@ -65,19 +68,20 @@ impl<T: Default> Kept<T> {
 }
 
 impl Cpu {
-    /// The best path of this processor, with `threads` threads (at least one), the caller's included.
+    /// The best path of this processor, with a thread per seat, the caller's included. A number of threads is as many
+    /// seats anywhere, at least one.
     #[must_use]
-    pub fn new(threads: usize) -> Self {
-        Self::build(Isa::best(), threads)
+    pub fn new(seats: impl Into<Seats>) -> Self {
+        Self::build(Isa::best(), seats.into())
     }
 
     /// A given path.
     ///
     /// # Errors
     /// When this processor does not have it.
-    pub fn with_path(path: Path, threads: usize) -> Result<Self, PathError> {
+    pub fn with_path(path: Path, seats: impl Into<Seats>) -> Result<Self, PathError> {
         let isa = Isa::of(path).ok_or(PathError { path })?;
-        Ok(Self::build(isa, threads))
+        Ok(Self::build(isa, seats.into()))
     }
 
     /// A given path, whatever this processor says that it has.
@@ -85,24 +89,30 @@ impl Cpu {
     /// # Safety
     /// Its instructions can be executed, or somebody handles the fault of those that cannot.
     #[must_use]
-    pub unsafe fn with_path_unchecked(path: Path, threads: usize) -> Self {
+    pub unsafe fn with_path_unchecked(path: Path, seats: impl Into<Seats>) -> Self {
         // SAFETY: the caller's promise.
-        Self::build(unsafe { Isa::trusted(path) }, threads)
+        Self::build(unsafe { Isa::trusted(path) }, seats.into())
     }
 
     /// [`Path::Amx`] with its products in plain Rust, on any processor: slow, to judge the instructions by.
     #[must_use]
-    pub fn with_tiles_in_software(threads: usize) -> Self {
-        Self::build(Isa::software_tiles(), threads)
+    pub fn with_tiles_in_software(seats: impl Into<Seats>) -> Self {
+        Self::build(Isa::software_tiles(), seats.into())
     }
 
-    fn build(isa: Isa, threads: usize) -> Self {
-        let threads = Threads::new(threads);
-        tracing::debug!(path = %isa.path(), threads = threads.count(), "kernels ready");
+    fn build(isa: Isa, seats: Seats) -> Self {
+        let threads = Threads::new(&seats);
+        tracing::debug!(
+            path = %isa.path(),
+            threads = threads.count(),
+            processors = %seats.all(),
+            "kernels ready"
+        );
         Self {
             shared: Arc::new(Shared {
                 isa,
                 threads,
+                seats,
                 products: Kept::default(),
                 attention: Kept::default(),
             }),
@@ -154,6 +164,10 @@ impl Cpu {
 }
 
 impl Ops for Cpu {
+    fn enter(&self) -> Seated {
+        self.shared.seats.all().take()
+    }
+
     fn matmul(&self, op: MatMul<'_>) -> Result<(), ShapeError> {
         op.check()?;
         self.shared

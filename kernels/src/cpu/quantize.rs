@@ -42,7 +42,13 @@ pub fn quantize(
     k: usize,
     weights: &[f32],
 ) -> Result<Vec<u8>, ShapeError> {
-    all(Isa::best(), &Threads::new(1), dtype, (n, k), weights)
+    all(
+        Isa::best(),
+        &Threads::new(&1.into()),
+        dtype,
+        (n, k),
+        weights,
+    )
 }
 
 impl Cpu {

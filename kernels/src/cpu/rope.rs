@@ -6,8 +6,9 @@
 
 use super::detect::Isa;
 use super::lanes::{Lanes, WIDTH, on_path};
+use super::norm::scale_kernel;
 use super::threads::{Parts, Threads};
-use crate::ops::{Rope, RopeTable};
+use crate::ops::{Norm, Rope, RopeTable};
 
 /// Elements below which a second thread is not worth it.
 const SMALL: usize = 1 << 15;
@@ -99,18 +100,36 @@ unsafe fn head_kernel<L: Lanes>(x: &mut [f32], cos: &[f32], sin: &[f32]) {
 }
 
 /// # Safety
-/// As for one head; `x` has whole heads.
+/// As for one head; `x` has whole heads, and whole widths of the norm.
 #[inline(always)]
-unsafe fn row_kernel<L: Lanes>(x: &mut [f32], cos: &[f32], sin: &[f32]) {
+unsafe fn row_kernel<L: Lanes>(x: &mut [f32], before: Before<'_>, cos: &[f32], sin: &[f32]) {
+    if let Some(norm) = before.norm {
+        for part in x.chunks_exact_mut(norm.weight.len()) {
+            // SAFETY: the part has the norm's width; the instructions are the caller's promise.
+            unsafe { scale_kernel::<L>(part.as_ptr(), norm, part.as_mut_ptr()) }
+        }
+    }
+    if let Some(clip) = before.clip {
+        for value in x.iter_mut() {
+            *value = value.clamp(-clip, clip);
+        }
+    }
     for head in x.chunks_exact_mut(2 * cos.len()) {
         // SAFETY: the caller's promise.
         unsafe { head_kernel::<L>(head, cos, sin) }
     }
 }
 
+/// What happens to a row before it is rotated.
+#[derive(Clone, Copy)]
+struct Before<'a> {
+    norm: Option<Norm<'a>>,
+    clip: Option<f32>,
+}
+
 on_path! {
-    /// Rotates all heads of one row.
-    fn rotate(x: &mut [f32], cos: &[f32], sin: &[f32]) = row_kernel
+    /// Norm, clip and rotation of all heads of one row.
+    fn rotate(x: &mut [f32], before: Before<'_>, cos: &[f32], sin: &[f32]) = row_kernel
 }
 
 /// Runs a checked rotation.
@@ -120,8 +139,11 @@ pub(super) fn rope(isa: Isa, threads: &Threads, op: Rope<'_>) {
         rows,
         heads,
         head_dim,
+        norm,
+        clip,
         table,
     } = op;
+    let before = Before { norm, clip };
     let (half, width) = (table.half, heads * head_dim);
     if width == 0 {
         return;
@@ -135,7 +157,13 @@ pub(super) fn rope(isa: Isa, threads: &Threads, op: Rope<'_>) {
             // SAFETY: rows do not overlap; a row has heads of twice `half` values.
             unsafe {
                 let x = x.slice(row * width, width);
-                rotate(isa, x, &table.cos[angles.clone()], &table.sin[angles]);
+                rotate(
+                    isa,
+                    x,
+                    before,
+                    &table.cos[angles.clone()],
+                    &table.sin[angles],
+                );
             }
         }
     });

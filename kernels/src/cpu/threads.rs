@@ -13,6 +13,8 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread::JoinHandle;
 
+use super::seats::Seats;
+
 /// Rounds of `spin_loop` before a waiting thread sleeps: some tens of microseconds.
 const SPINS: u32 = 1500;
 
@@ -153,9 +155,9 @@ pub(super) struct Threads {
 }
 
 impl Threads {
-    /// `threads` in all, the caller's included: starts one less. When the system refuses a thread, the
+    /// A thread per seat, the first of which is the caller's: starts one less. When the system refuses a thread, the
     /// pool is smaller.
-    pub(super) fn new(threads: usize) -> Self {
+    pub(super) fn new(seats: &Seats) -> Self {
         let shared = Arc::new(Shared {
             state: AtomicU64::new(0),
             next: AtomicUsize::new(0),
@@ -168,13 +170,17 @@ impl Threads {
         });
         let start = |i| {
             let shared = Arc::clone(&shared);
+            let seat = seats.seat(i);
             std::thread::Builder::new()
                 .name(format!("kernels-{i}"))
-                .spawn(move || shared.helper())
+                .spawn(move || {
+                    let _seated = seat.take();
+                    shared.helper();
+                })
                 .inspect_err(|e| tracing::warn!(error = %e, "kernel thread not started"))
                 .ok()
         };
-        let helpers = (1..threads).map_while(start).collect();
+        let helpers = (1..seats.len()).map_while(start).collect();
         Self {
             shared,
             caller: Mutex::new(()),
@@ -317,7 +323,7 @@ mod tests {
     #[test]
     fn every_item_runs_once() {
         for threads in 1..=4 {
-            let pool = Threads::new(threads);
+            let pool = Threads::new(&threads.into());
             for items in [0, 1, 2, 3, 100, 1000] {
                 let counts: Vec<AtomicUsize> =
                     (0..items).map(|_| AtomicUsize::new(0)).collect();
@@ -331,7 +337,7 @@ mod tests {
 
     #[test]
     fn many_short_jobs_from_several_callers() {
-        let pool = Threads::new(3);
+        let pool = Threads::new(&3.into());
         let total = AtomicUsize::new(0);
         std::thread::scope(|scope| {
             for _ in 0..3 {
@@ -353,7 +359,7 @@ mod tests {
 
     #[test]
     fn threads_that_sleep_are_woken_or_not_needed() {
-        let pool = Threads::new(2);
+        let pool = Threads::new(&2.into());
         for _ in 0..20 {
             let gate = Mutex::new(());
             let nap = std::time::Duration::from_millis(2);
@@ -372,7 +378,7 @@ mod tests {
 
     #[test]
     fn a_panic_reaches_the_caller_and_the_pool_lives_on() {
-        let pool = Threads::new(2);
+        let pool = Threads::new(&2.into());
         let result = catch_unwind(AssertUnwindSafe(|| {
             pool.run(64, &|i| assert!(i != 40, "item 40"));
         }));

@@ -2,8 +2,8 @@
 
 use foregate_kernels::{
     Add, Attention, Combine, Cpu, Dtype, Embed, ExpertFfn, ExpertGroup, Gate, KvCache, KvShape,
-    KvWrite, LogSoftmax, MatMul, Ops, Oracle, PageMap, RmsNorm, Rope, RopeTable, ShapeError,
-    SigmoidScale, SiluMul,
+    KvWrite, LogSoftmax, MatMul, Norm, Ops, Oracle, PageMap, RmsNorm, Rope, RopeTable,
+    ShapeError, SigmoidScale, SiluMul,
 };
 
 use super::weight;
@@ -87,9 +87,10 @@ fn dense_ops() {
             out: &mut [],
         };
         refused(ops.log_softmax(softmax), "width");
-        let (x, weight) = (&[0.0; 4], &[0.0; 3]);
+        let weight = &[0.0; 3];
         let norm = RmsNorm {
-            x,
+            x: &mut [0.0; 4],
+            add: None,
             rows: 2,
             width: 2,
             weight,
@@ -97,18 +98,34 @@ fn dense_ops() {
             out: &mut [0.0; 4],
         };
         refused(ops.rms_norm(norm), "weight");
+        let norm = RmsNorm {
+            x: &mut [0.0; 4],
+            add: Some(&[0.0; 3]),
+            rows: 2,
+            width: 2,
+            weight: &[0.0; 2],
+            eps: 0.0,
+            out: &mut [0.0; 4],
+        };
+        refused(ops.rms_norm(norm), "add");
         let table = &RopeTable::new(&[1.0], &[0]);
-        let rope = |rows, head_dim| {
+        let rope = |rows, head_dim, weight: Option<&[f32]>, clip| {
             ops.rope(Rope {
                 x: &mut [0.0; 4],
                 rows,
                 heads: 1,
                 head_dim,
+                norm: weight.map(|weight| Norm { weight, eps: 0.0 }),
+                clip,
                 table,
             })
         };
-        refused(rope(1, 4), "head_dim");
-        refused(rope(2, 2), "angles");
+        refused(rope(1, 4, None, None), "head_dim");
+        refused(rope(2, 2, None, None), "angles");
+        refused(rope(2, 2, Some(&[1.0; 3]), None), "norm");
+        refused(rope(2, 2, Some(&[]), None), "norm");
+        refused(rope(2, 2, None, Some(-1.0)), "clip");
+        refused(rope(2, 2, None, Some(f32::NAN)), "clip");
     });
 }
 

@@ -88,6 +88,62 @@ impl FromStr for CpuPath {
     }
 }
 
+/// Which processors a worker's compute threads keep to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+pub enum Pinning {
+    /// To none: the system places them.
+    None,
+    /// To one memory (NUMA) node, where their weights then lie. Nothing on a machine with one node.
+    #[default]
+    Node,
+    /// To one processor each, cores before second hardware threads.
+    Core,
+}
+
+impl Pinning {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::None, Self::Node, Self::Core];
+
+    /// Its name in documents and on the command line.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Node => "node",
+            Self::Core => "core",
+        }
+    }
+}
+
+impl FromStr for Pinning {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        let found = Self::ALL.into_iter().find(|pinning| pinning.name() == name);
+        found.ok_or_else(|| {
+            let names = Self::ALL.map(Self::name).join(", ");
+            format!("`{name}` is no way to pin threads; known: {names}")
+        })
+    }
+}
+
+/// Which of the workers on its machine a worker is, so that each takes processors of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Seat {
+    /// Its number, below `of`.
+    pub index: u32,
+    /// Workers that share the machine's processors; 1 where each has processors of its own.
+    pub of: u32,
+}
+
+impl Seat {
+    /// For a worker that shares its processors with no other.
+    pub const ALONE: Self = Self { index: 0, of: 1 };
+}
+
 #[cfg(test)]
 mod tests {
     use serde::de::IntoDeserializer;
@@ -102,6 +158,13 @@ mod tests {
             let read: Result<_, Error> = CpuPath::deserialize(path.name().into_deserializer());
             assert_eq!(read, Ok(path));
         }
+        for pinning in Pinning::ALL {
+            assert_eq!(pinning.name().parse(), Ok(pinning));
+            let read: Result<_, Error> =
+                Pinning::deserialize(pinning.name().into_deserializer());
+            assert_eq!(read, Ok(pinning));
+        }
+        assert!("numa".parse::<Pinning>().unwrap_err().contains("node"));
         assert!(
             "sse9"
                 .parse::<CpuPath>()

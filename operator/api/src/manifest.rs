@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::cpu::CpuPath;
+use crate::cpu::{CpuPath, Pinning};
 use crate::security::SecuritySpec;
 use crate::weights::{PlainFormat, Quantization};
 
@@ -121,6 +121,10 @@ pub struct WorkersSpec {
     /// Instructions of the kernels, default `auto`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpu_path: Option<CpuPath>,
+    /// Which processors compute threads keep to: `none`, `node` (one NUMA node), `core` (a processor each). Default
+    /// `node`, in pods `none`: which processors a pod has to itself only the kubelet's CPU manager knows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pinning: Option<Pinning>,
     /// Most sequences in a batch, default 64.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_num_seqs: Option<u32>,

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::cpu::CpuPath;
+use crate::cpu::{CpuPath, Pinning, Seat};
 use crate::ids::Rank;
 use crate::manifest::RoutingPolicy;
 use crate::tls::{StoreTls, TlsConfig};
@@ -136,6 +136,10 @@ pub struct WorkerConfig {
     pub threads: u32,
     /// Instructions of the kernels; workers of one cluster must sum alike.
     pub cpu_path: CpuPath,
+    /// Which processors its threads keep to.
+    pub pinning: Pinning,
+    /// Its place among the workers of its machine.
+    pub seat: Seat,
     /// Most sequences in a batch.
     pub max_num_seqs: u32,
     /// Most tokens in a step.

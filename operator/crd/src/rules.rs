@@ -400,6 +400,7 @@ fn enumerations(object: &mut Value) -> Result<(), SchemaError> {
         ("spec.model.dtype", "auto"),
         ("spec.model.quantization", "none"),
         ("spec.workers.cpuPath", "auto"),
+        ("spec.workers.pinning", "none"),
         ("spec.gateway.routing", "signature"),
         ("spec.security.certManager.kind", "Issuer"),
     ] {

@@ -44,6 +44,7 @@ fn what_is_left_open_gets_the_documented_defaults() {
                 redundancy: Redundancy::Linked,
                 threads: Threads::Shared,
                 cpu_path: CpuPath::Auto,
+                pinning: None,
                 max_num_seqs: 64,
                 max_num_batched_tokens: 512,
                 max_waiting: 256,

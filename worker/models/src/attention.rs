@@ -4,7 +4,7 @@ use foregate_api::model::ModelSpec;
 use foregate_api::weights::Part;
 use foregate_checkpoint::names::of_block;
 use foregate_kernels::{
-    Attention, KvCache, KvWrite, MatMul, Matrix, Ops, PageMap, RmsNorm, Rope, RopeTable,
+    Attention, KvCache, KvWrite, MatMul, Matrix, Norm, Ops, PageMap, Rope, RopeTable,
     ShapeError,
 };
 
@@ -88,7 +88,7 @@ impl AttentionWeights {
     ) -> Result<(), ShapeError> {
         let rows = step.batch.rows();
         self.project(step, scratch)?;
-        rotate(step, scratch)?;
+        self.rotate(step, scratch)?;
         let pages = PageMap {
             sequence_of_row: step.batch.sequence_of_row,
             tables: step.batch.page_tables,
@@ -126,61 +126,38 @@ impl AttentionWeights {
         self.query.run(step.ops, x, rows, &mut scratch.query)?;
         self.key.run(step.ops, x, rows, &mut scratch.key)?;
         self.value.run(step.ops, x, rows, &mut scratch.value)?;
-        if let Some(norm) = &self.after.norm {
-            let eps = step.spec.norm_eps;
-            // The attention's buffer is free until the attention itself runs.
-            let spare = &mut scratch.attended;
-            normalise(step.ops, &norm.query, eps, &mut scratch.query, spare)?;
-            normalise(step.ops, &norm.key, eps, &mut scratch.key, spare)?;
-        }
         if let Some(limit) = self.after.clip {
-            for buffer in [&mut scratch.query, &mut scratch.key, &mut scratch.value] {
-                for value in buffer.iter_mut() {
-                    *value = value.clamp(-limit, limit);
-                }
+            for value in &mut scratch.value {
+                *value = value.clamp(-limit, limit);
             }
         }
         Ok(())
     }
-}
 
-/// Turns queries and keys by their positions.
-fn rotate(step: &Step<'_>, scratch: &mut Scratch) -> Result<(), ShapeError> {
-    let spec = step.spec;
-    for (x, heads) in [
-        (&mut scratch.query, spec.heads),
-        (&mut scratch.key, spec.kv_heads),
-    ] {
-        step.ops.rope(Rope {
-            x,
-            rows: step.batch.rows(),
-            heads,
-            head_dim: spec.head_dim,
-            table: step.angles,
-        })?;
+    /// Queries and keys as they meet: normalised and clipped as the family wants it, turned by their positions.
+    fn rotate(&self, step: &Step<'_>, scratch: &mut Scratch) -> Result<(), ShapeError> {
+        let spec = step.spec;
+        let AfterProjection { norm, clip } = &self.after;
+        let norm = norm.as_ref();
+        for (x, heads, weight) in [
+            (&mut scratch.query, spec.heads, norm.map(|norm| &norm.query)),
+            (&mut scratch.key, spec.kv_heads, norm.map(|norm| &norm.key)),
+        ] {
+            step.ops.rope(Rope {
+                x,
+                rows: step.batch.rows(),
+                heads,
+                head_dim: spec.head_dim,
+                norm: weight.map(|weight| Norm {
+                    weight,
+                    eps: spec.norm_eps,
+                }),
+                clip: *clip,
+                table: step.angles,
+            })?;
+        }
+        Ok(())
     }
-    Ok(())
-}
-
-/// Normalises rows of `weight.len()` values; `x` and `spare` change places.
-fn normalise(
-    ops: &dyn Ops,
-    weight: &[f32],
-    eps: f32,
-    x: &mut Vec<f32>,
-    spare: &mut Vec<f32>,
-) -> Result<(), ShapeError> {
-    let width = weight.len();
-    ops.rms_norm(RmsNorm {
-        x,
-        rows: x.len() / width.max(1),
-        width,
-        weight,
-        eps,
-        out: sized(spare, x.len()),
-    })?;
-    std::mem::swap(x, spare);
-    Ok(())
 }
 
 /// `1 / sqrt(head_dim)`, rounded once.

@@ -56,30 +56,43 @@ impl Block {
         scratch: &mut Scratch,
         notes: &mut Notes<'_>,
     ) -> Result<(), ModelError> {
-        norm(step, &self.attention_norm, scratch)?;
+        norm(step, &self.attention_norm, Take::Stream, scratch)?;
         self.attention.run(step, self.number, kv, scratch)?;
-        residual(step, scratch)?;
-        norm(step, &self.mlp_norm, scratch)?;
+        norm(step, &self.mlp_norm, Take::StreamAndBranch, scratch)?;
         self.mlp.run(step, experts, scratch, notes)?;
-        residual(step, scratch)?;
+        step.ops.add(Add {
+            x: &mut scratch.stream,
+            y: &scratch.branch,
+        })?;
         Ok(())
     }
 }
 
-fn norm(step: &Step<'_>, weight: &[f32], scratch: &mut Scratch) -> Result<(), ShapeError> {
+/// What a norm is taken of.
+#[derive(Clone, Copy)]
+enum Take {
+    Stream,
+    /// The branch is added to the stream first.
+    StreamAndBranch,
+}
+
+fn norm(
+    step: &Step<'_>,
+    weight: &[f32],
+    take: Take,
+    scratch: &mut Scratch,
+) -> Result<(), ShapeError> {
+    let rows = step.batch.rows();
     step.ops.rms_norm(RmsNorm {
-        x: &scratch.stream,
-        rows: step.batch.rows(),
+        x: &mut scratch.stream,
+        add: match take {
+            Take::Stream => None,
+            Take::StreamAndBranch => Some(&scratch.branch),
+        },
+        rows,
         width: weight.len(),
         weight,
         eps: step.spec.norm_eps,
-        out: sized(&mut scratch.normed, scratch.stream.len()),
-    })
-}
-
-fn residual(step: &Step<'_>, scratch: &mut Scratch) -> Result<(), ShapeError> {
-    step.ops.add(Add {
-        x: &mut scratch.stream,
-        y: &scratch.branch,
+        out: sized(&mut scratch.normed, rows * weight.len()),
     })
 }

@@ -266,7 +266,8 @@ impl Weights {
                 .extend_from_slice(&scratch.stream[at..at + hidden]);
         }
         step.ops.rms_norm(RmsNorm {
-            x: &scratch.branch,
+            x: &mut scratch.branch,
+            add: None,
             rows: wanted.len(),
             width: hidden,
             weight: &self.final_norm,

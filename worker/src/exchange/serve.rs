@@ -262,6 +262,7 @@ impl Inner {
     }
 
     fn run(&self) {
+        let _seated = self.parts.ops.enter();
         let mut desk = Desk::default();
         while self.queue.take_due(&mut desk.jobs) {
             if let Err(error) = self.serve(self.parts.ops.as_ref(), None, &mut desk) {

@@ -12,7 +12,7 @@ use bytes::{Bytes, BytesMut};
 use foregate_api::ids::{ExpertId, LayerId};
 use foregate_api::model::ModelSpec;
 use foregate_checkpoint::{Checkpoint, ExpertHash};
-use foregate_kernels::ShapeError;
+use foregate_kernels::{Cpu, Ops, ShapeError};
 use foregate_models::{ExpertWeights, ModelError};
 use foregate_tls::Keys;
 use foregate_wire::connect::{BadAddress, channel};
@@ -84,28 +84,29 @@ pub struct Loader {
     checkpoint: Arc<Checkpoint>,
     metrics: Arc<WorkerMetrics>,
     packing: Arc<Semaphore>,
-    threads: usize,
+    cpu: Arc<Cpu>,
     keys: Option<Keys>,
     connections: Mutex<BTreeMap<String, Channel>>,
 }
 
 impl Loader {
-    /// A loader over the local files. Packing takes a core: at most `threads` experts are packed at a time. Holders are
-    /// asked over connections that `keys` prove, if there are any.
+    /// A loader over the local files. Packing takes a core: at most as many experts are packed at a time as
+    /// `cpu` has threads, each where its threads are, so that the weights lie near them.
+    /// Holders are asked over connections that `keys` prove, if there are any.
     #[must_use]
     pub fn new(
         spec: Arc<ModelSpec>,
         checkpoint: Arc<Checkpoint>,
         metrics: Arc<WorkerMetrics>,
-        threads: usize,
+        cpu: Arc<Cpu>,
         keys: Option<Keys>,
     ) -> Self {
         Self {
             spec,
             checkpoint,
             metrics,
-            packing: Arc::new(Semaphore::new(threads.max(1))),
-            threads: threads.max(1),
+            packing: Arc::new(Semaphore::new(cpu.threads())),
+            cpu,
             keys,
             connections: Mutex::default(),
         }
@@ -116,9 +117,9 @@ impl Loader {
     #[must_use]
     pub fn at_once(&self, serving: bool) -> usize {
         if serving {
-            (self.threads / 4).clamp(1, 4)
+            (self.cpu.threads() / 4).clamp(1, 4)
         } else {
-            self.threads * 2
+            self.cpu.threads() * 2
         }
     }
 
@@ -225,7 +226,9 @@ impl Loader {
             .await
             .map_err(|_| LoadError::Interrupted)?;
         // The place goes with the work, which goes on when nobody waits for it any more.
+        let cpu = Arc::clone(&self.cpu);
         let work = move || {
+            let _seated = cpu.enter();
             let packed = work();
             drop(place);
             packed

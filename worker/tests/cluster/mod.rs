@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use foregate_api::cpu::CpuPath;
+use foregate_api::cpu::{CpuPath, Pinning, Seat};
 use foregate_api::ids::{Epoch, ExpertId, Rank};
 use foregate_api::model::ModelSpec;
 use foregate_api::node::{FabricKind, WorkerConfig};
@@ -249,6 +249,8 @@ fn config(dir: &Path, rank: Rank, slots: u32, form: Form) -> WorkerConfig {
         slots,
         threads: form.threads,
         cpu_path: CpuPath::Auto,
+        pinning: Pinning::None,
+        seat: Seat::ALONE,
         max_num_seqs: form.max_num_seqs,
         max_num_batched_tokens: form.max_num_batched_tokens,
         max_waiting: 64,

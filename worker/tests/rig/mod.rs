@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
-use foregate_api::cpu::CpuPath;
+use foregate_api::cpu::{CpuPath, Pinning, Seat};
 use foregate_api::ids::{Epoch, Rank};
 use foregate_api::model::{Family, ModelSpec};
 use foregate_api::node::{FabricKind, WorkerConfig};
@@ -209,6 +209,8 @@ fn config(sizes: Sizes) -> WorkerConfig {
         slots: 0,
         threads: 1,
         cpu_path: CpuPath::Auto,
+        pinning: Pinning::None,
+        seat: Seat::ALONE,
         max_num_seqs: sizes.seqs,
         max_num_batched_tokens: sizes.step_tokens,
         max_waiting: sizes.waiting,

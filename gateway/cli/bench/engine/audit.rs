@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use foregate_kernels::{
     Add, Attention, Combine, Embed, ExpertFfn, Gate, KvWrite, LogSoftmax, MatMul, Ops, RmsNorm,
-    Rope, ShapeError, SigmoidScale, SiluMul,
+    Rope, Seated, ShapeError, SigmoidScale, SiluMul,
 };
 use tokio::time::Instant;
 
@@ -124,6 +124,10 @@ fn expert_work(op: &ExpertFfn<'_>) -> Spent {
 }
 
 impl Ops for Audited {
+    fn enter(&self) -> Seated {
+        self.inner.enter()
+    }
+
     fn matmul(&self, op: MatMul<'_>) -> Result<(), ShapeError> {
         let bias = op.bias.map_or(0, size_of_val);
         let spent = Spent {

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::Arc;
 
-use foregate_api::cpu::CpuPath;
+use foregate_api::cpu::{CpuPath, Pinning};
 use foregate_api::ids::Rank;
 use foregate_api::tls::{TlsConfig, TlsRole};
 use foregate_api::weights::WeightSettings;
@@ -37,6 +37,8 @@ pub(crate) struct ChildArgs {
     #[arg(long)]
     cpu_path: CpuPath,
     #[arg(long)]
+    pinning: Pinning,
+    #[arg(long)]
     rank: u32,
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=64))]
     workers: u32,
@@ -58,6 +60,7 @@ pub(super) struct Source<'a> {
     pub(super) cpu_path: CpuPath,
     /// What workers that are processes prove themselves with.
     pub(super) keys: Option<&'a KeyFolders>,
+    pub(super) pinning: Pinning,
 }
 
 /// What a child is told.
@@ -115,7 +118,7 @@ fn open(args: &ChildArgs) -> Result<Node, CliError> {
         threads: args.threads,
     };
     let way = Way::Tcp(listener, TcpSettings::default(), keys(args)?);
-    let cpu = foregate_worker::cpu(args.cpu_path, seat.threads as usize)
+    let cpu = foregate_worker::cpu(args.cpu_path, seat.bind(args.pinning)?)
         .map_err(|error| CliError::Usage(format!("--cpu-path: {error}")))?;
     let cpu = Arc::new(cpu);
     let model = Model::load(&checkpoint, Arc::clone(&cpu), |_, _| {})
@@ -180,6 +183,7 @@ impl Remote {
             ("--dtype", source.weights.dtype.to_string()),
             ("--quantization", source.weights.quantization.to_string()),
             ("--cpu-path", source.cpu_path.name().to_owned()),
+            ("--pinning", source.pinning.name().to_owned()),
         ] {
             command.arg(name).arg(value);
         }

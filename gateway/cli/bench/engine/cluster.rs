@@ -4,6 +4,7 @@
 
 use std::sync::Arc;
 
+use foregate_api::cpu::Pinning;
 use foregate_api::ids::Rank;
 use foregate_kernels::Cpu;
 use foregate_worker::engine::Alone;
@@ -61,18 +62,22 @@ impl Cluster {
             threads: shape.threads_per_worker,
         });
         match shape.fabric {
-            FabricName::Local => Self::here(rig, seats).await,
+            FabricName::Local => Self::here(rig, source.pinning, seats).await,
             FabricName::Tcp | FabricName::Tls => Self::processes(source, seats).await,
         }
     }
 
-    async fn here(rig: &Rig, seats: impl Iterator<Item = Seat>) -> Result<Self, CliError> {
+    async fn here(
+        rig: &Rig,
+        pinning: Pinning,
+        seats: impl Iterator<Item = Seat>,
+    ) -> Result<Self, CliError> {
         let hub = LocalHub::new();
         let missing = || CliError::Runtime("an expert is not loaded".to_owned());
         let nodes: Vec<Node> = seats
             .map(|seat| {
                 let way = Way::Local(Arc::clone(&hub));
-                let cpu = Cpu::with_path(rig.cpu.path(), seat.threads as usize)
+                let cpu = Cpu::with_path(rig.cpu.path(), seat.bind(pinning)?)
                     .map_err(|error| CliError::runtime("a worker", &error))?;
                 let cpu = Arc::new(cpu);
                 let model = rig.model.with_ops(Arc::<Cpu>::clone(&cpu));

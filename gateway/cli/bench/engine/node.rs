@@ -5,10 +5,11 @@ use std::error::Error;
 use std::sync::Arc;
 use std::time::Duration;
 
+use foregate_api::cpu::{self, Pinning};
 use foregate_api::ids::{Epoch, ExpertId, LayerId, Rank};
 use foregate_api::model::ModelSpec;
 use foregate_api::placement::{LayerPlacement, Placement, Reason};
-use foregate_kernels::Cpu;
+use foregate_kernels::{Cpu, Seats};
 use foregate_models::{ExpertWeights, Model};
 use foregate_worker::exchange::{Endpoint, EndpointParts, Way};
 use foregate_worker::fabric::{Identity, PeerAddress};
@@ -37,6 +38,18 @@ pub(super) struct Seat {
     pub(super) rank: Rank,
     pub(super) workers: u32,
     pub(super) threads: u32,
+}
+
+impl Seat {
+    /// The processors of its threads.
+    pub(super) fn bind(self, pinning: Pinning) -> Result<Seats, CliError> {
+        let seat = cpu::Seat {
+            index: self.rank.0,
+            of: self.workers,
+        };
+        foregate_worker::seats(pinning, seat, self.threads)
+            .map_err(|error| CliError::Usage(format!("--pinning: {error}")))
+    }
 }
 
 /// What a worker measured in one turn.

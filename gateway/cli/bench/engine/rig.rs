@@ -5,7 +5,7 @@ use std::error::Error;
 use std::sync::Arc;
 use std::time::Duration;
 
-use foregate_api::cpu::CpuPath;
+use foregate_api::cpu::{CpuPath, Pinning, Seat};
 use foregate_api::ids::Rank;
 use foregate_api::model::ModelSpec;
 use foregate_api::node::{FabricKind, WorkerConfig};
@@ -85,6 +85,8 @@ impl Load {
             slots: 0,
             threads: 1,
             cpu_path: CpuPath::Auto,
+            pinning: Pinning::None,
+            seat: Seat::ALONE,
             max_num_seqs: self.sequences,
             max_num_batched_tokens: self.step_tokens,
             max_waiting: self.sequences,

@@ -73,6 +73,7 @@ pub(super) async fn run(
         weights: args.weights.settings(),
         cpu_path: args.cpu_path,
         keys: keys.as_ref().map(|keys| &keys.folders),
+        pinning: args.pinning,
     };
     let mut cluster = Cluster::start(source, rig, shape).await?;
     task.finish("done");

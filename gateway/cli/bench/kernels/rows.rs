@@ -40,11 +40,12 @@ impl Bench {
 
     fn norm(&mut self, rows: usize) -> Result<(), CliError> {
         let width = self.shape.hidden;
-        let (x, weight) = (noise(rows * width, 1), noise(width, 2));
+        let (mut x, weight) = (noise(rows * width, 1), noise(width, 2));
         let mut out = vec![0.0; rows * width];
         let seconds = self.clock.best(|_| {
             self.cpu.rms_norm(RmsNorm {
-                x: &x,
+                x: &mut x,
+                add: None,
                 rows,
                 width,
                 weight: &weight,
@@ -75,6 +76,8 @@ impl Bench {
                 rows,
                 heads,
                 head_dim,
+                norm: None,
+                clip: None,
                 table: &table,
             })
         })?;

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use foregate_api::cpu::CpuPath;
+use foregate_api::cpu::{CpuPath, Pinning, Seat};
 use foregate_api::ids::{Epoch, ExpertId, Rank};
 use foregate_api::member::Ack;
 use foregate_api::model::ModelSpec;
@@ -278,6 +278,8 @@ fn config(path: &str, rank: Rank, spec: &ModelSpec, shape: Shape) -> WorkerConfi
         slots: experts.div_ceil(shape.workers).saturating_add(shape.moves),
         threads: shape.threads,
         cpu_path: CpuPath::Auto,
+        pinning: Pinning::None,
+        seat: Seat::ALONE,
         max_num_seqs: shape.streams,
         max_num_batched_tokens: 512.max(shape.streams),
         max_waiting: shape.streams,
