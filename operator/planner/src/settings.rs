@@ -35,7 +35,7 @@ pub struct Settings {
 }
 
 /// What decides whether a move pays.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Economy {
     /// Part of the time that steps spend in experts, all layers together, were they balanced; in [0, 1].
     pub busy: f64,
