@@ -66,7 +66,7 @@ pub(crate) async fn placement(
     moved: Option<usize>,
 ) {
     let (reason, note) = placement_note(plan, moved);
-    publish(recorder, cluster, EventType::Normal, reason, note).await;
+    publish(recorder, cluster, EventType::Normal, reason, note, None).await;
 }
 
 fn placement_note(plan: &Placement, moved: Option<usize>) -> (&'static str, String) {

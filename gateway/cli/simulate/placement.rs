@@ -256,6 +256,7 @@ fn refused(error: &SimulateError) -> CliError {
         | SimulateError::OtherSetting { .. }
         | SimulateError::Policy { .. } => CliError::Usage(error.to_string()),
         SimulateError::Plan(_)
+        | SimulateError::Forecast(_)
         | SimulateError::NoPlan
         | SimulateError::Window(_)
         | SimulateError::Split(_)

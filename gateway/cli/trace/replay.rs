@@ -113,6 +113,7 @@ impl Replay {
             settings: Settings {
                 threshold: args.threshold,
                 max_moves_per_layer: args.max_moves,
+                ..Settings::default()
             },
             demand: Demand::new(header.layers, header.experts),
             ranks,
