@@ -18,12 +18,18 @@ const EDGES: &[(&str, &[&str])] = &[
     ("foregate-crd", &["foregate-api"]),
     ("foregate-planner", &["foregate-api"]),
     ("foregate-simulate", &["foregate-api", "foregate-planner"]),
+    ("foregate-trace", &["foregate-api"]),
     ("foregate-store", &["foregate-api"]),
+    (
+        "foregate-explain",
+        &["foregate-api", "foregate-planner", "foregate-store"],
+    ),
     (
         "foregate-operator",
         &[
             "foregate-api",
             "foregate-crd",
+            "foregate-explain",
             "foregate-planner",
             "foregate-store",
         ],
@@ -48,7 +54,12 @@ const EDGES: &[(&str, &[&str])] = &[
     ),
     (
         "foregate-gateway",
-        &["foregate-api", "foregate-store", "foregate-wire"],
+        &[
+            "foregate-api",
+            "foregate-trace",
+            "foregate-store",
+            "foregate-wire",
+        ],
     ),
     (
         HARNESS,
@@ -62,7 +73,9 @@ const EDGES: &[(&str, &[&str])] = &[
             "foregate-crd",
             "foregate-planner",
             "foregate-simulate",
+            "foregate-trace",
             "foregate-store",
+            "foregate-explain",
             "foregate-operator",
             "foregate-wire",
             "foregate-checkpoint",
@@ -149,6 +162,8 @@ const DOORS: &[(&str, &[&str])] = &[
     ("opentelemetry-proto", &[BINARY]),
     ("opentelemetry_sdk", &[BINARY]),
     ("plotters", &[BINARY]),
+    // The terminal of `foregate top`.
+    ("ratatui", &[BINARY]),
     ("rustix", &[BINARY, "foregate-worker", HARNESS]),
     // The loads and the token model of `foregate simulate`.
     ("rand_chacha", &["foregate-simulate"]),

@@ -10,15 +10,19 @@ mod crd;
 mod doctor;
 mod environment;
 mod error;
+mod explain;
 mod fetch;
 mod inspect;
 mod kubernetes;
+mod plan;
 mod progress;
 mod roles;
 mod shutdown;
 mod simulate;
 mod status;
 mod telemetry;
+mod top;
+mod trace;
 mod up;
 mod weights;
 
@@ -66,6 +70,14 @@ enum Command {
     Inspect(inspect::InspectArgs),
     /// Ask an operator and a gateway whether they answer: the chart's test.
     Ask(kubernetes::AskArgs),
+    /// Tell why the experts of a running cluster are where they are.
+    Explain(explain::ExplainArgs),
+    /// Tell what other workers or slots would give and cost.
+    Plan(Box<plan::PlanArgs>),
+    /// Watch a running cluster in the terminal: ranks, experts, moves, balance.
+    Top(top::TopArgs),
+    /// Record which experts live traffic asks for, look into such traces, and run the planner on them.
+    Trace(trace::TraceArgs),
     /// Print the custom resources of Kubernetes, to install them.
     Crd,
     /// Check whether this machine can serve, and say what to do where it cannot.
@@ -85,6 +97,10 @@ impl Command {
             Self::Fetch(_) => "fetch",
             Self::Inspect(_) => "inspect",
             Self::Ask(_) => "ask",
+            Self::Explain(_) => "explain",
+            Self::Plan(_) => "plan",
+            Self::Top(_) => "top",
+            Self::Trace(_) => "trace",
             Self::Crd => "crd",
             Self::Doctor(_) => "doctor",
         }
@@ -140,6 +156,10 @@ async fn run(cli: Cli) -> ExitCode {
             Command::Fetch(args) => fetch::run(args, &progress, drain).await,
             Command::Inspect(args) => inspect::run(args).await,
             Command::Ask(args) => kubernetes::ask(&args).await,
+            Command::Explain(args) => explain::run(&args).await,
+            Command::Plan(args) => plan::run(*args).await,
+            Command::Top(args) => top::run(&args, drain).await,
+            Command::Trace(args) => trace::run(args, &progress, drain).await,
             Command::Crd => crd::run(),
             Command::Doctor(args) => doctor::run(&args).await,
         }

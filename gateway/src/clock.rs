@@ -33,4 +33,10 @@ impl Clock {
     pub fn unix_seconds(&self) -> u64 {
         (self.unix + self.started.elapsed()).as_secs()
     }
+
+    /// Milliseconds since 1970.
+    #[must_use]
+    pub fn unix_millis(&self) -> u64 {
+        u64::try_from((self.unix + self.started.elapsed()).as_millis()).unwrap_or(u64::MAX)
+    }
 }

@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use foregate_api::manifest::RoutingPolicy;
 use foregate_api::node::GatewayConfig;
+use foregate_store::Archive;
 use foregate_store::coord::Coord;
 use foregate_store::kv::Store;
 use tokio::net::TcpListener;
@@ -26,12 +27,14 @@ pub mod admission;
 pub mod cached;
 pub mod clock;
 pub mod error;
+pub mod feed;
 pub mod generate;
 pub mod http;
 pub mod loads;
 pub mod metrics;
 pub mod model_files;
 pub mod output;
+pub mod past;
 pub mod prompt;
 pub mod random;
 pub mod route;
@@ -124,6 +127,7 @@ pub async fn run(deps: Deps) -> Result<(), GatewayError> {
     let ended = CancellationToken::new();
     let _end = ended.clone().drop_guard();
     let tasks = TaskTracker::new();
+    let past = past::Past::new(Archive::new(Arc::clone(&store), &cluster));
     let states = Coord::new(store, &cluster).watch_cluster(ended.clone());
     tasks.spawn({
         let (views, loads, metrics) =
@@ -136,7 +140,7 @@ pub async fn run(deps: Deps) -> Result<(), GatewayError> {
         (config.max_in_flight as usize).saturating_add(config.max_queued as usize),
     );
     let gateway = Arc::new(gateway(
-        config, prompter, defaults, views, loads, metrics, &shutdown,
+        config, prompter, defaults, views, loads, metrics, past, &shutdown,
     ));
     // The registry outlives the gateway, so it must not hold it.
     let looked_at = Arc::downgrade(&gateway);
@@ -199,6 +203,7 @@ fn gateway(
     views: Arc<Views>,
     loads: Arc<Loads>,
     metrics: Arc<Metrics>,
+    past: past::Past,
     shutdown: &CancellationToken,
 ) -> Gateway {
     let router = route::Router::new(config.routing);
@@ -228,6 +233,7 @@ fn gateway(
         defaults,
         bodies: http::Bodies::default(),
         views,
+        past,
         admission,
         runner,
         metrics,

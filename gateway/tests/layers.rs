@@ -5,15 +5,17 @@
 use std::path::{Path, PathBuf};
 
 /// From the bottom up.
-const ORDER: [&str; 19] = [
+const ORDER: [&str; 21] = [
     "clock",
     "random",
     "error",
+    "past",
     "model_files",
     "trace",
     "prompt",
     "output",
     "signature",
+    "feed",
     "cached",
     "loads",
     "route",

@@ -19,23 +19,28 @@ use foregate_api::member::{Ack, Member};
 use foregate_api::model::ModelSpec;
 use foregate_api::node::OperatorConfig;
 use foregate_api::placement::Placement;
+use foregate_explain::record::{Trigger, rounded};
 use foregate_planner::demand::Demand;
 use foregate_planner::rollover::coordinator::{
     Action, ClusterView, Until, highest_epoch, next,
 };
-use foregate_planner::{Decision, History, PlanError, Settings};
+use foregate_planner::{Decision, History, PlanError, Report, Settings};
 use foregate_store::{ClusterState, Coord, StoreError};
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior};
 
+use crate::memory::Memory;
 use crate::metrics::Metrics;
 use crate::problem::{eligible, model, name_reason, problem};
+use crate::record::{Inputs, Recorder};
 use crate::roster::Roster;
 
 /// How often the state is looked at without a change: the resolution of graces and windows.
 const TICK: Duration = Duration::from_millis(100);
 /// How often a wait is logged again.
 const REMIND: Duration = Duration::from_secs(10);
+/// How often what is remembered of the load is kept.
+const REMEMBER: Duration = Duration::from_secs(20);
 
 /// The leader's actor.
 #[derive(Debug)]
@@ -46,13 +51,17 @@ pub(crate) struct Balancer {
     config: OperatorConfig,
     states: watch::Receiver<Arc<ClusterState>>,
     metrics: Arc<Metrics>,
+    recorder: Recorder,
     roster: Roster,
     /// The demand of the model it was made for.
     demand: Option<(ModelSpec, Demand)>,
+    /// What the model was asked for before; `None` until the archive was asked.
+    memory: Option<Memory>,
+    remembered_at: Instant,
     history: History,
     window_ends: Instant,
-    /// Rows were seen since the last decision.
-    window_closed: bool,
+    /// Rows of a layer that were seen since the last decision.
+    window_closed: Option<u64>,
     /// Revisions of target and active placement that a write of ours has replaced: a state that still shows them
     /// is old.
     outdated: BTreeSet<(Key, Option<u64>)>,
@@ -134,6 +143,7 @@ impl Balancer {
         settings: watch::Receiver<OperatorConfig>,
         states: watch::Receiver<Arc<ClusterState>>,
         metrics: Arc<Metrics>,
+        recorder: Recorder,
     ) -> Self {
         let config = settings.borrow().clone();
         let window_ends = Instant::now() + Duration::from_millis(config.window_ms);
@@ -143,11 +153,14 @@ impl Balancer {
             config,
             states,
             metrics,
+            recorder,
             roster: Roster::default(),
             demand: None,
+            memory: None,
+            remembered_at: Instant::now(),
             history: History::default(),
             window_ends,
-            window_closed: false,
+            window_closed: None,
             outdated: BTreeSet::new(),
             overtaken: None,
             proposed_at: None,
@@ -188,6 +201,7 @@ impl Balancer {
         let look = self.look(state);
         self.show(&look);
         self.observe(&look);
+        self.recall().await;
         if self.is_outdated(&look) || self.restore(&look).await? {
             return Ok(());
         }
@@ -195,7 +209,7 @@ impl Balancer {
             Action::Plan => self.first(&look).await,
             Action::Replan { without } => {
                 tracing::debug!(?without, "the placement counts on ranks that are gone");
-                self.decide(&look, look.active()).await
+                self.decide(&look, look.active(), None).await
             }
             Action::Settled => self.settled(&look).await,
             Action::Wait { on, until } => {
@@ -249,6 +263,7 @@ impl Balancer {
         if self.demand.as_ref().is_none_or(|(known, _)| known != model) {
             let demand = Demand::new(model.moe_layers(), model.experts);
             self.demand = Some((model.clone(), demand));
+            self.memory = None;
             self.history = History::default();
         }
         let Some((_, demand)) = &mut self.demand else {
@@ -258,6 +273,7 @@ impl Balancer {
             if !look.alive.contains(rank) {
                 continue;
             }
+            self.recorder.window(window);
             if let Err(error) = demand.observe(window)
                 && self.said.say(&error.to_string(), look.now)
             {
@@ -274,7 +290,29 @@ impl Balancer {
                 ranks = closed.ranks.len(),
                 "window closed"
             );
-            self.window_closed = true;
+            self.window_closed = Some(closed.rows);
+            self.remember(look.now);
+        }
+    }
+
+    /// What is remembered of the model, asked once. A store that does not answer is no reason to wait.
+    async fn recall(&mut self) {
+        let Some((model, _)) = self.demand.as_ref().filter(|_| self.memory.is_none()) else {
+            return;
+        };
+        let found = self.recorder.recall(&Memory::name(model)).await;
+        self.memory = Some(found);
+    }
+
+    /// Learns from the demand, and now and then keeps what was learnt.
+    fn remember(&mut self, now: Instant) {
+        let (Some((model, demand)), Some(memory)) = (&self.demand, &mut self.memory) else {
+            return;
+        };
+        memory.learn(&demand.prediction(), self.recorder.now_ms());
+        if now >= self.remembered_at + REMEMBER {
+            self.remembered_at = now;
+            self.recorder.remember(Memory::name(model), memory);
         }
     }
 
@@ -318,7 +356,7 @@ impl Balancer {
             .filter(|rank| !look.state.members.contains_key(&Rank(*rank)))
             .collect();
         if missing.is_empty() {
-            return self.decide(look, None).await;
+            return self.decide(look, None, None).await;
         }
         if self.said.say(&format!("missing {missing:?}"), look.now) {
             tracing::info!(
@@ -356,9 +394,9 @@ impl Balancer {
             .map(|member| member.rank)
             .collect();
         let other_ranks = !able.is_empty() && active.ranks.iter().copied().ne(able);
-        let follow = std::mem::take(&mut self.window_closed) && self.config.enabled;
-        if other_ranks || follow {
-            return self.decide(look, Some(active)).await;
+        let rows = self.window_closed.take().filter(|_| self.config.enabled);
+        if other_ranks || rows.is_some() {
+            return self.decide(look, Some(active), rows).await;
         }
         Ok(())
     }
@@ -405,6 +443,7 @@ impl Balancer {
         if let Some(seconds) = seconds {
             self.metrics.rollover_seconds.observe(seconds);
         }
+        self.recorder.activated(epoch, seconds);
         tracing::info!(epoch = epoch.0, seconds, "placement active");
         Ok(())
     }
@@ -418,13 +457,17 @@ impl Balancer {
         );
     }
 
-    /// Asks the planner, and proposes what it says.
+    /// Asks the planner, and proposes what it says. `rows`: those of a layer in the window that closed.
     async fn decide(
         &mut self,
         look: &Look,
         parent: Option<&Placement>,
+        rows: Option<u64>,
     ) -> Result<(), StoreError> {
-        let decision = match self.plan(look, parent).await {
+        let Some(mut inputs) = self.inputs(look) else {
+            return Ok(()); // There is nobody to plan for yet.
+        };
+        let decision = match self.plan(inputs.clone(), parent).await {
             Ok(Some(decision)) => decision,
             Ok(None) => return Ok(()),
             Err(error) => {
@@ -437,8 +480,12 @@ impl Balancer {
         };
         let report = decision.report();
         self.metrics.decided(report);
+        if report.parent != Epoch(0) {
+            inputs.trigger = trigger(report, rows);
+        }
         let Some(mut plan) = decision.placement().cloned() else {
             tracing::debug!(epoch = report.parent.0, "{report}");
+            self.recorder.kept(inputs, report, parent, look.now);
             return Ok(());
         };
         name_reason(&mut plan, &look.state, &report.lost, &self.config.leaving);
@@ -450,6 +497,7 @@ impl Balancer {
         self.outdated.insert((Key::Target, seen));
         self.proposed_at = Some((plan.epoch, look.now));
         self.metrics.proposed(plan.reason, report.copies_moved);
+        self.recorder.proposed(inputs, report, &plan, parent);
         tracing::info!(
             epoch = plan.epoch.0,
             reason = plan.reason.name(),
@@ -461,20 +509,45 @@ impl Balancer {
         Ok(())
     }
 
-    /// One call of the planner, off the runtime's threads. `None`: there is nobody to plan for yet.
+    /// What the planner is given now; `None`: there is nobody to plan for.
+    fn inputs(&self, look: &Look) -> Option<Inputs> {
+        let (model, demand) = self.demand.as_ref()?;
+        let above = highest_epoch(&look.view());
+        let (expert_bytes, dense_bytes) = Inputs::sizes(model);
+        let mut problem = problem(&self.eligible(look), model, demand, above);
+        let memory = self.memory.as_ref().filter(|_| demand.rows() == 0);
+        let remembered =
+            memory.and_then(|memory| memory.recall(problem.layers, problem.experts));
+        let is_remembered = remembered.is_some();
+        if let Some(remembered) = remembered {
+            problem.demand = rounded(remembered);
+        }
+        Some(Inputs {
+            problem,
+            settings: self.limits(),
+            history: self.history.clone(),
+            trigger: Trigger::First {
+                remembered: is_remembered,
+            },
+            window_ms: self.config.window_ms,
+            expert_bytes,
+            dense_bytes,
+        })
+    }
+
+    /// One call of the planner, off the runtime's threads. `None`: it broke off.
     async fn plan(
         &mut self,
-        look: &Look,
+        inputs: Inputs,
         parent: Option<&Placement>,
     ) -> Result<Option<Decision>, PlanError> {
-        let Some((model, demand)) = &self.demand else {
-            return Ok(None);
-        };
-        let members = self.eligible(look);
-        let above = highest_epoch(&look.view());
-        let problem = problem(&members, model, demand, above);
-        let (parent, mut history) = (parent.cloned(), self.history.clone());
-        let settings = self.limits();
+        let parent = parent.cloned();
+        let Inputs {
+            problem,
+            settings,
+            mut history,
+            ..
+        } = inputs;
         let begun = Instant::now();
         let planned = tokio::task::spawn_blocking(move || {
             let decision =
@@ -502,5 +575,18 @@ impl Balancer {
             threshold: self.config.threshold,
             max_moves_per_layer: self.config.max_moves_per_layer as usize,
         }
+    }
+}
+
+/// What made the balancer ask for a placement after another.
+fn trigger(report: &Report, rows: Option<u64>) -> Trigger {
+    match rows {
+        Some(rows) if report.lost.is_empty() && report.joined.is_empty() => {
+            Trigger::Window { rows }
+        }
+        _ => Trigger::Ranks {
+            lost: report.lost.clone(),
+            joined: report.joined.clone(),
+        },
     }
 }

@@ -220,9 +220,11 @@ async fn sweep(
 
 /// Removes a cluster's keys.
 async fn forget(deps: &KubeDeps, name: &str) -> Result<(), foregate_store::StoreError> {
-    let root = foregate_store::Keys::new(name);
-    for key in deps.store.list(root.root()).await?.keys() {
-        deps.store.delete(key).await?;
+    let keys = foregate_store::Keys::new(name);
+    for root in [keys.root(), keys.past()] {
+        for key in deps.store.list(root).await?.keys() {
+            deps.store.delete(key).await?;
+        }
     }
     tracing::info!(cluster = %name, "forgotten");
     Ok(())

@@ -21,10 +21,12 @@ mod fleet;
 pub mod launch;
 mod lease;
 pub mod manifest;
+mod memory;
 mod metrics;
 mod problem;
 pub mod quantity;
 mod reconcile;
+mod record;
 mod roster;
 mod source;
 mod status;
@@ -36,7 +38,7 @@ pub mod validate;
 use std::sync::Arc;
 
 use foregate_api::node::OperatorConfig;
-use foregate_store::{Coord, Store};
+use foregate_store::{Archive, Coord, Store};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -73,16 +75,21 @@ pub async fn run(deps: Deps) -> Result<(), OperatorError> {
     while let Some(lead) = lease::campaign(&coord, &deps.shutdown).await {
         metrics.leader.set(1);
         tracing::info!(name = %lead.name, "operator leads");
+        let archive = Archive::new(Arc::clone(coord.store()), &deps.cluster);
+        let (recorder, keeper) = record::Recorder::new(archive, Arc::clone(&metrics));
         let balancer = balance::Balancer::new(
             coord.clone(),
             deps.config.clone(),
             states.clone(),
             Arc::clone(&metrics),
+            recorder,
         );
         tokio::select! {
             () = deps.shutdown.cancelled() => {}
             () = lead.lease.lost() => tracing::warn!("operator lost its lead"),
-            () = balancer.run() => {}
+            // Boxed: both hold whole placements across their waits.
+            () = Box::pin(balancer.run()) => {}
+            () = Box::pin(keeper.run()) => {}
         }
         metrics.leader.set(0);
         if deps.shutdown.is_cancelled() {

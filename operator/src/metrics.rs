@@ -2,11 +2,16 @@
 
 use foregate_api::ids::Epoch;
 use foregate_api::placement::Reason;
+use foregate_explain::Record;
 use foregate_planner::{Because, Report, Verdict};
 use prometheus::{
     GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
     Registry,
 };
+
+mod outcome;
+
+use outcome::Outcome;
 
 /// All of them.
 #[derive(Debug)]
@@ -27,6 +32,9 @@ pub(crate) struct Metrics {
     pub(crate) plan_seconds: Histogram,
     /// Seconds from a proposal to its activation.
     pub(crate) rollover_seconds: Histogram,
+    /// Records of decisions that the archive did not take in time.
+    pub(crate) records_dropped: IntCounter,
+    outcome: Outcome,
     plans: IntCounterVec,
     keeps: IntCounterVec,
     moved: IntCounter,
@@ -69,6 +77,11 @@ impl Metrics {
                 )
                 .buckets(prometheus::exponential_buckets(0.01, 3.0, 10)?),
             )?,
+            records_dropped: IntCounter::new(
+                "foregate_operator_records_dropped_total",
+                "Records of decisions that the archive did not take in time",
+            )?,
+            outcome: Outcome::register(registry)?,
             plans: IntCounterVec::new(
                 Opts::new(
                     "foregate_operator_plans_total",
@@ -107,13 +120,14 @@ impl Metrics {
     }
 
     fn register_all(&self, registry: &Registry) -> Result<(), prometheus::Error> {
-        let all: [Box<dyn prometheus::core::Collector>; 13] = [
+        let all: [Box<dyn prometheus::core::Collector>; 14] = [
             Box::new(self.leader.clone()),
             Box::new(self.connected.clone()),
             Box::new(self.epoch.clone()),
             Box::new(self.ranks.clone()),
             Box::new(self.stale.clone()),
             Box::new(self.failures.clone()),
+            Box::new(self.records_dropped.clone()),
             Box::new(self.plan_seconds.clone()),
             Box::new(self.rollover_seconds.clone()),
             Box::new(self.plans.clone()),
@@ -159,6 +173,11 @@ impl Metrics {
     pub(crate) fn proposed(&self, reason: Reason, copies: usize) {
         self.plans.with_label_values(&[reason.name()]).inc();
         self.moved.inc_by(copies as u64);
+    }
+
+    /// Notes what a change has brought.
+    pub(crate) fn measured(&self, record: &Record) {
+        self.outcome.measured(record);
     }
 
     /// Shows the epochs in the store.

@@ -7,6 +7,7 @@ use foregate_api::ids::{Epoch, Rank};
 use foregate_api::member::{Member, Phase};
 use foregate_api::model::ModelSpec;
 use foregate_api::placement::{Placement, Reason};
+use foregate_explain::record::rounded;
 use foregate_planner::demand::Demand;
 use foregate_planner::{Problem, RankSlots};
 use foregate_store::ClusterState;
@@ -50,7 +51,8 @@ pub(crate) fn problem(
             .collect(),
         layers: model.moe_layers(),
         experts: model.experts,
-        demand: demand.prediction(),
+        // What is recorded is what was planned on.
+        demand: rounded(demand.prediction()),
         evidence: demand.evidence(),
         above,
     }

@@ -271,7 +271,7 @@ async fn advance(
     let leaving = orders.leaving.iter().copied().collect();
     let view = settings(context, owner, &plan, found, leaving, false).or(view);
     obey(context, cluster, &orders, &prepared, found).await?;
-    write_placement(context, owner, found, view.as_ref()).await?;
+    write_placement(context, cluster, owner, found, view.as_ref()).await?;
     Ok(Outcome {
         stage: Stage::Applied,
         orders,
@@ -447,6 +447,7 @@ async fn obey(
 /// Writes the placement's status when its epoch is another than the one that is written.
 async fn write_placement(
     context: &Context,
+    cluster: &MoeCluster,
     owner: &Owner,
     found: &Found,
     view: Option<&View>,
@@ -462,7 +463,9 @@ async fn write_placement(
     let moved = view.and_then(|view| view.moved(plan.epoch));
     let status = ExpertPlacementStatus::of(plan, moved);
     let written = apply::write_placement(&context.client, owner, &status).await;
-    written.map_err(ReconcileError::api("placement"))
+    written.map_err(ReconcileError::api("placement"))?;
+    tell::placement(&context.recorder, cluster, plan, moved).await;
+    Ok(())
 }
 
 /// What one worker needs.

@@ -2,6 +2,7 @@
 //! logged.
 
 use foregate_api::ids::Rank;
+use foregate_api::placement::{Placement, Reason};
 use foregate_crd::{ConditionType, MoeCluster, MoeClusterStatus};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::Resource as _;
@@ -36,6 +37,33 @@ pub(crate) async fn rank(recorder: &Recorder, cluster: &MoeCluster, rank: Rank, 
     };
     tracing::info!(cluster = %cluster.manifest().metadata.name, %rank, reason, "{note}");
     publish(recorder, cluster, EventType::Normal, reason, note).await;
+}
+
+/// Tells of a placement that came into force, and of the copies that it moved, if that is known.
+pub(crate) async fn placement(
+    recorder: &Recorder,
+    cluster: &MoeCluster,
+    plan: &Placement,
+    moved: Option<usize>,
+) {
+    let (reason, note) = placement_note(plan, moved);
+    publish(recorder, cluster, EventType::Normal, reason, note).await;
+}
+
+fn placement_note(plan: &Placement, moved: Option<usize>) -> (&'static str, String) {
+    let reason = match plan.reason {
+        Reason::Initial => "ExpertsPlaced",
+        Reason::Reweigh => "SharesChanged",
+        Reason::Move => "ExpertsMoved",
+        Reason::Repair => "ExpertsRepaired",
+        Reason::Resize => "RanksChanged",
+    };
+    let copies = moved.map_or_else(String::new, |copies| format!(", {copies} copies loaded"));
+    let note = format!(
+        "epoch {} follows {}: predicted balance {:.3} -> {:.3}{copies}; `kubectl foregate explain last` tells more",
+        plan.epoch, plan.parent, plan.balance_before, plan.balance_after
+    );
+    (reason, note)
 }
 
 /// Tells of conditions that matter to a person and are not as they were.
@@ -109,5 +137,34 @@ async fn publish(
     };
     if let Err(error) = recorder.publish(&event, &cluster.object_ref(&())).await {
         tracing::debug!(%error, reason, "an event was not taken");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use foregate_api::ids::Epoch;
+
+    use super::*;
+
+    #[test]
+    fn a_placement_is_told_with_what_it_moved() {
+        let plan = Placement {
+            epoch: Epoch(8),
+            parent: Epoch(7),
+            reason: Reason::Move,
+            ranks: Vec::new(),
+            layers: Vec::new(),
+            balance_before: 0.9123,
+            balance_after: 0.98,
+        };
+        let (reason, note) = placement_note(&plan, Some(4));
+        assert_eq!(reason, "ExpertsMoved");
+        assert!(
+            note.contains(
+                "epoch 8 follows 7: predicted balance 0.912 -> 0.980, 4 copies loaded"
+            ),
+            "{note}"
+        );
+        assert!(!placement_note(&plan, None).1.contains("copies"));
     }
 }

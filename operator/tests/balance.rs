@@ -2,10 +2,13 @@
 
 mod rig;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use foregate_api::ids::{Epoch, Rank};
 use foregate_api::placement::Reason;
+use foregate_explain::Past;
+use foregate_store::{Archive, Store};
 
 use rig::{Habit, Mix, Rig, balance, config, is_complete};
 
@@ -512,4 +515,79 @@ async fn outages_at_any_moment_are_survived() {
         );
         assert!(operator.leads(), "{seed}");
     }
+}
+
+fn past(all: &std::collections::BTreeMap<String, bytes::Bytes>) -> Past {
+    let past = Past::read(
+        all.iter()
+            .map(|(name, value)| (name.as_str(), value.as_ref())),
+    );
+    assert!(past.unreadable.is_empty(), "{:?}", past.unreadable);
+    past
+}
+
+#[tokio::test(start_paused = true)]
+async fn decisions_are_kept_within_bounds_and_give_themselves_again() {
+    let (rig, operator) = started().await;
+    let archive = Archive::new(Arc::new(rig.store.clone()), "test");
+    let mut mixes = [HEAVY_LOW, HEAVY_HIGH].into_iter().cycle();
+    while rig.active().epoch < Epoch(19) {
+        rig.mix.send_replace(mixes.next().unwrap());
+        tokio::time::sleep(Duration::from_secs(12)).await;
+    }
+    rig.until_settled("a settled placement", |_| true).await;
+    tokio::time::sleep(Duration::from_secs(20)).await;
+    let past = past(&archive.all().await.unwrap());
+    assert_eq!(past.records.len(), 16, "the newest");
+    assert!(past.placements.len() <= 17, "{}", past.placements.len());
+    assert_eq!(past.records.keys().next_back(), Some(&rig.active().epoch));
+    for (epoch, record) in &past.records {
+        let decision = record.replay(past.parent(record).unwrap()).unwrap();
+        assert_eq!(decision.placement(), Some(past.placement(*epoch).unwrap()));
+    }
+    // The cluster is at rest, so the last change was measured to its end.
+    let last = past.records.values().next_back().unwrap();
+    let measured = last.measured;
+    assert!(measured.closed && measured.windows >= 3, "{measured:?}");
+    assert!(
+        measured.balance_after.unwrap() > 0.9 && measured.seconds.is_some(),
+        "{measured:?}"
+    );
+    let latest = past.latest.unwrap();
+    assert_eq!(
+        (latest.epoch, latest.reason),
+        (rig.active().epoch, None),
+        "kept since"
+    );
+    let shown = |label| operator.metric("foregate_operator_change_balance", label);
+    assert!(shown("measured") > 0.0 && shown("predicted") > 0.0);
+    assert!(operator.metric("foregate_operator_records_dropped_total", "") < 0.5);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_cluster_that_starts_anew_plans_on_what_it_remembers() {
+    let (mut rig, operator) = started().await;
+    let without = balance(&rig.active(), &HEAVY_LOW);
+    rig.mix.send_replace(HEAVY_LOW);
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    operator.shutdown.cancel();
+    for rank in 0..3 {
+        rig.kill(rank);
+    }
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    for key in ["target", "active"] {
+        let key = format!("/foregate/test/placement/{key}");
+        rig.store.delete(&key).await.unwrap();
+    }
+    // Nobody asks for anything, so all that is known is what was.
+    rig.mix.send_replace([0; 8]);
+    let _operator = rig.operator(config(3));
+    for rank in 0..3 {
+        rig.join(rank, SLOTS).await;
+    }
+    let plan = rig
+        .until_settled("a first placement", |plan| plan.reason == Reason::Initial)
+        .await;
+    let with = balance(&plan, &HEAVY_LOW);
+    assert!(with > 0.95 && without < 0.9, "{without} -> {with}");
 }

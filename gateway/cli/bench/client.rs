@@ -87,6 +87,12 @@ impl Display for Failure {
 }
 
 impl Seen {
+    /// Milliseconds between every two events.
+    pub(super) fn pauses(&self) -> impl Iterator<Item = f64> {
+        let pairs = self.events.windows(2);
+        pairs.map(|pair| pair[1].saturating_sub(pair[0]).as_secs_f64() * 1000.0)
+    }
+
     /// Longest time between two events.
     pub(super) fn longest_pause(&self) -> Duration {
         let pairs = self.events.windows(2);

@@ -7,6 +7,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use foregate_api::placement::Placement;
+use serde::Deserialize as _;
 use serde_json::Value;
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, interval};
@@ -171,6 +173,7 @@ async fn client(mut it: Client) -> Vec<Result<Seen, Failure>> {
 
 async fn sample(target: Target, since: Instant, stop: CancellationToken) -> Vec<Sample> {
     let mut samples = Vec::new();
+    let (mut before, mut copies) = (None::<Placement>, 0);
     let mut ticks = interval(SAMPLE);
     loop {
         tokio::select! {
@@ -178,11 +181,21 @@ async fn sample(target: Target, since: Instant, stop: CancellationToken) -> Vec<
             () = stop.cancelled() => return samples,
         }
         match target.json("/debug/experts").await {
-            Ok(experts) => samples.push(Sample {
-                seconds: since.elapsed().as_secs_f64(),
-                epoch: experts["active"]["epoch"].as_u64().unwrap_or(0),
-                imbalance: mean(&experts["imbalance"]),
-            }),
+            Ok(experts) => {
+                let active = Placement::deserialize(&experts["active"]).ok();
+                if let (Some(now), Some(before)) = (&active, &before)
+                    && now.epoch != before.epoch
+                {
+                    copies += now.copies_moved(Some(before)) as u64;
+                }
+                samples.push(Sample {
+                    seconds: since.elapsed().as_secs_f64(),
+                    epoch: active.as_ref().map_or(0, |plan| plan.epoch.0),
+                    imbalance: mean(&experts["imbalance"]),
+                    copies,
+                });
+                before = active.or(before);
+            }
             Err(error) => tracing::warn!(%error, "no sample"),
         }
     }

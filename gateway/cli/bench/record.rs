@@ -16,6 +16,9 @@ pub(super) struct Sample {
     pub(super) epoch: u64,
     /// Most rows of a rank over the mean of all, mean over MoE layers, of the last load window.
     pub(super) imbalance: Option<f64>,
+    /// Copies of experts loaded since the start, to come from one active placement to the next.
+    #[serde(default)]
+    pub(super) copies: u64,
 }
 
 /// When one kind took over.
@@ -40,6 +43,11 @@ pub(super) struct Record {
     first_epoch: u64,
     last_epoch: u64,
     longest_pause_ms: f64,
+    /// Time between two tokens of a stream: median and 99th percentile, in milliseconds.
+    #[serde(default)]
+    between_tokens_p50_ms: f64,
+    #[serde(default)]
+    between_tokens_p99_ms: f64,
     tokens: u64,
 }
 
@@ -70,7 +78,11 @@ impl Record {
         errors.truncate(10);
         let seen = || results.iter().flatten();
         let longest = seen().map(Seen::longest_pause).max().unwrap_or_default();
+        let mut pauses: Vec<f64> = seen().flat_map(Seen::pauses).collect();
+        pauses.sort_by(f64::total_cmp);
         Self {
+            between_tokens_p50_ms: percentile(&pauses, 0.5),
+            between_tokens_p99_ms: percentile(&pauses, 0.99),
             requests,
             failed,
             errors,
@@ -86,12 +98,16 @@ impl Record {
     /// A summary for people.
     pub(super) fn text(&self) -> String {
         let mut lines = vec![format!(
-            "{} requests, {} failed, {} tokens; epoch {} to {}; longest pause {:.0} ms",
+            "{} requests, {} failed, {} tokens; epoch {} to {}, {} copies moved; between tokens p50 {:.1} ms, p99 {:.1} ms, \
+             longest {:.0} ms",
             self.requests,
             self.failed,
             self.tokens,
             self.first_epoch,
             self.last_epoch,
+            self.samples.last().map_or(0, |sample| sample.copies),
+            self.between_tokens_p50_ms,
+            self.between_tokens_p99_ms,
             self.longest_pause_ms
         )];
         for (at, phase) in self.phases.iter().enumerate() {
@@ -117,5 +133,25 @@ impl Record {
         }
         lines.extend(self.errors.iter().map(|error| format!("error: {error}")));
         lines.join("\n")
+    }
+}
+
+/// Of ascending figures; 0 of none.
+fn percentile(sorted: &[f64], part: f64) -> f64 {
+    let at = (part * sorted.len() as f64).ceil() as usize;
+    sorted.get(at.saturating_sub(1)).copied().unwrap_or(0.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percentiles_are_figures_that_were_seen() {
+        assert!(percentile(&[], 0.5).abs() < 1e-12);
+        let hundred: Vec<f64> = (1..=100).map(f64::from).collect();
+        assert!((percentile(&hundred, 0.99) - 99.0).abs() < 1e-12);
+        assert!((percentile(&hundred, 0.5) - 50.0).abs() < 1e-12);
+        assert!((percentile(&[7.0], 0.99) - 7.0).abs() < 1e-12);
     }
 }

@@ -83,6 +83,19 @@ pub(super) async fn experts(State(gateway): State<Arc<Gateway>>) -> Response<Bod
     json_response(StatusCode::OK, &document)
 }
 
+/// What is kept of the decisions about placements, as it lies in the store: `foregate explain` reads it.
+pub(super) async fn plan(
+    State(gateway): State<Arc<Gateway>>,
+) -> Result<Response<Body>, ApiError> {
+    let entries = gateway.past.entries().await;
+    let entries = entries.map_err(|error| ApiError::unavailable("store", error.to_string()))?;
+    let document = json!({
+        "now_ms": gateway.clock.unix_millis(),
+        "entries": entries.as_ref(),
+    });
+    Ok(json_response(StatusCode::OK, &document))
+}
+
 fn by_rank(entries: Vec<(Rank, Value)>) -> Value {
     entries
         .into_iter()

@@ -18,6 +18,7 @@ mod sse;
 mod state;
 mod tokenize;
 mod tokenize_request;
+mod trace;
 
 use std::sync::Arc;
 
@@ -56,6 +57,8 @@ pub fn router(gateway: Arc<Gateway>) -> Router {
         .route("/ready", get(admin::ready))
         .route("/metrics", get(admin::metrics))
         .route("/debug/experts", get(admin::experts))
+        .route("/debug/plan", get(admin::plan))
+        .route("/debug/trace", get(trace::trace))
         .fallback(no_such_route)
         .method_not_allowed_fallback(method_not_allowed)
         .layer(middleware::from_fn_with_state(

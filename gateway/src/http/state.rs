@@ -14,6 +14,7 @@ use crate::clock::Clock;
 use crate::error::ApiError;
 use crate::generate::{Answer, Generation, Job, Runner};
 use crate::metrics::{Known, Metrics};
+use crate::past::Past;
 use crate::prompt::Prompter;
 use crate::random::Random;
 use crate::trace::Identity;
@@ -35,6 +36,8 @@ pub struct Gateway {
     pub bodies: Bodies,
     /// The cluster.
     pub views: Arc<Views>,
+    /// What is kept of its past.
+    pub past: Past,
     /// Who may work.
     pub admission: Admission,
     /// Runs requests.

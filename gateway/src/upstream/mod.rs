@@ -18,6 +18,7 @@ pub use sequence::{Event, Sequence};
 pub use window::{Places, WIDTH};
 
 use crate::error::ApiError;
+use crate::feed::Feed;
 use crate::loads::{LoadGuard, Loads};
 use crate::metrics::{Metrics, WindowState};
 use crate::route::{Candidate, Choice, Router};
@@ -36,6 +37,7 @@ pub struct Upstream {
     loads: Arc<Loads>,
     router: Router,
     signatures: Signatures,
+    feed: Feed,
     metrics: Arc<Metrics>,
     channels: Mutex<BTreeMap<String, Channel>>,
     suspects: Mutex<BTreeMap<Rank, (u64, Instant)>>,
@@ -57,6 +59,7 @@ impl Upstream {
             loads,
             router,
             signatures: Signatures::default(),
+            feed: Feed::default(),
             metrics,
             channels: Mutex::default(),
             suspects: Mutex::default(),
@@ -69,6 +72,11 @@ impl Upstream {
     pub fn with_window(mut self, places: u32, longest: Duration) -> Self {
         self.ahead = Some(Ahead::new(places, longest));
         self
+    }
+
+    /// Tells of requests that end.
+    pub(crate) const fn feed(&self) -> &Feed {
+        &self.feed
     }
 
     /// The window at the moment.

@@ -21,6 +21,7 @@ use tracing::{Instrument, Span};
 use super::Upstream;
 use super::window::{Grant, Place};
 use crate::error::ApiError;
+use crate::feed::Ended;
 use crate::loads::LoadGuard;
 use crate::route::{self, Choice};
 use crate::signature::{Known, Signature};
@@ -210,6 +211,7 @@ impl Sequence {
             WireEvent::Finished(finished) => match finished.reason() {
                 FinishReason::Stop | FinishReason::Length => {
                     self.remember_all(&finished);
+                    self.tell(&finished);
                     self.running = None;
                     self.leave(&finished);
                     Ok(Some(Event::Finished(finished)))
@@ -316,6 +318,24 @@ impl Sequence {
                 .signatures
                 .remember(&self.request.token_ids, &signature);
         }
+    }
+
+    /// Tells whoever records. A sequence that went on elsewhere, or took pages from the prefix cache, has no whole histogram
+    /// and is not told.
+    fn tell(&self, finished: &Finished) {
+        if self.losses > 0 || self.cached > 0 {
+            return;
+        }
+        self.upstream.feed.ended(|number| {
+            let prompt = Arc::clone(self.prompt.as_ref()?);
+            Some(Ended {
+                number,
+                prompt_tokens: u64::from(self.request.prompt_len),
+                answer_tokens: u64::from(finished.generated_tokens),
+                prompt,
+                total: finished.signature.clone(),
+            })
+        });
     }
 
     /// Gives the place back, with what the answer used: the whole without the prompt.

@@ -2,6 +2,7 @@
 
 use foregate_api::ids::{Epoch, LayerId, Rank};
 use foregate_api::placement::Placement;
+use serde::{Deserialize, Serialize};
 
 use crate::finding::Finding;
 
@@ -9,7 +10,7 @@ use crate::finding::Finding;
 pub(crate) const FLOOR: f64 = 1e-3;
 
 /// One rank's room for experts.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RankSlots {
     /// The rank.
     pub rank: Rank,
@@ -19,8 +20,8 @@ pub struct RankSlots {
     pub domain: String,
 }
 
-/// A planning problem. Layers are independent of each other.
-#[derive(Debug, Clone, PartialEq)]
+/// A planning problem. Layers are independent of each other. As a value it is kept beside what was decided on it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Problem {
     /// Ranks that may hold experts, ascending, each once.
     pub ranks: Vec<RankSlots>,
@@ -33,10 +34,25 @@ pub struct Problem {
     /// Independent rows that a layer's demand was counted from ([`crate::demand::Demand::evidence`]), whatever its
     /// unit: shares are solved anew only for a gain that their noise does not explain. Infinite if the demand is
     /// known and not sampled.
+    #[serde(with = "finite_or_null")]
     pub evidence: f64,
     /// Highest epoch known anywhere (proposed, active or acknowledged); the plan's number is above it and
     /// above its parent's. `Epoch(0)` if the parent is the highest.
     pub above: Epoch,
+}
+
+/// JSON has no infinity: it is written as `null`.
+mod finite_or_null {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
+    pub(super) fn serialize<S: Serializer>(value: &f64, to: S) -> Result<S::Ok, S::Error> {
+        value.is_finite().then_some(*value).serialize(to)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<f64, D::Error> {
+        Ok(Option::deserialize(from)?.unwrap_or(f64::INFINITY))
+    }
 }
 
 /// Why no plan was made.

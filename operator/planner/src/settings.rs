@@ -1,9 +1,11 @@
 //! What an operator may set.
 
+use serde::{Deserialize, Serialize};
+
 use crate::problem::PlanError;
 
 /// What an operator may set.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Settings {
     /// Balance (mean over maximum after the best split) below which copies may move, in (0, 1].
     pub threshold: f64,

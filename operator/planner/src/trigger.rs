@@ -1,11 +1,11 @@
 //! Keep, reweigh or move: what a window's demand asks of a layer.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::settings::Settings;
 
 /// What is done with a layer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Verdict {
     /// Nothing.
@@ -47,7 +47,7 @@ const MOST_DOUBT: f64 = 0.25;
 
 /// The memory of the trigger: which layers rest, and for how long. An explicit value, in and out, since planning
 /// has no state of its own. Start with [`History::default`], hand the same value to every call.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct History {
     rest: Vec<u8>,
 }

@@ -6,6 +6,7 @@ use foregate_api::ids::Rank;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Keys {
     root: String,
+    past: String,
 }
 
 impl Keys {
@@ -14,6 +15,7 @@ impl Keys {
     pub fn new(cluster: &str) -> Self {
         Self {
             root: format!("/foregate/{cluster}/"),
+            past: format!("/foregate-past/{cluster}/"),
         }
     }
 
@@ -21,6 +23,12 @@ impl Keys {
     #[must_use]
     pub fn root(&self) -> &str {
         &self.root
+    }
+
+    /// Prefix of what is kept of the past. It is outside of [`Self::root`]: nobody who follows the cluster is sent it.
+    #[must_use]
+    pub fn past(&self) -> &str {
+        &self.past
     }
 
     /// A worker's registration.
@@ -119,6 +127,7 @@ mod tests {
             assert!(key.starts_with(keys.root()));
             assert_eq!(keys.subject(&key), Some(subject), "{key}");
         }
+        assert!(!keys.past().starts_with(keys.root()));
         for other in [
             "/foregate/b/member/3",
             "/foregate/a/member/x",

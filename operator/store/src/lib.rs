@@ -12,6 +12,7 @@ pub mod keys;
 pub mod kv;
 pub mod memory;
 pub mod own_etcd;
+pub mod past;
 mod state;
 mod view;
 
@@ -21,4 +22,5 @@ pub use keys::Keys;
 pub use kv::{Entry, Expect, Lease, Store, StoreError, WatchEvent};
 pub use memory::MemoryStore;
 pub use own_etcd::OwnEtcd;
+pub use past::Archive;
 pub use state::ClusterState;

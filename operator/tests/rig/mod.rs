@@ -18,7 +18,7 @@ use foregate_api::load::{EngineLoad, LoadWindow};
 use foregate_api::member::{Ack, Member, Phase};
 use foregate_api::model::{Family, ModelSpec};
 use foregate_api::node::OperatorConfig;
-use foregate_api::placement::Placement;
+use foregate_api::placement::{LayerPlacement, Placement};
 use foregate_api::weights::{WeightFormat, WeightFormats};
 use foregate_operator::Deps;
 use foregate_planner::rollover::member::{Member as Machine, MemberView};
@@ -390,10 +390,27 @@ impl Worker {
             sequence,
             span_ms: 1000,
             gate: vec![mix.to_vec(); LAYERS],
-            served: vec![0; LAYERS],
+            served: self.served(&mix),
             engine: EngineLoad::default(),
         };
         let _unused = self.coord.publish_load(&window, self.lease.as_ref()).await;
+    }
+
+    /// Rows that its copies get by the published shares, of all workers' mixes together: by layer.
+    fn served(&self, mix: &Mix) -> Vec<u64> {
+        let state = self.states.borrow();
+        let Some((plan, _)) = &state.active else {
+            return vec![0; LAYERS];
+        };
+        let of = |layer: &LayerPlacement| {
+            let copies = layer.copies.iter().zip(mix);
+            let rows = copies.flat_map(|(copies, rows)| {
+                let own = copies.iter().filter(|copy| copy.rank == self.member.rank);
+                own.map(|copy| f64::from(copy.share) * *rows as f64)
+            });
+            (rows.sum::<f64>() * plan.ranks.len() as f64).round() as u64
+        };
+        plan.layers.iter().map(of).collect()
     }
 
     async fn step(&self, holds: &mut Holds) {
