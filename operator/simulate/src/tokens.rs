@@ -130,11 +130,14 @@ fn keep_best_groups(scores: &mut [f64], groups: usize) {
     }
 }
 
-/// Indices of the n highest.
+/// Indices of the n highest, in no order.
 fn top(scores: &[f64], n: usize) -> Vec<usize> {
     let mut order: Vec<usize> = (0..scores.len()).collect();
-    order.sort_unstable_by(|a, b| scores[*b].total_cmp(&scores[*a]).then(a.cmp(b)));
-    order.truncate(n);
+    if n < order.len() {
+        let higher = |a: &usize, b: &usize| scores[*b].total_cmp(&scores[*a]).then(a.cmp(b));
+        order.select_nth_unstable_by(n, higher);
+        order.truncate(n);
+    }
     order
 }
 
