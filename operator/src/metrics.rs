@@ -181,6 +181,8 @@ const fn because_label(because: Because) -> &'static str {
         Because::Balanced => "balanced",
         Because::Resting => "resting",
         Because::NoGain => "no_gain",
+        Because::NotWorth => "not_worth",
+        Because::Budget => "budget",
         Because::Moves => "moves",
     }
 }

@@ -223,7 +223,7 @@ impl Splitter {
                     &mut self.flow[item.start..item.end],
                 );
                 let rows = f64::from(item.rows);
-                pour(&mut self.loads, hosts, flow, rows, &mut self.level);
+                pour(&mut self.loads, hosts, flow, rows, 1.0, &mut self.level);
             }
         }
     }

@@ -32,10 +32,6 @@ pub fn certificate(table: &SplitTable, rows: &[f64], loads: &[f64]) -> Certifica
     Certificate { bound, set }
 }
 
-pub(crate) fn certificate_of(table: &SplitTable, rows: &[f64], loads: &[f64]) -> f64 {
-    certificate(table, rows, loads).bound
-}
-
 /// Ranks by load, descending, and for each position j the rows of experts whose least loaded host is there.
 fn inside(table: &SplitTable, rows: &[f64], loads: &[f64]) -> (Vec<usize>, Vec<f64>) {
     let ranks = table.ranks().len();

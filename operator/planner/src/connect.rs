@@ -5,61 +5,132 @@
 //! `max(1, G − (R − N))` some component has a cycle, so some edge is no bridge; swapping its copy with any slot of
 //! another component joins the two: exactly one component less for two copies, whatever the partner is.
 
-use crate::layer::{Layer, least};
+use crate::cover;
+use crate::layer::{Layer, Operation, Place, least};
+use crate::problem::Room;
+
+/// Pairs of slots above which only slots of nearly the same load are looked at.
+const MANY: usize = 1 << 14;
+/// Slots of the nearest loads on either side that are looked at then.
+const NEAREST: usize = 8;
 
 /// Joins components until the least possible number is reached or no swap fits: at most `limit` copies may differ
-/// from `origin`. Each time the swap with the least of the two new loads under even split. Returns the swaps made.
-pub(crate) fn connect(layer: &mut Layer, origin: &Layer, w: &[f64], limit: usize) -> usize {
+/// from `origin`, and no cover is broken. Each time the swap with the least of the two new loads under even split; of
+/// many pairs those of nearly equal loads are looked at, O(R) for a join. Returns the swaps made.
+pub(crate) fn connect(
+    layer: &mut Layer,
+    origin: &Layer,
+    w: &[f64],
+    room: &Room,
+    limit: usize,
+) -> usize {
     let mut loads = layer.even_loads(w);
+    // Swaps leave counts as they are, so the load of a copy stays.
+    let per_copy: Vec<f64> = (0..w.len()).map(|e| layer.per_copy(w, e)).collect();
+    let mut by_load: Vec<(f64, Place)> = (0..layer.ranks())
+        .flat_map(|g| layer.slots(g).iter().enumerate().map(move |(s, e)| (*e, (g, s))))
+        .map(|(e, place)| (per_copy[e], place))
+        .collect();
+    by_load.sort_by(least);
     let mut swaps = 0;
     loop {
         let links = Links::of(layer);
         if links.components <= 1 {
             return swaps;
         }
-        let room = limit as isize - layer.moved_from(origin) as isize;
-        let Some(swap) = best_swap(layer, origin, w, &loads, &links, room) else {
+        let spare = limit as isize - layer.moved_from(origin) as isize;
+        let pairs = Pairs {
+            layer,
+            origin,
+            room,
+            loads: &loads,
+            per_copy: &per_copy,
+            links: &links,
+            spare,
+        };
+        let Some((from, to)) = pairs.best(&by_load) else {
             return swaps;
         };
-        layer.swap(swap.0, swap.1);
-        loads = layer.even_loads(w);
+        let d = per_copy[layer.slots(from.0)[from.1]] - per_copy[layer.slots(to.0)[to.1]];
+        loads[from.0] -= d;
+        loads[to.0] += d;
+        for (_, place) in &mut by_load {
+            if *place == from {
+                *place = to;
+            } else if *place == to {
+                *place = from;
+            }
+        }
+        layer.swap(from, to);
         swaps += 1;
     }
 }
 
-type Place = (usize, usize);
+/// What a pair of slots is judged by.
+struct Pairs<'a> {
+    layer: &'a Layer,
+    origin: &'a Layer,
+    room: &'a Room,
+    loads: &'a [f64],
+    per_copy: &'a [f64],
+    links: &'a Links,
+    spare: isize,
+}
 
-/// Among all pairs of a usable slot and a slot of another component, the one that leaves the least maximum on the
-/// two ranks; ties go to the lower (g, s, h, t).
-fn best_swap(
-    layer: &Layer,
-    origin: &Layer,
-    w: &[f64],
-    loads: &[f64],
-    links: &Links,
-    room: isize,
-) -> Option<(Place, Place)> {
-    let mut best: Option<(f64, (Place, Place))> = None;
-    // Every pair is looked at, so what a pair needs is made ready here.
-    let per_copy: Vec<f64> = (0..w.len()).map(|e| layer.per_copy(w, e)).collect();
-    for (g, s) in links.usable(layer) {
-        let e = layer.slots(g)[s];
-        for h in (0..layer.ranks()).filter(|h| links.component[*h] != links.component[g]) {
-            for (t, f) in layer.slots(h).iter().copied().enumerate() {
-                let d = per_copy[e] - per_copy[f];
-                let candidate = ((loads[g] - d).max(loads[h] + d), ((g, s), (h, t)));
-                if best.as_ref().is_some_and(|b| least(&candidate, b).is_ge()) {
-                    continue;
-                }
-                let cost =
-                    Layer::move_cost(origin, g, e, f) + Layer::move_cost(origin, h, f, e);
-                if cost <= room {
-                    best = Some(candidate);
+type Best = Option<(f64, (Place, Place))>;
+
+impl Pairs<'_> {
+    /// Among pairs of a usable slot and a slot of another component, the one that leaves the least maximum on the two
+    /// ranks; ties go to the lower (g, s, h, t).
+    fn best(&self, by_load: &[(f64, Place)]) -> Option<(Place, Place)> {
+        let usable: Vec<Place> = self.links.usable(self.layer).collect();
+        let mut best = None;
+        if usable.len() * by_load.len() > MANY {
+            for from in &usable {
+                self.nearest(*from, by_load, &mut best);
+            }
+        }
+        if best.is_none() {
+            for from in usable {
+                for (_, to) in by_load {
+                    self.offer(from, *to, &mut best);
                 }
             }
         }
+        best.map(|(_, swap)| swap)
     }
-    best.map(|(_, swap)| swap)
+
+    /// The slots of other components whose copies' loads are next to that of `from`.
+    fn nearest(&self, from: Place, by_load: &[(f64, Place)], best: &mut Best) {
+        let u = self.per_copy[self.layer.slots(from.0)[from.1]];
+        let at = by_load.partition_point(|(x, _)| *x < u);
+        let others = |to: &&(f64, Place)| self.elsewhere(from, to.1);
+        let below = by_load[..at].iter().rev().filter(others).take(NEAREST);
+        for (_, to) in by_load[at..].iter().filter(others).take(NEAREST).chain(below) {
+            self.offer(from, *to, best);
+        }
+    }
+
+    fn elsewhere(&self, from: Place, to: Place) -> bool {
+        self.links.component[from.0] != self.links.component[to.0]
+    }
+
+    fn offer(&self, from: Place, to: Place, best: &mut Best) {
+        if !self.elsewhere(from, to) {
+            return;
+        }
+        let (e, f) = (self.layer.slots(from.0)[from.1], self.layer.slots(to.0)[to.1]);
+        let d = self.per_copy[e] - self.per_copy[f];
+        let value = (self.loads[from.0] - d).max(self.loads[to.0] + d);
+        let candidate = (value, (from, to));
+        if best.as_ref().is_some_and(|b| least(&candidate, b).is_ge()) {
+            return;
+        }
+        let op = Operation::Swap { from, to };
+        if self.layer.cost(self.origin, op) <= self.spare && cover::allows(self.room, self.layer, op) {
+            *best = Some(candidate);
+        }
+    }
 }
 
 /// Components and bridges of the link graph.
@@ -218,10 +289,11 @@ mod tests {
     #[test]
     fn two_islands_become_one_with_two_copies() {
         let origin = Layer::from_slots(&[vec![0, 1], vec![0, 1], vec![2, 3], vec![2, 3]], 4);
+        let (w, room) = ([4.0, 3.0, 2.0, 1.0], Room::plain(&[2; 4]));
         let mut layer = origin.clone();
         assert_eq!((layer.components(), layer.least_components()), (2, 1));
-        assert_eq!(connect(&mut layer, &origin, &[4.0, 3.0, 2.0, 1.0], 0), 0);
-        assert_eq!(connect(&mut layer, &origin, &[4.0, 3.0, 2.0, 1.0], 2), 1);
+        assert_eq!(connect(&mut layer, &origin, &w, &room, 0), 0);
+        assert_eq!(connect(&mut layer, &origin, &w, &room, 2), 1);
         assert_eq!((layer.components(), layer.moved_from(&origin)), (1, 2));
     }
 }

@@ -2,7 +2,9 @@
 //!
 //! Judged under even split; shares are solved afterwards.
 
-use crate::layer::Layer;
+use crate::cover;
+use crate::layer::{Layer, Operation};
+use crate::problem::Room;
 
 /// Weight of the tie-break on squared loads, which makes progress when several ranks are equally bad.
 const TIE_BREAK: f64 = 0.02;
@@ -31,6 +33,7 @@ struct Candidate {
 struct Search<'a> {
     layer: &'a mut Layer,
     origin: &'a Layer,
+    room: &'a Room,
     w: &'a [f64],
     loads: Vec<f64>,
     /// Ranks by load, descending.
@@ -45,7 +48,14 @@ struct Search<'a> {
 
 /// Improves `layer` until its highest load is at most `target`, nothing helps, or more than `limit` copies would
 /// differ from `origin`.
-pub(crate) fn improve(layer: &mut Layer, origin: &Layer, w: &[f64], target: f64, limit: usize) {
+pub(crate) fn improve(
+    layer: &mut Layer,
+    origin: &Layer,
+    w: &[f64],
+    room: &Room,
+    target: f64,
+    limit: usize,
+) {
     let mut search = Search {
         loads: Vec::new(),
         order: (0..layer.ranks()).collect(),
@@ -54,6 +64,7 @@ pub(crate) fn improve(layer: &mut Layer, origin: &Layer, w: &[f64], target: f64,
         burden: Vec::new(),
         layer,
         origin,
+        room,
         w,
     };
     search.refresh();
@@ -66,11 +77,19 @@ pub(crate) fn improve(layer: &mut Layer, origin: &Layer, w: &[f64], target: f64,
         let Some(best) = search.best(worst, room) else {
             return;
         };
-        let before = (search.layer.clone(), search.potential());
-        search.apply(worst, best);
+        let op = search.operation(worst, best);
+        let back = match op {
+            Operation::Swap { .. } => op,
+            Operation::Overwrite { at, .. } => Operation::Overwrite {
+                expert: search.layer.slots(at.0)[at.1],
+                at,
+            },
+        };
+        let before = search.potential();
+        search.layer.apply(op);
         search.refresh();
-        if search.potential().falls_short_of(before.1) {
-            *search.layer = before.0;
+        if search.potential().falls_short_of(before) {
+            search.layer.apply(back);
             return;
         }
     }
@@ -160,20 +179,15 @@ impl Search<'_> {
         let tie = TIE_BREAK * (on_h * on_h + on_g * on_g - self.loads[c.g] * self.loads[c.g])
             / self.loads[h];
         let near = on_h.max(on_g);
-        if near + tie >= best || self.cost(h, e, f, c) > room {
+        if near + tie >= best {
+            return None;
+        }
+        let op = self.operation(h, c);
+        if self.layer.cost(self.origin, op) > room {
             return None;
         }
         let v = near.max(self.rest(h, c.g, e, f, others)) + tie;
-        (v < best).then_some(v)
-    }
-
-    /// Copies more than before that would differ from the origin.
-    fn cost(&self, h: usize, e: usize, f: usize, c: Candidate) -> isize {
-        let there = Layer::move_cost(self.origin, c.g, f, e);
-        match c.kind {
-            Kind::Swap => there + Layer::move_cost(self.origin, h, e, f),
-            Kind::Overwrite => there,
-        }
+        (v < best && cover::allows(self.room, self.layer, op)).then_some(v)
     }
 
     /// The highest load of all ranks but h and g after the operation. `change` is what the hosts of e lose and
@@ -201,13 +215,16 @@ impl Search<'_> {
         max
     }
 
-    fn apply(&mut self, h: usize, c: Candidate) {
+    fn operation(&self, h: usize, c: Candidate) -> Operation {
         match c.kind {
-            Kind::Swap => self.layer.swap((h, c.s), (c.g, c.t)),
-            Kind::Overwrite => {
-                let e = self.layer.slots(h)[c.s];
-                self.layer.overwrite(c.g, c.t, e);
-            }
+            Kind::Swap => Operation::Swap {
+                from: (h, c.s),
+                to: (c.g, c.t),
+            },
+            Kind::Overwrite => Operation::Overwrite {
+                expert: self.layer.slots(h)[c.s],
+                at: (c.g, c.t),
+            },
         }
     }
 }
@@ -221,7 +238,8 @@ mod tests {
         // Expert 0 is hot and alone; expert 1 has a copy that nobody needs.
         let origin = Layer::from_slots(&[vec![0, 1], vec![1, 2]], 3);
         let mut layer = origin.clone();
-        improve(&mut layer, &origin, &[90.0, 2.0, 10.0], 0.0, 1);
+        let room = Room::plain(&[2, 2]);
+        improve(&mut layer, &origin, &[90.0, 2.0, 10.0], &room, 0.0, 1);
         assert_eq!(layer.hosts(0), [0, 1]);
         assert_eq!(layer.moved_from(&origin), 1);
     }
@@ -231,9 +249,10 @@ mod tests {
         let origin = Layer::from_slots(&[vec![0, 1], vec![2, 3]], 4);
         let w = [50.0, 40.0, 1.0, 2.0];
         let mut layer = origin.clone();
-        improve(&mut layer, &origin, &w, 0.0, 1);
+        let room = Room::plain(&[2, 2]);
+        improve(&mut layer, &origin, &w, &room, 0.0, 1);
         assert_eq!(layer, origin, "a swap costs two");
-        improve(&mut layer, &origin, &w, 0.0, 2);
+        improve(&mut layer, &origin, &w, &room, 0.0, 2);
         assert_eq!(layer.moved_from(&origin), 2);
         let loads = layer.even_loads(&w);
         assert!(loads[0].max(loads[1]) <= 52.0, "{loads:?}");

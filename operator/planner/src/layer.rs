@@ -7,8 +7,31 @@ use foregate_api::placement::{LayerPlacement, Placement};
 
 use crate::problem::Room;
 use crate::redundancy;
-use crate::solve::{SOLVE_GAP, SOLVE_SWEEPS, Solved, solve};
+use crate::flow::Flow;
+use crate::solve::{SOLVE_GAP, SOLVE_SWEEPS, Solved, settled};
 use crate::table::SplitTable;
+
+/// A slot: rank index and number of the slot there.
+pub(crate) type Place = (usize, usize);
+
+/// A change of one or two slots.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Operation {
+    /// Two slots change places: two copies.
+    Swap {
+        /// One slot.
+        from: Place,
+        /// The other, on another rank.
+        to: Place,
+    },
+    /// A slot with a redundant copy gets a copy of another expert: one copy.
+    Overwrite {
+        /// Which expert gets one more copy.
+        expert: usize,
+        /// Over what.
+        at: Place,
+    },
+}
 
 /// Which expert is in which slot. No rank holds an expert twice; a rank may have free slots.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -126,6 +149,13 @@ impl Layer {
         self.overwrite(h, t, e);
     }
 
+    pub(crate) fn apply(&mut self, op: Operation) {
+        match op {
+            Operation::Swap { from, to } => self.swap(from, to),
+            Operation::Overwrite { expert, at } => self.overwrite(at.0, at.1, expert),
+        }
+    }
+
     fn enter(&mut self, g: usize, e: usize) {
         self.has[g * self.experts + e] = true;
         if let Err(at) = self.hosts[e].binary_search(&g) {
@@ -165,18 +195,85 @@ impl Layer {
         isize::from(!origin.has(g, new)) - isize::from(!origin.has(g, old))
     }
 
+    /// Copies more than now that would differ from `origin` after an operation.
+    pub(crate) fn cost(&self, origin: &Self, op: Operation) -> isize {
+        match op {
+            Operation::Swap { from, to } => {
+                let (e, f) = (self.slots[from.0][from.1], self.slots[to.0][to.1]);
+                Self::move_cost(origin, to.0, f, e) + Self::move_cost(origin, from.0, e, f)
+            }
+            Operation::Overwrite { expert, at } => {
+                Self::move_cost(origin, at.0, self.slots[at.0][at.1], expert)
+            }
+        }
+    }
+
+    /// Whether an operation would leave two copies of an expert on one rank, or none of one.
+    pub(crate) fn doubles(&self, op: Operation) -> bool {
+        match op {
+            Operation::Swap { from, to } => {
+                let (e, f) = (self.slots[from.0][from.1], self.slots[to.0][to.1]);
+                from.0 == to.0 || self.has(to.0, e) || self.has(from.0, f)
+            }
+            Operation::Overwrite { expert, at } => {
+                self.has(at.0, expert) || self.count(self.slots[at.0][at.1]) < 2
+            }
+        }
+    }
+
     /// Groups of ranks that hang together through experts with several copies.
     pub(crate) fn components(&self) -> usize {
+        self.groups(|_, g| Some(g))
+    }
+
+    /// The same after an operation.
+    pub(crate) fn components_after(&self, op: Operation) -> usize {
+        match op {
+            Operation::Swap { from, to } => {
+                let (e, f) = (self.slots[from.0][from.1], self.slots[to.0][to.1]);
+                self.groups(|x, g| {
+                    Some(match g {
+                        _ if x == e && g == from.0 => to.0,
+                        _ if x == f && g == to.0 => from.0,
+                        _ => g,
+                    })
+                })
+            }
+            Operation::Overwrite { expert, at } => {
+                let f = self.slots[at.0][at.1];
+                let beside = self.hosts[expert].first().map(|g| (*g, at.0));
+                self.linked(|x, g| (x != f || g != at.0).then_some(g), beside)
+            }
+        }
+    }
+
+    fn groups(&self, host: impl Fn(usize, usize) -> Option<usize>) -> usize {
+        self.linked(host, None)
+    }
+
+    /// Groups where a copy of x on g is on `host(x, g)`, with one more link.
+    fn linked(
+        &self,
+        host: impl Fn(usize, usize) -> Option<usize>,
+        link: Option<(usize, usize)>,
+    ) -> usize {
         let mut parent: Vec<usize> = (0..self.ranks()).collect();
         let mut left = self.ranks();
-        for hosts in &self.hosts {
-            for pair in hosts.windows(2) {
-                let (a, b) = (root(&mut parent, pair[0]), root(&mut parent, pair[1]));
-                if a != b {
-                    parent[a.max(b)] = a.min(b);
-                    left -= 1;
-                }
+        let mut join = |a: usize, b: usize| {
+            let (a, b) = (root(&mut parent, a), root(&mut parent, b));
+            if a != b {
+                parent[a.max(b)] = a.min(b);
+                left -= 1;
             }
+        };
+        for (e, hosts) in self.hosts.iter().enumerate().filter(|(_, h)| h.len() > 1) {
+            let mut hosts = hosts.iter().filter_map(|g| host(e, *g));
+            if let Some(first) = hosts.next() {
+                hosts.for_each(|g| join(first, g));
+            }
+        }
+        if let Some((a, b)) = link {
+            join(a, b);
         }
         left
     }
@@ -191,8 +288,8 @@ impl Layer {
     }
 
     /// The best split under `w`.
-    pub(crate) fn best_split(&self, room: &Room, w: &[f64]) -> Solved {
-        solve(&self.table(room), w, SOLVE_SWEEPS, SOLVE_GAP)
+    pub(crate) fn best_split(&self, w: &[f64]) -> Solved {
+        settled(Flow::even(self, w), w, SOLVE_SWEEPS, SOLVE_GAP)
     }
 
     /// The canonical form with even shares.
@@ -203,7 +300,7 @@ impl Layer {
     }
 }
 
-fn root(parent: &mut [usize], mut at: usize) -> usize {
+pub(crate) fn root(parent: &mut [usize], mut at: usize) -> usize {
     while parent[at] != at {
         parent[at] = parent[parent[at]];
         at = parent[at];

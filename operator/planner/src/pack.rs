@@ -1,6 +1,8 @@
 //! Copies to ranks: heaviest first, each to the least loaded rank with room that lacks the expert.
 
+use crate::cover;
 use crate::layer::{Layer, least};
+use crate::problem::Room;
 
 /// A packed layer.
 #[derive(Debug, Clone, PartialEq)]
@@ -12,7 +14,8 @@ pub(crate) struct Packed {
 
 /// Packs `counts[e]` copies of each expert into `slots[g]` slots of each rank. Every slot is used, as long as
 /// `slots[g]` is at most the number of experts; every expert with a count gets at least one.
-pub(crate) fn pack(w: &[f64], counts: &[usize], slots: &[usize]) -> Packed {
+pub(crate) fn pack(w: &[f64], counts: &[usize], room: &Room) -> Packed {
+    let slots = &room.slots;
     let mut layer = Layer::empty(slots.len(), w.len());
     let mut loads = vec![0.0; slots.len()];
     let mut deferred = 0;
@@ -21,7 +24,7 @@ pub(crate) fn pack(w: &[f64], counts: &[usize], slots: &[usize]) -> Packed {
     order.sort_by(|a, b| per_copy(*b).total_cmp(&per_copy(*a)).then(a.cmp(b)));
     for e in order {
         for _ in 0..counts[e] {
-            match roomiest(&layer, slots, &loads, e) {
+            match roomiest(&layer, slots, &loads, e, |_| true) {
                 Some(g) => {
                     layer.add(g, e);
                     loads[g] += per_copy(e);
@@ -30,27 +33,29 @@ pub(crate) fn pack(w: &[f64], counts: &[usize], slots: &[usize]) -> Packed {
             }
         }
     }
-    fill(&mut layer, w, slots);
+    fill(&mut layer, w, room);
     Packed { layer, deferred }
 }
 
-/// The least loaded rank that has a free slot and lacks e.
+/// The least loaded rank that has a free slot, lacks e and is `fit`.
 pub(crate) fn roomiest(
     layer: &Layer,
     slots: &[usize],
     loads: &[f64],
     e: usize,
+    fit: impl Fn(usize) -> bool,
 ) -> Option<usize> {
     (0..slots.len())
-        .filter(|g| layer.slots(*g).len() < slots[*g] && !layer.has(*g, e))
+        .filter(|g| fit(*g) && layer.slots(*g).len() < slots[*g] && !layer.has(*g, e))
         .map(|g| (loads[g], g))
         .min_by(least)
         .map(|(_, g)| g)
 }
 
 /// Gives every free slot a copy: each time the expert with the largest load per copy that some rank with room
-/// lacks, on the least loaded of these. Returns the copies added.
-pub(crate) fn fill(layer: &mut Layer, w: &[f64], slots: &[usize]) -> usize {
+/// lacks, on the least loaded of these, in another domain than its only copy if that can be. Returns the copies added.
+pub(crate) fn fill(layer: &mut Layer, w: &[f64], room: &Room) -> usize {
+    let slots = &room.slots;
     let free: usize = (0..slots.len())
         .map(|g| slots[g].saturating_sub(layer.slots(g).len()))
         .sum();
@@ -66,9 +71,14 @@ pub(crate) fn fill(layer: &mut Layer, w: &[f64], slots: &[usize]) -> usize {
                 .total_cmp(&layer.per_copy(w, *a))
                 .then(a.cmp(b))
         });
+        let place = |e: usize, strict: bool| {
+            let fit = |g: usize| !strict || cover::allows_copy(room, layer, e, g);
+            roomiest(layer, slots, &loads, e, fit).map(|g| (g, e))
+        };
         let choice = by_heat
-            .into_iter()
-            .find_map(|e| roomiest(layer, slots, &loads, e).map(|g| (g, e)));
+            .iter()
+            .find_map(|e| place(*e, true))
+            .or_else(|| by_heat.iter().find_map(|e| place(*e, false)));
         let Some((g, e)) = choice else {
             return added;
         };
@@ -84,7 +94,7 @@ mod tests {
 
     #[test]
     fn heaviest_first_to_the_lightest() {
-        let packed = pack(&[5.0, 4.0, 3.0, 2.0], &[1; 4], &[2, 2]);
+        let packed = pack(&[5.0, 4.0, 3.0, 2.0], &[1; 4], &Room::plain(&[2, 2]));
         assert_eq!(packed.layer.all_slots(), [[0, 3], [1, 2]]);
         assert_eq!(packed.deferred, 0);
     }
@@ -92,7 +102,7 @@ mod tests {
     #[test]
     fn slots_of_different_sizes_are_all_used_without_doubles() {
         // Rank 0 must hold everything; the two copies that are left go to the small ranks.
-        let packed = pack(&[9.0, 8.0, 1.0, 1.0], &[3, 1, 1, 1], &[4, 1, 1]);
+        let packed = pack(&[9.0, 8.0, 1.0, 1.0], &[3, 1, 1, 1], &Room::plain(&[4, 1, 1]));
         assert_eq!(packed.layer.copies(), 6);
         assert_eq!(packed.layer.slots(0).len(), 4);
         let experts: Vec<usize> = (0..4).map(|e| packed.layer.count(e)).collect();
@@ -102,7 +112,7 @@ mod tests {
     #[test]
     fn a_copy_that_nobody_may_take_leaves_its_slot_to_another() {
         // Expert 0 is wanted three times on two ranks.
-        let packed = pack(&[9.0, 1.0], &[3, 1], &[2, 2]);
+        let packed = pack(&[9.0, 1.0], &[3, 1], &Room::plain(&[2, 2]));
         assert_eq!((packed.deferred, packed.layer.copies()), (1, 4));
         assert_eq!(packed.layer.count(1), 2);
     }

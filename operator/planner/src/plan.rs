@@ -3,14 +3,18 @@
 use foregate_api::ids::{Epoch, LayerId, Rank};
 use foregate_api::placement::{LayerPlacement, Placement, Reason};
 
+use crate::budget::Offer;
 use crate::layer::Layer;
+use crate::likely::Draws;
 use crate::problem::{FLOOR, PlanError, Problem, Room};
 use crate::report::{Heaviest, LayerReport, Report, Step};
+use crate::search::Splits;
 use crate::settings::Settings;
-use crate::solve::{balance, shares};
+use crate::solve::{SOLVE_GAP, SOLVE_SWEEPS, balance, settled, shares};
+use crate::steps::Homes;
 use crate::table::SplitTable;
 use crate::trigger::{Because, History, Verdict};
-use crate::{bound, check, report, steps, trigger};
+use crate::{bound, budget, check, cover, report, steps, trigger};
 
 /// What is to be done.
 #[derive(Debug, Clone, PartialEq)]
@@ -96,12 +100,32 @@ pub fn plan(
     let planner = Planner::new(problem, previous, settings);
     let mut next = history.clone();
     next.fit(problem.layers);
-    let layers: Vec<Planned> = (0..problem.layers)
-        .map(|l| planner.layer(l, next.resting(l)))
-        .collect();
+    let layers = planner.admitted(side_by_side(problem.layers, settings.threads, |l| {
+        planner.layer(l, next.resting(l))
+    }));
     let decision = planner.decide(layers, &mut next)?;
     *history = next;
     Ok(decision)
+}
+
+/// `of(0)`, `of(1)`, … of `count` layers, computed by at most `threads` threads.
+fn side_by_side<T: Send>(count: usize, threads: usize, of: impl Fn(usize) -> T + Sync) -> Vec<T> {
+    let threads = threads.clamp(1, count.max(1));
+    if threads == 1 {
+        return (0..count).map(of).collect();
+    }
+    let of = &of;
+    let mut parts: Vec<_> = std::thread::scope(|scope| {
+        let mine = |t| move || (t..count).step_by(threads).map(of).collect::<Vec<T>>();
+        let started: Vec<_> = (0..threads).map(|t| scope.spawn(mine(t))).collect();
+        let ended = started.into_iter().map(std::thread::ScopedJoinHandle::join);
+        ended
+            .map(|part| part.unwrap_or_else(|panic| std::panic::resume_unwind(panic)).into_iter())
+            .collect()
+    });
+    (0..count)
+        .filter_map(|l| parts[l % threads].next())
+        .collect()
 }
 
 /// One layer's answer.
@@ -111,7 +135,38 @@ struct Planned {
     placement: Option<LayerPlacement>,
     /// Copies each rank has to load.
     to_load: Vec<usize>,
+    /// Whether it closes a gap in cover.
+    covers: bool,
     report: LayerReport,
+}
+
+/// How a layer stood before.
+#[derive(Debug, Clone, Copy, Default)]
+struct Was {
+    /// Predicted balance with the shares in force.
+    before: f64,
+    /// That of the best split.
+    best: f64,
+    /// Expected balance of a batch's best split.
+    expected: f64,
+}
+
+impl Was {
+    fn of(before: f64, now: &Homes<'_>) -> Self {
+        Self {
+            before,
+            best: now.splits.predicted(),
+            expected: now.splits.expected(),
+        }
+    }
+}
+
+fn as_is(layer: Layer, loads: &[Vec<f64>]) -> Homes<'_> {
+    Homes {
+        splits: Splits::of(&layer, loads),
+        layer,
+        steps: Vec::new(),
+    }
 }
 
 /// What the shares in force give, by dense rank.
@@ -127,6 +182,7 @@ struct Planner<'a> {
     settings: &'a Settings,
     room: Room,
     demand: Vec<Vec<f64>>,
+    draws: Draws,
     lost: Vec<Rank>,
     joined: Vec<Rank>,
     /// Ranks, or slots of a rank, came or went.
@@ -153,6 +209,7 @@ impl<'a> Planner<'a> {
             joined: outside(&room.ranks, old),
             reshaped: previous.is_none_or(|p| reshaped(p, &room, problem.experts)),
             demand: problem.demand.iter().map(floored).collect(),
+            draws: Draws::new(problem.experts),
             problem,
             previous,
             settings,
@@ -161,58 +218,91 @@ impl<'a> Planner<'a> {
     }
 
     fn layer(&self, l: usize, resting: bool) -> Planned {
-        let w = &self.demand[l];
+        let loads = self.draws.loads(&self.demand[l], self.problem.batch_rows);
         let Some(previous) = self.previous else {
             let empty = Layer::empty(self.room.ranks.len(), self.problem.experts);
-            let homes = self.scratch(w, None);
-            return self.moved(l, &empty, homes, (0.0, 0.0));
+            let homes = steps::from_scratch(&self.room, &loads, self.settings, None);
+            return self.moved(l, &empty, homes, Was::default());
         };
         let old = Layer::adopt(previous, l, &self.room, self.problem.experts);
         let in_force = self.in_force(previous, l);
         let before = balance(&in_force.loads);
         if self.reshaped {
-            return self.reshape(l, &old, before);
+            return self.reshape(l, &old, &loads, before);
         }
-        let solved = old.best_split(&self.room, w);
-        let best = solved.balance();
-        let because = match trigger::may_move(best, resting, self.settings) {
-            Err(because) => because,
-            Ok(()) => match steps::lazy(&old, &self.room, w, best, self.settings) {
-                Some(homes) => return self.moved(l, &old, homes, (before, best)),
+        let now = as_is(old, &loads);
+        let was = Was::of(before, &now);
+        let gap = cover::open(&self.room, &now.layer).next().is_some();
+        let because = match trigger::may_move(was.expected, resting, self.settings) {
+            Err(because) if !gap => because,
+            Ok(()) | Err(_) => match steps::lazy(&now, &self.room, &loads, self.settings) {
+                Some(homes) => return self.moved(l, &now.layer, homes, was),
                 None => Because::NoGain,
             },
         };
-        let homes = steps::Homes {
-            layer: old,
-            solved,
-            steps: Vec::new(),
-        };
-        self.stays(l, homes, &in_force, (before, best), because)
+        self.stays(l, now, &in_force, was, because)
     }
 
-    fn scratch(&self, w: &[f64], old: Option<&Layer>) -> steps::Homes {
-        steps::from_scratch(&self.room, w, self.settings, old)
+    /// The layer as it stands, with new shares if they gain enough; for a move that is not made.
+    fn stay(&self, l: usize, because: Because) -> Option<Planned> {
+        let previous = self.previous?;
+        let loads = self.draws.loads(&self.demand[l], self.problem.batch_rows);
+        let old = Layer::adopt(previous, l, &self.room, self.problem.experts);
+        let in_force = self.in_force(previous, l);
+        let now = as_is(old, &loads);
+        let was = Was::of(balance(&in_force.loads), &now);
+        Some(self.stays(l, now, &in_force, was, because))
+    }
+
+    /// Takes back moves that do not pay, or that the bytes of this call do not carry.
+    fn admitted(&self, mut layers: Vec<Planned>) -> Vec<Planned> {
+        if self.reshaped {
+            return layers;
+        }
+        let offers = layers
+            .iter()
+            .filter(|planned| planned.report.verdict == Verdict::Move)
+            .map(|planned| {
+                let report = &planned.report;
+                let gain = report.expected_after - report.expected_before;
+                Offer {
+                    layer: report.layer.index(),
+                    gain: if planned.covers { f64::INFINITY } else { gain },
+                    copies: report.copies_moved,
+                    seconds: (report.saves_s, report.costs_s),
+                }
+            })
+            .collect();
+        for (l, because) in budget::refused(offers, self.problem.expert_bytes, self.settings) {
+            if let Some(stays) = self.stay(l, because) {
+                layers[l] = stays;
+            }
+        }
+        layers
     }
 
     /// Ranks or slots came or went: what survived is completed, or, if that is less than half, planned afresh.
-    fn reshape(&self, l: usize, old: &Layer, before: f64) -> Planned {
-        let w = &self.demand[l];
+    fn reshape(&self, l: usize, old: &Layer, loads: &[Vec<f64>], before: f64) -> Planned {
+        let was = Was {
+            before,
+            best: before,
+            expected: before,
+        };
         if old.copies() * 2 < self.room.total() {
-            let homes = self.scratch(w, Some(old));
-            return self.moved(l, old, homes, (before, before));
+            let homes = steps::from_scratch(&self.room, loads, self.settings, Some(old));
+            return self.moved(l, old, homes, was);
         }
-        let mut homes = steps::from_survivors(old, &self.room, w);
-        if self.lost.is_empty() {
-            // Nothing is missing, so the lazy step may follow at once; after a loss orphans come first and alone.
-            let q0 = homes.solved.balance();
-            if q0 < self.settings.threshold
-                && let Some(more) = steps::lazy(&homes.layer, &self.room, w, q0, self.settings)
-            {
-                (homes.layer, homes.solved) = (more.layer, more.solved);
-                homes.steps.extend(more.steps);
-            }
+        let mut homes = steps::from_survivors(old, &self.room, loads, self.settings);
+        // Nothing is missing if none were lost, so the lazy step may follow at once; else orphans come first and alone.
+        if self.lost.is_empty()
+            && homes.splits.expected() < self.settings.threshold
+            && let Some(mut more) = steps::lazy(&homes, &self.room, loads, self.settings)
+        {
+            homes.steps.append(&mut more.steps);
+            more.steps = homes.steps;
+            homes = more;
         }
-        self.moved(l, old, homes, (before, before))
+        self.moved(l, old, homes, was)
     }
 
     /// Loads under the shares in force on the ranks that are left: what a lost rank had of an expert goes to the
@@ -249,7 +339,11 @@ impl<'a> Planner<'a> {
         trigger::doubt((highest * per_row).sqrt() / mean, trials)
     }
 
-    fn moved(&self, l: usize, old: &Layer, homes: steps::Homes, was: (f64, f64)) -> Planned {
+    fn moved(&self, l: usize, old: &Layer, homes: Homes<'_>, was: Was) -> Planned {
+        let covers = homes
+            .steps
+            .iter()
+            .any(|step| matches!(step, Step::Cover { copies, .. } if *copies > 0));
         let mut planned = self.shared(l, homes, was);
         planned.to_load = (0..old.ranks())
             .map(|g| planned.homes.moved_on(old, g))
@@ -257,6 +351,14 @@ impl<'a> Planner<'a> {
         planned.report.copies_moved = planned.to_load.iter().sum();
         planned.report.verdict = Verdict::Move;
         planned.report.because = Because::Moves;
+        planned.covers = covers;
+        if let (Some(economy), false) = (&self.settings.economy, self.reshaped) {
+            let shape = (self.problem.layers, self.problem.expert_bytes);
+            let balance = (was.expected, planned.report.expected_after);
+            let most = planned.to_load.iter().copied().max().unwrap_or(0);
+            (planned.report.saves_s, planned.report.costs_s) =
+                budget::seconds(economy, shape, balance, most);
+        }
         if self.previous.is_some() {
             let w = &self.demand[l];
             let orphans = (0..w.len()).filter(|e| old.count(*e) == 0);
@@ -271,21 +373,21 @@ impl<'a> Planner<'a> {
     fn stays(
         &self,
         l: usize,
-        homes: steps::Homes,
+        homes: Homes<'_>,
         in_force: &InForce,
-        was: (f64, f64),
+        was: Was,
         because: Because,
     ) -> Planned {
         let doubt = self.doubt(l, in_force);
         let mut planned = self.shared(l, homes, was);
         planned.report.because = because;
         planned.report.doubt = doubt;
-        planned.report.verdict = trigger::without_move(was.0, was.1, doubt);
+        planned.report.verdict = trigger::without_move(was.before, was.best, doubt);
         if planned.report.verdict == Verdict::Keep {
             // The shares in force stand, so it is their loads that the report is about.
             let table = planned.homes.table(&self.room);
             planned.placement = None;
-            planned.report.after = was.0;
+            planned.report.after = was.before;
             planned.report.heaviest = self.heaviest(&table, &self.demand[l], &in_force.loads);
             planned.report.steps.clear();
         }
@@ -293,13 +395,15 @@ impl<'a> Planner<'a> {
     }
 
     /// Turns a solved split into shares and says how the layer stands; verdict and reason are the caller's.
-    fn shared(&self, l: usize, homes: steps::Homes, was: (f64, f64)) -> Planned {
+    fn shared(&self, l: usize, homes: Homes<'_>, was: Was) -> Planned {
         let w = &self.demand[l];
-        let steps::Homes {
+        let Homes {
             layer: homes,
-            solved,
+            splits,
             mut steps,
         } = homes;
+        let expected_after = splits.expected();
+        let solved = settled(splits.into_prediction(), w, SOLVE_SWEEPS, SOLVE_GAP);
         let even = homes.table(&self.room);
         steps.push(Step::Split {
             sweeps: solved.sweeps,
@@ -315,9 +419,13 @@ impl<'a> Planner<'a> {
             layer: LayerId(l as u32),
             verdict: Verdict::Reweigh,
             because: Because::Balanced,
-            before: was.0,
-            best: was.1,
+            before: was.before,
+            best: was.best,
             after: balance(&loads),
+            expected_before: was.expected,
+            expected_after,
+            saves_s: 0.0,
+            costs_s: 0.0,
             bound: (mean / bound).min(1.0),
             doubt: 0.0,
             copies_moved: 0,
@@ -332,6 +440,7 @@ impl<'a> Planner<'a> {
             homes,
             placement: Some(placement),
             to_load: Vec::new(),
+            covers: false,
             report,
         }
     }
@@ -418,6 +527,10 @@ impl<'a> Planner<'a> {
                 .map(|p| p.to_load.get(g).copied().unwrap_or(0))
                 .sum()
         };
+        let seconds = |of: fn(&LayerReport) -> f64| {
+            layers.iter().fold(0.0, |sum, p| sum + of(&p.report))
+        };
+        let copies_moved = layers.iter().map(|p| p.report.copies_moved).sum();
         let homes: Vec<&Layer> = layers.iter().map(|p| &p.homes).collect();
         let parent = self.previous.map_or(Epoch(0), |p| p.epoch);
         let reason = self.reason(verdict);
@@ -429,7 +542,10 @@ impl<'a> Planner<'a> {
             epoch: if reason.is_some() { next } else { parent },
             balance_before: mean(|l| l.before),
             balance_after: mean(|l| l.after),
-            copies_moved: layers.iter().map(|p| p.report.copies_moved).sum(),
+            copies_moved,
+            bytes_moved: self.problem.expert_bytes.saturating_mul(copies_moved as u64),
+            saves_s: seconds(|l| l.saves_s),
+            costs_s: seconds(|l| l.costs_s),
             most_to_one_rank: (0..self.room.ranks.len()).map(to_one).max().unwrap_or(0),
             lost: self.lost.clone(),
             joined: self.joined.clone(),

@@ -4,6 +4,7 @@ use foregate_api::ids::{Epoch, LayerId, Rank};
 use foregate_api::placement::Placement;
 
 use crate::finding::Finding;
+use crate::settings::Cover;
 
 /// Rows added to every expert's demand, so that an expert nobody asked for is placed like any other.
 pub(crate) const FLOOR: f64 = 1e-3;
@@ -34,6 +35,13 @@ pub struct Problem {
     /// unit: shares are solved anew only for a gain that their noise does not explain. Infinite if the demand is
     /// known and not sampled.
     pub evidence: f64,
+    /// Rows of a layer in one batch, over all ranks: homes are judged on batches of this size as well, whose counts
+    /// scatter around the demand. 0 if not known: on the demand alone.
+    pub batch_rows: f64,
+    /// Bytes of one expert in one layer; 0 if not known: then no bytes are counted.
+    pub expert_bytes: u64,
+    /// What copies shall span, over the ranks' failure domains.
+    pub cover: Cover,
     /// Highest epoch known anywhere (proposed, active or acknowledged); the plan's number is above it and
     /// above its parent's. `Epoch(0)` if the parent is the highest.
     pub above: Epoch,
@@ -106,6 +114,12 @@ pub enum PlanError {
         /// What was found.
         value: f64,
     },
+    /// The rows of a batch are negative or not a number.
+    #[error("a batch has {value} rows: must be finite and not negative")]
+    BatchRows {
+        /// What was found.
+        value: f64,
+    },
     /// The previous placement belongs to another model.
     #[error(
         "placement {epoch} is for {found_layers} layers of {found_experts} experts, the model has {layers} of \
@@ -151,6 +165,9 @@ impl Problem {
             experts,
             demand: vec![vec![0.0; experts]; layers],
             evidence: f64::INFINITY,
+            batch_rows: 0.0,
+            expert_bytes: 0,
+            cover: Cover::default(),
             above: Epoch(0),
         }
     }
@@ -195,6 +212,11 @@ impl Problem {
         if self.evidence.is_nan() || self.evidence < 0.0 {
             return Err(PlanError::Evidence {
                 value: self.evidence,
+            });
+        }
+        if !self.batch_rows.is_finite() || self.batch_rows < 0.0 {
+            return Err(PlanError::BatchRows {
+                value: self.batch_rows,
             });
         }
         let wrong = (0..self.layers.max(self.demand.len()))
@@ -246,25 +268,59 @@ pub(crate) struct Room {
     pub(crate) ranks: Vec<Rank>,
     /// Usable slots of each index, at least 1 and at most the number of experts.
     pub(crate) slots: Vec<usize>,
-    /// Failure domain of each index.
-    pub(crate) domains: Vec<String>,
+    /// Name of the failure domain of each index, empty if unknown.
+    pub(crate) names: Vec<String>,
+    /// Failure domain of each index as a number; a rank without a name is one of its own.
+    pub(crate) domain: Vec<usize>,
+    /// Number of failure domains.
+    pub(crate) domains: usize,
+    /// What copies are asked to span.
+    pub(crate) cover: Cover,
 }
 
 impl Room {
     pub(crate) fn of(problem: &Problem) -> Self {
         let taking: Vec<&RankSlots> = problem.ranks.iter().filter(|r| r.slots > 0).collect();
+        let names: Vec<String> = taking.iter().map(|r| r.domain.clone()).collect();
+        let mut known: Vec<&String> = names.iter().filter(|name| !name.is_empty()).collect();
+        known.sort_unstable();
+        known.dedup();
+        let mut domains = known.len();
+        let mut number = |name: &String| {
+            known.binary_search(&name).unwrap_or_else(|_| {
+                domains += 1;
+                domains - 1
+            })
+        };
+        let domain = names.iter().map(&mut number).collect();
         Self {
             ranks: taking.iter().map(|r| r.rank).collect(),
             slots: taking
                 .iter()
                 .map(|r| r.slots.min(problem.experts))
                 .collect(),
-            domains: taking.iter().map(|r| r.domain.clone()).collect(),
+            domain,
+            domains,
+            names,
+            cover: problem.cover,
         }
     }
 
     pub(crate) fn total(&self) -> usize {
         self.slots.iter().sum()
+    }
+
+    /// Ranks from 0 with these slots, each a domain of its own.
+    #[cfg(test)]
+    pub(crate) fn plain(slots: &[usize]) -> Self {
+        Self {
+            ranks: (0..slots.len() as u32).map(Rank).collect(),
+            slots: slots.to_vec(),
+            names: vec![String::new(); slots.len()],
+            domain: (0..slots.len()).collect(),
+            domains: slots.len(),
+            cover: Cover::None,
+        }
     }
 }
 

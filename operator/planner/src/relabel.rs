@@ -1,17 +1,20 @@
 //! Names columns so that copies stay: an assignment of packed columns to ranks that keeps the most copies.
 
 use crate::layer::Layer;
+use crate::problem::Room;
+use crate::settings::Cover;
 
 /// Renames the ranks of `layer` so that the most slots equal those of `old` (both over the same ranks). Columns
-/// only go to ranks with room for them. Returns the layer and the copies it shares with `old`.
-pub(crate) fn relabel(layer: &Layer, old: &Layer, slots: &[usize]) -> (Layer, usize) {
+/// only go to ranks with room for them and, if a cover is asked for, of their own domain. Returns the layer and the copies it shares with `old`.
+pub(crate) fn relabel(layer: &Layer, old: &Layer, room: &Room) -> (Layer, usize) {
     let ranks = layer.ranks();
     let impossible = (layer.copies() + 1) as i64 * (ranks + 1) as i64;
     let cost: Vec<Vec<i64>> = (0..ranks)
         .map(|rank| {
             let price = |column: usize| {
                 let held = layer.slots(column);
-                if held.len() > slots[rank] {
+                let stays = room.cover == Cover::None || room.domain[column] == room.domain[rank];
+                if held.len() > room.slots[rank] || !stays {
                     return impossible;
                 }
                 -(held.iter().filter(|e| old.has(rank, **e)).count() as i64)
@@ -90,14 +93,14 @@ mod tests {
     fn a_rotated_placement_is_named_back() {
         let old = Layer::from_slots(&[vec![0, 1], vec![2, 3], vec![4, 5]], 6);
         let new = Layer::from_slots(&[vec![4, 5], vec![0, 1], vec![2, 3]], 6);
-        assert_eq!(relabel(&new, &old, &[2, 2, 2]), (old, 6));
+        assert_eq!(relabel(&new, &old, &Room::plain(&[2, 2, 2])), (old, 6));
     }
 
     #[test]
     fn a_large_column_never_goes_to_a_small_rank() {
         let old = Layer::from_slots(&[vec![0, 1, 2], vec![3]], 4);
         let new = Layer::from_slots(&[vec![1, 2, 3], vec![0]], 4);
-        let (named, kept) = relabel(&new, &old, &[3, 1]);
+        let (named, kept) = relabel(&new, &old, &Room::plain(&[3, 1]));
         assert_eq!((named, kept), (new, 2));
     }
 }

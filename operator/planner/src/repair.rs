@@ -1,7 +1,10 @@
 //! Experts without a copy first: after ranks were lost, or slots became fewer.
 
 use crate::layer::{Layer, least};
+use crate::cover;
+use crate::layer::Operation;
 use crate::pack::roomiest;
+use crate::problem::Room;
 
 /// What a repair did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -15,12 +18,12 @@ pub(crate) struct Repaired {
 /// Gives every expert a copy again. Slots beyond `slots[g]` are given up, the least needed first; each orphan,
 /// heaviest first, goes to a free slot of the least loaded rank, else over the redundant copy that leaves the
 /// least maximum of the loads touched. Needs at least as many slots as experts.
-pub(crate) fn repair(layer: &mut Layer, w: &[f64], slots: &[usize]) -> Repaired {
-    let dropped = shrink(layer, w, slots);
+pub(crate) fn repair(layer: &mut Layer, w: &[f64], room: &Room) -> Repaired {
+    let dropped = shrink(layer, w, &room.slots);
     let mut orphans: Vec<usize> = (0..w.len()).filter(|e| layer.count(*e) == 0).collect();
     orphans.sort_by(|a, b| w[*b].total_cmp(&w[*a]).then(a.cmp(b)));
     for orphan in &orphans {
-        place(layer, w, slots, *orphan);
+        place(layer, w, room, *orphan);
     }
     Repaired {
         orphans: orphans.len(),
@@ -47,13 +50,14 @@ fn shrink(layer: &mut Layer, w: &[f64], slots: &[usize]) -> usize {
     dropped
 }
 
-fn place(layer: &mut Layer, w: &[f64], slots: &[usize], orphan: usize) {
+fn place(layer: &mut Layer, w: &[f64], room: &Room, orphan: usize) {
     let loads = layer.even_loads(w);
-    if let Some(g) = roomiest(layer, slots, &loads, orphan) {
+    if let Some(g) = roomiest(layer, &room.slots, &loads, orphan, |_| true) {
         layer.add(g, orphan);
         return;
     }
-    let mut best: Option<(f64, (usize, usize))> = None;
+    // An orphan comes first, but where there is a choice no cover is broken for it.
+    let mut best: Option<(bool, (f64, (usize, usize)))> = None;
     for (g, load) in loads.iter().enumerate() {
         for (s, x) in layer.slots(g).iter().copied().enumerate() {
             let copies = layer.count(x) as f64;
@@ -61,14 +65,19 @@ fn place(layer: &mut Layer, w: &[f64], slots: &[usize], orphan: usize) {
                 continue;
             }
             let left = w[x] / (copies - 1.0);
-            let candidate = (left.max(load - w[x] / copies + w[orphan]), (g, s));
-            if best.as_ref().is_none_or(|b| least(&candidate, b).is_lt()) {
-                best = Some(candidate);
+            let value = (left.max(load - w[x] / copies + w[orphan]), (g, s));
+            let over = Operation::Overwrite { expert: orphan, at: (g, s) };
+            let breaks = !cover::allows(room, layer, over);
+            let less = |b: &(bool, (f64, (usize, usize)))| {
+                breaks.cmp(&b.0).then_with(|| least(&value, &b.1)).is_lt()
+            };
+            if best.as_ref().is_none_or(less) {
+                best = Some((breaks, value));
             }
         }
     }
     // With at least as many slots as experts and one of them missing, some expert has two copies.
-    if let Some((_, (g, s))) = best {
+    if let Some((_, (_, (g, s)))) = best {
         layer.overwrite(g, s, orphan);
     }
 }
@@ -81,7 +90,7 @@ mod tests {
     fn orphans_replace_redundant_copies() {
         // Expert 3 is gone; experts 0 and 1 have two copies each.
         let mut layer = Layer::from_slots(&[vec![0, 1], vec![0, 2], vec![1, 0]], 4);
-        let done = repair(&mut layer, &[9.0, 2.0, 3.0, 4.0], &[2, 2, 2]);
+        let done = repair(&mut layer, &[9.0, 2.0, 3.0, 4.0], &Room::plain(&[2, 2, 2]));
         assert_eq!(
             done,
             Repaired {
@@ -96,7 +105,7 @@ mod tests {
     #[test]
     fn fewer_slots_give_up_redundant_copies_first() {
         let mut layer = Layer::from_slots(&[vec![0, 1, 2], vec![2, 3]], 4);
-        let done = repair(&mut layer, &[1.0, 1.0, 9.0, 1.0], &[2, 2]);
+        let done = repair(&mut layer, &[1.0, 1.0, 9.0, 1.0], &Room::plain(&[2, 2]));
         assert_eq!(
             done,
             Repaired {
@@ -110,7 +119,7 @@ mod tests {
     #[test]
     fn an_orphan_takes_a_free_slot_if_there_is_one() {
         let mut layer = Layer::from_slots(&[vec![0, 1], vec![]], 3);
-        repair(&mut layer, &[1.0, 1.0, 1.0], &[2, 2]);
+        repair(&mut layer, &[1.0, 1.0, 1.0], &Room::plain(&[2, 2]));
         assert_eq!(layer.slots(1), [2]);
     }
 }

@@ -41,6 +41,13 @@ pub enum Step {
         /// Copies that differ from before.
         copies: usize,
     },
+    /// Experts that lacked a failure domain were given one.
+    Cover {
+        /// Copies moved for it.
+        copies: usize,
+        /// Experts that still lack one.
+        open: usize,
+    },
     /// Islands were joined.
     Connect {
         /// Swaps made, two copies each.
@@ -90,6 +97,14 @@ pub struct LayerReport {
     pub best: f64,
     /// Predicted balance afterwards.
     pub after: f64,
+    /// Balance expected of a batch's best split: the best before. That of the prediction if batches are not known.
+    pub expected_before: f64,
+    /// The same afterwards.
+    pub expected_after: f64,
+    /// Seconds that the move saves before drift has eaten its advantage, and that it costs. 0 if that was not weighed.
+    pub saves_s: f64,
+    /// See `saves_s`.
+    pub costs_s: f64,
     /// The best that any placement of as many copies could give.
     pub bound: f64,
     /// Overload (maximum over mean load, less one) that sampling alone explains; new shares must gain more. 0 if
@@ -137,6 +152,12 @@ pub struct Report {
     pub balance_after: f64,
     /// Copies to load, over all layers and ranks.
     pub copies_moved: usize,
+    /// Their bytes; 0 if an expert's are not known.
+    pub bytes_moved: u64,
+    /// Seconds that the moves save before drift has eaten their advantage, and that they cost. 0 if not weighed.
+    pub saves_s: f64,
+    /// See `saves_s`.
+    pub costs_s: f64,
     /// Most copies that one rank has to load: it sets the duration of the rollover.
     pub most_to_one_rank: usize,
     /// Ranks of the parent that are gone.
@@ -200,10 +221,10 @@ fn list(f: &mut fmt::Formatter<'_>, name: &str, ranks: &[Rank]) -> fmt::Result {
 
 /// Part of each domain's exclusive rows, mean over layers. Ranks without a domain are nobody's neighbours.
 pub(crate) fn at_risk(layers: &[&Layer], demand: &[Vec<f64>], room: &Room) -> Vec<DomainRisk> {
-    let domains: BTreeSet<&String> = room.domains.iter().filter(|d| !d.is_empty()).collect();
+    let domains: BTreeSet<&String> = room.names.iter().filter(|d| !d.is_empty()).collect();
     let exclusive = |layer: &Layer, w: &[f64], domain: &String| {
         let total: f64 = w.iter().sum();
-        let inside = |e: &usize| layer.hosts(*e).iter().all(|g| room.domains[*g] == *domain);
+        let inside = |e: &usize| layer.hosts(*e).iter().all(|g| room.names[*g] == *domain);
         // From 0.0 by hand: the empty sum of floats is -0.0.
         (0..w.len()).filter(inside).fold(0.0, |sum, e| sum + w[e]) / total
     };

@@ -2,8 +2,7 @@
 
 use foregate_api::placement::Copy;
 
-use crate::bound::certificate_of;
-use crate::pour::pour;
+use crate::flow::Flow;
 use crate::table::SplitTable;
 
 /// Most sweeps of the planner's solve; it stops earlier when the certificate says that nothing is left to gain.
@@ -50,45 +49,32 @@ pub fn balance(loads: &[f64]) -> f64 {
 
 /// Solves the least maximum load over all splits of `rows` over the table's copies, from even shares.
 ///
-/// `rows[e]` is the load of expert `e`; missing entries count as zero. At most `sweeps` sweeps; every eighth
-/// tests whether the maximum is within `1 + gap` of the certificate.
+/// `rows[e]` is the load of expert `e`; missing entries count as zero. At most `sweeps` sweeps, over-relaxed; every
+/// eighth tests whether the maximum is within `1 + gap` of the certificate.
 #[must_use]
 pub fn solve(table: &SplitTable, rows: &[f64], sweeps: usize, gap: f64) -> Solved {
-    let of = |e: usize| rows.get(e).copied().unwrap_or(0.0);
-    let mut loads = vec![0.0; table.ranks.len()];
-    let mut flow = vec![0.0; table.len()];
-    for e in 0..table.experts() {
-        let span = table.span(e);
-        let part = of(e) / span.len().max(1) as f64;
-        for copy in span {
-            flow[copy] = part;
-            loads[table.hosts[copy] as usize] += part;
-        }
+    let w: Vec<f64> = (0..table.experts())
+        .map(|e| rows.get(e).copied().unwrap_or(0.0))
+        .collect();
+    let mut flow = Flow::over(table.ranks.len());
+    for (e, rows) in w.iter().enumerate() {
+        flow.push(table.hosts[table.span(e)].iter().copied(), *rows);
     }
-    let shared = |e: &usize| table.span(*e).len() > 1 && of(*e) > 0.0;
-    let shared: Vec<usize> = (0..table.experts()).filter(shared).collect();
-    let (mut order, mut done) = (Vec::new(), 0);
-    let mut certificate = certificate_of(table, rows, &loads);
-    while done < sweeps {
-        if done % 8 == 0 {
-            certificate = certificate_of(table, rows, &loads);
-            let max = loads.iter().copied().fold(0.0, f64::max);
-            if max <= (1.0 + gap) * certificate {
-                break;
-            }
-        }
-        for e in shared.iter().copied() {
-            let span = table.span(e);
-            let hosts = &table.hosts[span.clone()];
-            pour(&mut loads, hosts, &mut flow[span], of(e), &mut order);
-        }
-        done += 1;
+    settled(flow, &w, sweeps, gap)
+}
+
+/// Settles a flow whose copies are in the order of a table.
+pub(crate) fn settled(mut flow: Flow, w: &[f64], sweeps: usize, gap: f64) -> Solved {
+    let start = flow.clone();
+    let (certificate, done) = flow.settle(w, sweeps, gap);
+    if flow.max() > start.max() {
+        flow = start;
     }
     Solved {
-        certificate: certificate.max(certificate_of(table, rows, &loads)),
-        loads,
-        flow,
+        flow: flow.copies(),
+        loads: flow.loads,
         sweeps: done,
+        certificate,
     }
 }
 

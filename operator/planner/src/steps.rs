@@ -4,7 +4,7 @@
 
 use crate::bound;
 use crate::connect::connect;
-use crate::guided::follow_split;
+use crate::cover;
 use crate::improve::improve;
 use crate::layer::Layer;
 use crate::pack::{fill, pack};
@@ -13,34 +13,43 @@ use crate::relabel::relabel;
 use crate::repair::repair;
 use crate::replicate::counts;
 use crate::report::Step;
-use crate::settings::Settings;
-use crate::solve::Solved;
+use crate::search::{Effort, Splits, search};
+use crate::settings::{Cover, Settings};
 use crate::trigger::LEAST_GAIN;
 
-/// How far above the mean the highest load of the local search may stay.
+/// How far above the mean the highest load of the local search under even split may stay.
 const TARGET: f64 = 1.01;
 /// Most lazy steps after a plan from scratch; each gains at least [`LEAST_GAIN`], so this is never the reason to end.
 const MOST_POLISH: usize = 512;
+/// How much the predicted balance may fall for the sake of the expected one.
+const WORSE: f64 = 1e-3;
+/// Operations that the search solves in each of its rounds, and most rounds.
+const TRIES: usize = 12;
+const ROUNDS: usize = 64;
+/// No limit on copies.
+const ALL: usize = usize::MAX >> 1;
 
 /// A layer's homes and how they came about.
 #[derive(Debug, Clone)]
-pub(crate) struct Homes {
+pub(crate) struct Homes<'a> {
     pub(crate) layer: Layer,
-    /// The best split of the layer.
-    pub(crate) solved: Solved,
+    /// The best splits of the layer.
+    pub(crate) splits: Splits<'a>,
     pub(crate) steps: Vec<Step>,
 }
 
-/// Counts, pack, improve, connect, and (after an earlier placement) relabel; then lazy steps until none helps, so
-/// that the next window with the same demand finds nothing to do.
-pub(crate) fn from_scratch(
+/// Counts, pack, cover, improve, connect, and (after an earlier placement) relabel; then lazy steps until none helps,
+/// so that the next window with the same demand finds nothing to do.
+pub(crate) fn from_scratch<'a>(
     room: &Room,
-    w: &[f64],
+    loads: &'a [Vec<f64>],
     settings: &Settings,
     old: Option<&Layer>,
-) -> Homes {
-    let counts = counts(w, room.total(), room.ranks.len());
-    let packed = pack(w, &counts, &room.slots);
+) -> Homes<'a> {
+    let w = &loads[0];
+    let floor = usize::from(room.cover == Cover::All && room.domains > 1) + 1;
+    let counts = counts(w, room.total(), room.ranks.len(), floor);
+    let packed = pack(w, &counts, room);
     let most_copies = counts.iter().copied().max().unwrap_or(0);
     let mut steps = vec![Step::Pack {
         most_copies,
@@ -48,51 +57,49 @@ pub(crate) fn from_scratch(
     }];
     let mut layer = packed.layer;
     let scratch = layer.clone();
-    improve(
-        &mut layer,
-        &scratch,
-        w,
-        target(&scratch, w),
-        usize::MAX >> 1,
-    );
+    close(&mut layer, &scratch, w, room, ALL, &mut steps);
+    let covered = layer.clone();
+    improve(&mut layer, &covered, w, room, target(&covered, w), ALL);
     steps.push(Step::Improve {
-        copies: layer.moved_from(&scratch),
+        copies: layer.moved_from(&covered),
     });
-    let before = layer.components();
-    let swaps = connect(&mut layer, &scratch, w, usize::MAX >> 1);
-    steps.push(Step::Connect {
-        swaps,
-        before,
-        after: layer.components(),
-    });
-    let mut solved = layer.best_split(room, w);
-    for _ in 0..MOST_POLISH {
-        if solved.balance() >= settings.threshold {
-            break;
-        }
-        let Some(better) = lazy(&layer, room, w, solved.balance(), settings) else {
-            break;
-        };
-        (layer, solved) = (better.layer, better.solved);
-        steps.extend(better.steps);
-    }
+    link(&mut layer, &scratch, w, room, ALL, &mut steps);
     if let Some(old) = old {
-        let (named, kept) = relabel(&layer, old, &room.slots);
-        (solved, layer) = (named.best_split(room, w), named);
+        let (named, kept) = relabel(&layer, old, room);
+        layer = named;
         steps.push(Step::Relabel { kept });
     }
-    Homes {
+    let mut homes = Homes {
+        splits: Splits::of(&layer, loads),
         layer,
-        solved,
         steps,
+    };
+    for _ in 0..MOST_POLISH {
+        if homes.splits.expected() >= settings.threshold {
+            break;
+        }
+        let Some(mut better) = lazy(&homes, room, loads, settings) else {
+            break;
+        };
+        homes.steps.append(&mut better.steps);
+        better.steps = homes.steps;
+        homes = better;
     }
+    homes
 }
 
-/// What survived of an earlier placement, with every expert placed and every slot used again.
-pub(crate) fn from_survivors(survivors: &Layer, room: &Room, w: &[f64]) -> Homes {
+/// What survived of an earlier placement, with every expert placed and every slot used again, and as many gaps in
+/// cover closed as the limit on copies allows.
+pub(crate) fn from_survivors<'a>(
+    survivors: &Layer,
+    room: &Room,
+    loads: &'a [Vec<f64>],
+    settings: &Settings,
+) -> Homes<'a> {
+    let w = &loads[0];
     let mut layer = survivors.clone();
-    let done = repair(&mut layer, w, &room.slots);
-    let filled = fill(&mut layer, w, &room.slots);
+    let done = repair(&mut layer, w, room);
+    let filled = fill(&mut layer, w, room);
     let mut steps = Vec::new();
     if done.orphans + done.dropped > 0 {
         steps.push(Step::Repair {
@@ -103,108 +110,119 @@ pub(crate) fn from_survivors(survivors: &Layer, room: &Room, w: &[f64]) -> Homes
     if filled > 0 {
         steps.push(Step::Fill { copies: filled });
     }
+    let whole = layer.clone();
+    let limit = settings.max_moves_per_layer;
+    close(&mut layer, &whole, w, room, limit, &mut steps);
     Homes {
-        solved: layer.best_split(room, w),
+        splits: Splits::of(&layer, loads),
         layer,
         steps,
     }
 }
 
-/// The lazy step: improve, then connect, within `limit` copies together. `q0` is the balance of the best split now.
-/// `None` if no way found gains more than [`LEAST_GAIN`].
+/// The lazy step: close gaps in cover, connect, then search, within the limit on copies together. `None` if no gap is
+/// closed and nothing found gains more than [`LEAST_GAIN`] of expected balance.
 ///
-/// Local search judges even split and may cut links that the best split needs, and connecting costs copies as well.
-/// A way that ends with more components than `origin` is not taken: what a first plan linked stays linked.
-/// So the limit is divided in three ways: none of it for the search, half, all. The first that reaches the
-/// threshold wins, since it moves least; without one the best, where more copies must gain [`LEAST_GAIN`] more, and
-/// from there a search judged by the split goes on with what is left of the limit.
-pub(crate) fn lazy(
-    origin: &Layer,
+/// Connecting costs copies that the search may need more: if both together gain nothing, the search goes alone.
+pub(crate) fn lazy<'a>(
+    now: &Homes<'a>,
     room: &Room,
-    w: &[f64],
-    q0: f64,
+    loads: &'a [Vec<f64>],
     settings: &Settings,
-) -> Option<Homes> {
+) -> Option<Homes<'a>> {
+    let (origin, w) = (&now.layer, &loads[0]);
     let limit = settings.max_moves_per_layer;
-    let mut divisions = vec![0, limit / 2, limit];
-    divisions.dedup();
-    let most_components = origin.components();
-    let (mut best, mut reached): (Option<Homes>, f64) = (None, q0);
-    for search in divisions {
-        let (layer, steps) = improve_then_connect(origin, w, search, limit);
-        if layer == *origin || layer.components() > most_components {
-            continue;
-        }
-        let solved = layer.best_split(room, w);
-        if solved.balance() <= reached + LEAST_GAIN {
-            continue;
-        }
-        reached = solved.balance();
-        best = Some(Homes {
-            layer,
-            solved,
-            steps,
-        });
-        if reached >= settings.threshold {
-            return best;
+    let mut layer = origin.clone();
+    let mut steps = Vec::new();
+    let mended = close(&mut layer, origin, w, room, limit, &mut steps);
+    let covered = layer.clone();
+    let mut ways = vec![(covered, steps.clone())];
+    if link(&mut layer, origin, w, room, limit, &mut steps) > 0 {
+        ways.insert(0, (layer, steps));
+    }
+    for (layer, steps) in ways {
+        let homes = searched(layer, steps, now, room, loads, settings);
+        let gain = homes.splits.expected() - now.splits.expected();
+        let falls = now.splits.predicted() - homes.splits.predicted();
+        if homes.layer != *origin && (mended > 0 || (gain > LEAST_GAIN && falls <= WORSE)) {
+            return Some(homes);
         }
     }
-    guided(origin, best, room, w, reached, settings)
+    None
 }
 
-/// Goes on from the best way found, or from `origin`, judged by the split itself.
-fn guided(
-    origin: &Layer,
-    best: Option<Homes>,
+fn searched<'a>(
+    mut layer: Layer,
+    mut steps: Vec<Step>,
+    now: &Homes<'a>,
     room: &Room,
-    w: &[f64],
-    reached: f64,
+    loads: &'a [Vec<f64>],
     settings: &Settings,
-) -> Option<Homes> {
-    let (mut layer, mut steps) = match &best {
-        Some(homes) => (homes.layer.clone(), homes.steps.clone()),
-        None => (origin.clone(), Vec::new()),
+) -> Homes<'a> {
+    let mut splits = if layer == now.layer {
+        now.splits.clone()
+    } else {
+        Splits::of(&layer, loads)
     };
     let start = layer.clone();
-    let limit = settings.max_moves_per_layer;
-    let solved = follow_split(&mut layer, origin, room, w, limit, settings.threshold);
-    if layer == start || solved.balance() <= reached + LEAST_GAIN {
-        return best;
-    }
-    steps.push(Step::Improve {
-        copies: layer.moved_from(&start),
-    });
-    Some(Homes {
-        layer,
-        solved,
-        steps,
-    })
-}
-
-fn improve_then_connect(
-    origin: &Layer,
-    w: &[f64],
-    search: usize,
-    limit: usize,
-) -> (Layer, Vec<Step>) {
-    let mut layer = origin.clone();
-    improve(&mut layer, origin, w, target(origin, w), search);
-    let copies = layer.moved_from(origin);
-    let before = layer.components();
-    let swaps = connect(&mut layer, origin, w, limit);
-    let after = layer.components();
-    let mut steps = Vec::new();
+    let effort = Effort {
+        limit: settings.max_moves_per_layer,
+        enough: settings.threshold,
+        gain: LEAST_GAIN,
+        tries: TRIES,
+        rounds: ROUNDS,
+    };
+    search(&mut layer, &now.layer, room, &mut splits, effort);
+    let copies = layer.moved_from(&start);
     if copies > 0 {
         steps.push(Step::Improve { copies });
     }
+    Homes {
+        layer,
+        splits,
+        steps,
+    }
+}
+
+/// Closes gaps in cover; returns the copies moved.
+fn close(
+    layer: &mut Layer,
+    origin: &Layer,
+    w: &[f64],
+    room: &Room,
+    limit: usize,
+    steps: &mut Vec<Step>,
+) -> usize {
+    if cover::open(room, layer).next().is_none() {
+        return 0;
+    }
+    let (copies, open) = cover::mend(layer, origin, w, room, limit);
+    steps.push(Step::Cover { copies, open });
+    copies
+}
+
+/// Joins islands; returns the swaps made.
+fn link(
+    layer: &mut Layer,
+    origin: &Layer,
+    w: &[f64],
+    room: &Room,
+    limit: usize,
+    steps: &mut Vec<Step>,
+) -> usize {
+    let before = layer.components();
+    if before <= layer.least_components() {
+        return 0;
+    }
+    let swaps = connect(layer, origin, w, room, limit);
     if swaps > 0 {
         steps.push(Step::Connect {
             swaps,
             before,
-            after,
+            after: layer.components(),
         });
     }
-    (layer, steps)
+    swaps
 }
 
 fn target(layer: &Layer, w: &[f64]) -> f64 {

@@ -26,6 +26,10 @@ pub enum Because {
     Resting,
     /// No allowed move gains anything worth a copy.
     NoGain,
+    /// The best move found costs more than it saves before drift has eaten its advantage.
+    NotWorth,
+    /// Other layers' moves gain more with the bytes that may be moved.
+    Budget,
     /// It does move.
     Moves,
 }
@@ -69,7 +73,7 @@ impl History {
     }
 }
 
-/// Whether a layer may look for a move, given the balance of its best split.
+/// Whether a layer may look for a move, given the balance that is expected of its best splits.
 pub(crate) fn may_move(best: f64, resting: bool, settings: &Settings) -> Result<(), Because> {
     if best >= settings.threshold {
         Err(Because::Balanced)
@@ -110,7 +114,7 @@ mod tests {
     fn a_layer_rests_two_windows_unless_it_is_urgent() {
         let settings = Settings {
             threshold: 0.97,
-            max_moves_per_layer: 4,
+            ..Settings::default()
         };
         let mut history = History::default();
         history.fit(1);

@@ -1,0 +1,275 @@
+//! A split in work: the rows of all copies under one load, kept level while copies come and go.
+//!
+//! The planner asks of many placements that differ in one copy how level their best split is. Solving each anew costs
+//! some ten times as much as going on from the split of the placement they differ from.
+
+use crate::layer::{Layer, Operation};
+use crate::pour::{RELAXATION, pour};
+
+/// Sweeps between two looks at the certificate.
+const ROUND: usize = 8;
+
+/// Rows of each copy and load of each rank, for one layer and one load.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Flow {
+    /// First place of each expert's copies; an expert has one place to spare.
+    start: Vec<u32>,
+    /// Copies of each expert.
+    count: Vec<u32>,
+    /// Dense rank of each copy.
+    host: Vec<u32>,
+    /// Rows of each copy.
+    rows: Vec<f64>,
+    /// Load of each rank.
+    pub(crate) loads: Vec<f64>,
+    /// Experts with several copies, in the order in which they are poured.
+    shared: Vec<u32>,
+    level: Vec<f64>,
+    order: Vec<(f64, u32)>,
+    at: Vec<u32>,
+    inside: Vec<f64>,
+}
+
+impl Flow {
+    /// Even shares of `w` over the copies of a layer.
+    pub(crate) fn even(layer: &Layer, w: &[f64]) -> Self {
+        let mut flow = Self::over(layer.ranks());
+        for (e, rows) in w.iter().enumerate() {
+            flow.push(layer.hosts(e).iter().map(|g| *g as u32), *rows);
+        }
+        flow
+    }
+
+    pub(crate) fn over(ranks: usize) -> Self {
+        Self {
+            loads: vec![0.0; ranks],
+            ..Self::default()
+        }
+    }
+
+    /// The next expert's copies, with even shares of its rows.
+    pub(crate) fn push(&mut self, hosts: impl ExactSizeIterator<Item = u32>, rows: f64) {
+        if hosts.len() > 1 && rows > 0.0 {
+            self.shared.push(self.start.len() as u32);
+        }
+        self.start.push(self.host.len() as u32);
+        self.count.push(hosts.len() as u32);
+        let part = rows / hosts.len().max(1) as f64;
+        for g in hosts {
+            self.host.push(g);
+            self.rows.push(part);
+            self.loads[g as usize] += part;
+        }
+        self.host.push(0);
+        self.rows.push(0.0);
+    }
+
+    /// The same shares of another load.
+    pub(crate) fn scaled(&self, from: &[f64], to: &[f64]) -> Self {
+        let mut flow = self.clone();
+        flow.loads.fill(0.0);
+        for (e, rows) in to.iter().enumerate() {
+            let factor = if from[e] > 0.0 { rows / from[e] } else { 0.0 };
+            for at in flow.span(e) {
+                flow.rows[at] *= factor;
+                flow.loads[flow.host[at] as usize] += flow.rows[at];
+            }
+        }
+        flow
+    }
+
+    /// The same rows where `layer` still has their copies, in its order; what other copies had goes to an expert's
+    /// first.
+    pub(crate) fn onto(&self, layer: &Layer, w: &[f64]) -> Self {
+        let mut flow = Self::even(layer, w);
+        flow.loads.fill(0.0);
+        for (e, rows) in w.iter().enumerate() {
+            let (from, to) = (self.span(e), flow.span(e));
+            let mut left = *rows;
+            for at in to.clone() {
+                let g = flow.host[at];
+                let old = from.clone().find(|i| self.host[*i] == g);
+                flow.rows[at] = old.map_or(0.0, |i| self.rows[i]).min(left);
+                left -= flow.rows[at];
+                flow.loads[g as usize] += flow.rows[at];
+            }
+            if left > 0.0 && !to.is_empty() {
+                flow.rows[to.start] += left;
+                flow.loads[flow.host[to.start] as usize] += left;
+            }
+        }
+        flow
+    }
+
+    /// Rows of each copy, experts one after the other.
+    pub(crate) fn copies(&self) -> Vec<f64> {
+        let all = (0..self.count.len()).flat_map(|e| self.span(e));
+        all.map(|at| self.rows[at]).collect()
+    }
+
+    fn span(&self, e: usize) -> std::ops::Range<usize> {
+        let start = self.start[e] as usize;
+        start..start + self.count[e] as usize
+    }
+
+    /// Becomes what `other` is, without allocating.
+    pub(crate) fn become_like(&mut self, other: &Self) {
+        self.start.clone_from(&other.start);
+        self.count.clone_from(&other.count);
+        self.host.clone_from(&other.host);
+        self.rows.clone_from(&other.rows);
+        self.loads.clone_from(&other.loads);
+        self.shared.clone_from(&other.shared);
+    }
+
+    /// Rows of expert e on rank g.
+    pub(crate) fn rows_on(&self, e: usize, g: usize) -> f64 {
+        let at = self.span(e).find(|i| self.host[*i] as usize == g);
+        at.map_or(0.0, |i| self.rows[i])
+    }
+
+    pub(crate) fn max(&self) -> f64 {
+        self.loads.iter().copied().fold(0.0, f64::max)
+    }
+
+    pub(crate) fn squares(&self) -> f64 {
+        self.loads.iter().map(|load| load * load).sum()
+    }
+
+    /// Follows an operation on the layer, before it is applied there.
+    pub(crate) fn follow(&mut self, layer: &Layer, op: Operation, w: &[f64]) {
+        match op {
+            Operation::Swap { from, to } => {
+                let (e, f) = (layer.slots(from.0)[from.1], layer.slots(to.0)[to.1]);
+                self.carry(e, from.0, to.0);
+                self.carry(f, to.0, from.0);
+                self.level_one(e, w);
+                self.level_one(f, w);
+            }
+            Operation::Overwrite { expert, at } => {
+                let f = layer.slots(at.0)[at.1];
+                self.drop_copy(f, at.0);
+                self.level_one(f, w);
+                self.add_copy(expert, at.0);
+                self.level_one(expert, w);
+            }
+        }
+    }
+
+    /// The copy of e on g goes to h with its rows.
+    fn carry(&mut self, e: usize, g: usize, h: usize) {
+        for i in self.span(e) {
+            if self.host[i] as usize == g {
+                self.host[i] = h as u32;
+                self.loads[g] -= self.rows[i];
+                self.loads[h] += self.rows[i];
+            }
+        }
+    }
+
+    fn add_copy(&mut self, e: usize, g: usize) {
+        let at = self.span(e).end;
+        self.host[at] = g as u32;
+        self.rows[at] = 0.0;
+        self.count[e] += 1;
+        if self.count[e] == 2 {
+            self.shared.push(e as u32);
+        }
+    }
+
+    fn drop_copy(&mut self, e: usize, g: usize) {
+        let span = self.span(e);
+        let Some(at) = span.clone().find(|i| self.host[*i] as usize == g) else {
+            return;
+        };
+        let last = span.end - 1;
+        let rows = self.rows[at];
+        self.loads[g] -= rows;
+        (self.host[at], self.rows[at]) = (self.host[last], self.rows[last]);
+        self.count[e] -= 1;
+        self.rows[span.start] += rows;
+        self.loads[self.host[span.start] as usize] += rows;
+        if self.count[e] == 1 {
+            self.shared.retain(|x| *x as usize != e);
+        }
+    }
+
+    fn level_one(&mut self, e: usize, w: &[f64]) {
+        let span = self.span(e);
+        if span.len() > 1 {
+            let (hosts, rows) = (&self.host[span.clone()], &mut self.rows[span]);
+            pour(&mut self.loads, hosts, rows, w[e], 1.0, &mut self.level);
+        }
+    }
+
+    /// One sweep over all shared experts, forward or backward.
+    pub(crate) fn sweep(&mut self, w: &[f64], backward: bool, relaxation: f64) {
+        for i in 0..self.shared.len() {
+            let i = if backward { self.shared.len() - 1 - i } else { i };
+            let e = self.shared[i] as usize;
+            let start = self.start[e] as usize;
+            let span = start..start + self.count[e] as usize;
+            let (hosts, rows) = (&self.host[span.clone()], &mut self.rows[span]);
+            pour(&mut self.loads, hosts, rows, w[e], relaxation, &mut self.level);
+        }
+    }
+
+    /// Sweeps until the maximum is within `1 + gap` of the certificate, at most `sweeps` times. Returns the
+    /// certificate and the sweeps made.
+    pub(crate) fn settle(&mut self, w: &[f64], sweeps: usize, gap: f64) -> (f64, usize) {
+        let mut certificate = self.certificate(w);
+        let mut done = 0;
+        while done < sweeps && self.max() > (1.0 + gap) * certificate {
+            let round = ROUND.min(sweeps - done);
+            for i in 1..=round {
+                // The last of a round is exact: nothing is left above its level for the sake of speed.
+                let relaxation = if i < round { RELAXATION } else { 1.0 };
+                self.sweep(w, i % 2 == 0, relaxation);
+            }
+            done += round;
+            certificate = certificate.max(self.certificate(w));
+        }
+        (certificate, done)
+    }
+
+    /// See [`crate::bound::certificate`].
+    pub(crate) fn certificate(&mut self, w: &[f64]) -> f64 {
+        self.tight(w).0
+    }
+
+    /// The certificate, and how many of the most loaded ranks set it; [`Self::ranks_by_load`] tells which.
+    pub(crate) fn tight(&mut self, w: &[f64]) -> (f64, usize) {
+        self.order.clear();
+        self.order
+            .extend(self.loads.iter().enumerate().map(|(g, load)| (*load, g as u32)));
+        self.order
+            .sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+        self.at.resize(self.loads.len(), 0);
+        for (at, (_, g)) in self.order.iter().enumerate() {
+            self.at[*g as usize] = at as u32;
+        }
+        self.inside.clear();
+        self.inside.resize(self.loads.len(), 0.0);
+        for (e, rows) in w.iter().enumerate() {
+            let start = self.start[e] as usize;
+            let hosts = &self.host[start..start + self.count[e] as usize];
+            if let Some(last) = hosts.iter().map(|g| self.at[*g as usize]).max() {
+                self.inside[last as usize] += rows;
+            }
+        }
+        let (mut sum, mut bound, mut size) = (0.0, 0.0, 0);
+        for (j, rows) in self.inside.iter().enumerate() {
+            sum += rows;
+            let mean = sum / (j + 1) as f64;
+            if mean > bound {
+                (bound, size) = (mean, j + 1);
+            }
+        }
+        (bound, size)
+    }
+
+    /// Ranks by load, descending, as of the last [`Self::tight`].
+    pub(crate) fn ranks_by_load(&self) -> impl Iterator<Item = usize> + '_ {
+        self.order.iter().map(|(_, g)| *g as usize)
+    }
+}
