@@ -91,6 +91,7 @@ const EVERYDAY: &[&str] = &[
     "prometheus",
     "serde",
     "serde_json",
+    "smallvec",
     "thiserror",
     "tokio",
     "tokio-stream",

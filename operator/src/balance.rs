@@ -501,6 +501,9 @@ impl Balancer {
         Settings {
             threshold: self.config.threshold,
             max_moves_per_layer: self.config.max_moves_per_layer as usize,
+            max_bytes: None,
+            economy: None,
+            threads: 1,
         }
     }
 }

@@ -8,7 +8,7 @@ use foregate_api::member::{Member, Phase};
 use foregate_api::model::ModelSpec;
 use foregate_api::placement::{Placement, Reason};
 use foregate_planner::demand::Demand;
-use foregate_planner::{Problem, RankSlots};
+use foregate_planner::{Cover, Problem, RankSlots};
 use foregate_store::ClusterState;
 
 /// The model of the cluster. Members with another one take no part.
@@ -52,6 +52,9 @@ pub(crate) fn problem(
         experts: model.experts,
         demand: demand.prediction(),
         evidence: demand.evidence(),
+        batch_rows: 0.0,
+        expert_bytes: 0,
+        cover: Cover::Spread,
         above,
     }
 }

@@ -6,7 +6,7 @@
 #![expect(clippy::expect_used, reason = "a bench fails by panicking")]
 
 use criterion::{Criterion, criterion_group, criterion_main};
-use foregate_api::ids::{Epoch, LayerId, Rank};
+use foregate_api::ids::{LayerId, Rank};
 use foregate_planner::split::{SplitTable, Splitter};
 use foregate_planner::{History, Problem, RankSlots, Settings, initial, plan};
 
@@ -43,14 +43,11 @@ fn problem(layers: usize) -> Problem {
         domain: String::new(),
     });
     Problem {
-        ranks: ranks.collect(),
-        layers,
-        experts: EXPERTS,
         demand: (0..layers)
             .map(|_| (0..EXPERTS).map(|_| 1000.0 * dice.load()).collect())
             .collect(),
-        evidence: f64::INFINITY,
-        above: Epoch(0),
+        batch_rows: f64::from(RANKS) * 512.0,
+        ..Problem::uniform(ranks.collect(), layers, EXPERTS)
     }
 }
 

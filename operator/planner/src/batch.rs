@@ -257,8 +257,7 @@ mod tests {
 
     fn table(ranks: u32, hosts: &[&[usize]]) -> SplitTable {
         let ranks: Vec<Rank> = (0..ranks).map(Rank).collect();
-        let hosts: Vec<Vec<usize>> = hosts.iter().map(|h| h.to_vec()).collect();
-        SplitTable::even(&ranks, &hosts)
+        SplitTable::even(&ranks, hosts.iter().copied())
     }
 
     #[test]

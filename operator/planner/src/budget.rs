@@ -44,7 +44,9 @@ pub(crate) fn refused(
     settings: &Settings,
 ) -> Vec<(usize, Because)> {
     let pays = |offer: &Offer| {
-        settings.economy.is_none() || offer.gain.is_infinite() || offer.seconds.0 > offer.seconds.1
+        settings.economy.is_none()
+            || offer.gain.is_infinite()
+            || offer.seconds.0 > offer.seconds.1
     };
     let mut refused: Vec<(usize, Because)> = offers
         .iter()
@@ -125,7 +127,11 @@ mod tests {
             economy: Some(economy),
             ..Settings::default()
         };
-        let offers = vec![offer(0, 0.02, 1), offer(1, 0.005, 1), offer(2, f64::INFINITY, 1)];
+        let offers = vec![
+            offer(0, 0.02, 1),
+            offer(1, 0.005, 1),
+            offer(2, f64::INFINITY, 1),
+        ];
         assert_eq!(refused(offers, 1, &settings), [(1, Because::NotWorth)]);
     }
 }

@@ -28,7 +28,13 @@ pub(crate) fn connect(
     // Swaps leave counts as they are, so the load of a copy stays.
     let per_copy: Vec<f64> = (0..w.len()).map(|e| layer.per_copy(w, e)).collect();
     let mut by_load: Vec<(f64, Place)> = (0..layer.ranks())
-        .flat_map(|g| layer.slots(g).iter().enumerate().map(move |(s, e)| (*e, (g, s))))
+        .flat_map(|g| {
+            layer
+                .slots(g)
+                .iter()
+                .enumerate()
+                .map(move |(s, e)| (*e, (g, s)))
+        })
         .map(|(e, place)| (per_copy[e], place))
         .collect();
     by_load.sort_by(least);
@@ -106,7 +112,12 @@ impl Pairs<'_> {
         let at = by_load.partition_point(|(x, _)| *x < u);
         let others = |to: &&(f64, Place)| self.elsewhere(from, to.1);
         let below = by_load[..at].iter().rev().filter(others).take(NEAREST);
-        for (_, to) in by_load[at..].iter().filter(others).take(NEAREST).chain(below) {
+        for (_, to) in by_load[at..]
+            .iter()
+            .filter(others)
+            .take(NEAREST)
+            .chain(below)
+        {
             self.offer(from, *to, best);
         }
     }
@@ -119,7 +130,10 @@ impl Pairs<'_> {
         if !self.elsewhere(from, to) {
             return;
         }
-        let (e, f) = (self.layer.slots(from.0)[from.1], self.layer.slots(to.0)[to.1]);
+        let (e, f) = (
+            self.layer.slots(from.0)[from.1],
+            self.layer.slots(to.0)[to.1],
+        );
         let d = self.per_copy[e] - self.per_copy[f];
         let value = (self.loads[from.0] - d).max(self.loads[to.0] + d);
         let candidate = (value, (from, to));
@@ -127,7 +141,9 @@ impl Pairs<'_> {
             return;
         }
         let op = Operation::Swap { from, to };
-        if self.layer.cost(self.origin, op) <= self.spare && cover::allows(self.room, self.layer, op) {
+        if self.layer.cost(self.origin, op) <= self.spare
+            && cover::allows(self.room, self.layer, op)
+        {
             *best = Some(candidate);
         }
     }

@@ -128,11 +128,24 @@ fn closing(
         for h in (0..layer.ranks()).filter(elsewhere) {
             for (t, f) in layer.slots(h).iter().copied().enumerate() {
                 let (op, v) = if single {
-                    let at = Operation::Overwrite { expert: e, at: (h, t) };
-                    (at, (loads[h] - u(f) + w[e] / 2.0).max(w[f] / (layer.count(f) as f64 - 1.0).max(1.0)))
+                    let at = Operation::Overwrite {
+                        expert: e,
+                        at: (h, t),
+                    };
+                    (
+                        at,
+                        (loads[h] - u(f) + w[e] / 2.0)
+                            .max(w[f] / (layer.count(f) as f64 - 1.0).max(1.0)),
+                    )
                 } else {
                     let d = u(e) - u(f);
-                    (Operation::Swap { from: (g, s), to: (h, t) }, (loads[g] - d).max(loads[h] + d))
+                    (
+                        Operation::Swap {
+                            from: (g, s),
+                            to: (h, t),
+                        },
+                        (loads[g] - d).max(loads[h] + d),
+                    )
                 };
                 if best.as_ref().is_some_and(|b| least(&(v, op), b).is_ge()) {
                     continue;

@@ -3,8 +3,11 @@
 //! The planner asks of many placements that differ in one copy how level their best split is. Solving each anew costs
 //! some ten times as much as going on from the split of the placement they differ from.
 
+use foregate_api::placement::LayerPlacement;
+
 use crate::layer::{Layer, Operation};
 use crate::pour::{RELAXATION, pour};
+use crate::problem::Room;
 
 /// Sweeps between two looks at the certificate.
 const ROUND: usize = 8;
@@ -38,6 +41,56 @@ impl Flow {
             flow.push(layer.hosts(e).iter().map(|g| *g as u32), *rows);
         }
         flow
+    }
+
+    /// What a placement's shares give on the copies that are left: what a lost rank had of an expert goes to its other
+    /// copies in proportion, an orphan's rows to nobody.
+    pub(crate) fn published(
+        layer: &Layer,
+        room: &Room,
+        of: &LayerPlacement,
+        w: &[f64],
+    ) -> Self {
+        let mut flow = Self::even(layer, w);
+        flow.loads.fill(0.0);
+        for (e, copies) in of.copies.iter().enumerate() {
+            let span = flow.span(e);
+            let (mut at, mut total) = (span.start, 0.0);
+            flow.rows[span.clone()].fill(0.0);
+            for copy in copies {
+                // Both ascend by rank; a copy whose rank is gone has no place here.
+                while at < span.end && room.ranks[flow.host[at] as usize] < copy.rank {
+                    at += 1;
+                }
+                if at < span.end && room.ranks[flow.host[at] as usize] == copy.rank {
+                    flow.rows[at] = f64::from(copy.share);
+                    total += flow.rows[at];
+                    at += 1;
+                }
+            }
+            for at in span.clone() {
+                let even = 1.0 / span.len() as f64;
+                let share = if total > 0.0 {
+                    flow.rows[at] / total
+                } else {
+                    even
+                };
+                flow.rows[at] = share * w[e];
+                flow.loads[flow.host[at] as usize] += flow.rows[at];
+            }
+        }
+        flow
+    }
+
+    /// Variance of each load if the rows of each expert were drawn independently: `Σ share² · rows`.
+    pub(crate) fn variances(&self, w: &[f64]) -> Vec<f64> {
+        let mut variances = vec![0.0; self.loads.len()];
+        for (e, rows) in w.iter().enumerate().filter(|(_, rows)| **rows > 0.0) {
+            for at in self.span(e) {
+                variances[self.host[at] as usize] += self.rows[at] * self.rows[at] / rows;
+            }
+        }
+        variances
     }
 
     pub(crate) fn over(ranks: usize) -> Self {
@@ -205,12 +258,23 @@ impl Flow {
     /// One sweep over all shared experts, forward or backward.
     pub(crate) fn sweep(&mut self, w: &[f64], backward: bool, relaxation: f64) {
         for i in 0..self.shared.len() {
-            let i = if backward { self.shared.len() - 1 - i } else { i };
+            let i = if backward {
+                self.shared.len() - 1 - i
+            } else {
+                i
+            };
             let e = self.shared[i] as usize;
             let start = self.start[e] as usize;
             let span = start..start + self.count[e] as usize;
             let (hosts, rows) = (&self.host[span.clone()], &mut self.rows[span]);
-            pour(&mut self.loads, hosts, rows, w[e], relaxation, &mut self.level);
+            pour(
+                &mut self.loads,
+                hosts,
+                rows,
+                w[e],
+                relaxation,
+                &mut self.level,
+            );
         }
     }
 
@@ -240,8 +304,12 @@ impl Flow {
     /// The certificate, and how many of the most loaded ranks set it; [`Self::ranks_by_load`] tells which.
     pub(crate) fn tight(&mut self, w: &[f64]) -> (f64, usize) {
         self.order.clear();
-        self.order
-            .extend(self.loads.iter().enumerate().map(|(g, load)| (*load, g as u32)));
+        self.order.extend(
+            self.loads
+                .iter()
+                .enumerate()
+                .map(|(g, load)| (*load, g as u32)),
+        );
         self.order
             .sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
         self.at.resize(self.loads.len(), 0);

@@ -5,11 +5,14 @@ use std::cmp::Ordering;
 use foregate_api::ids::ExpertId;
 use foregate_api::placement::{LayerPlacement, Placement};
 
+use smallvec::SmallVec;
+
 use crate::problem::Room;
 use crate::redundancy;
-use crate::flow::Flow;
-use crate::solve::{SOLVE_GAP, SOLVE_SWEEPS, Solved, settled};
 use crate::table::SplitTable;
+
+/// Ranks of an expert's copies, ascending: rarely more than four.
+type Hosts = SmallVec<[usize; 4]>;
 
 /// A slot: rank index and number of the slot there.
 pub(crate) type Place = (usize, usize);
@@ -40,7 +43,7 @@ pub(crate) struct Layer {
     /// `slots[g]`: experts on rank index g.
     slots: Vec<Vec<usize>>,
     /// `hosts[e]`: rank indices that hold e, ascending.
-    hosts: Vec<Vec<usize>>,
+    hosts: Vec<Hosts>,
     /// `has[g · experts + e]`.
     has: Vec<bool>,
 }
@@ -50,7 +53,7 @@ impl Layer {
         Self {
             experts,
             slots: vec![Vec::new(); ranks],
-            hosts: vec![Vec::new(); experts],
+            hosts: vec![Hosts::new(); experts],
             has: vec![false; ranks * experts],
         }
     }
@@ -284,12 +287,7 @@ impl Layer {
     }
 
     pub(crate) fn table(&self, room: &Room) -> SplitTable {
-        SplitTable::even(&room.ranks, &self.hosts)
-    }
-
-    /// The best split under `w`.
-    pub(crate) fn best_split(&self, w: &[f64]) -> Solved {
-        settled(Flow::even(self, w), w, SOLVE_SWEEPS, SOLVE_GAP)
+        SplitTable::even(&room.ranks, self.hosts.iter().map(SmallVec::as_slice))
     }
 
     /// The canonical form with even shares.

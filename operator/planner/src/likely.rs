@@ -67,7 +67,10 @@ mod tests {
         for z in &draws.0 {
             let mean = z.iter().sum::<f64>() / 4000.0;
             let variance = z.iter().map(|x| x * x).sum::<f64>() / 4000.0;
-            assert!(mean.abs() < 0.06 && (variance - 1.0).abs() < 0.1, "{mean} {variance}");
+            assert!(
+                mean.abs() < 0.06 && (variance - 1.0).abs() < 0.1,
+                "{mean} {variance}"
+            );
         }
         let w = [100.0, 300.0];
         let loads = Draws::new(2).loads(&w, 40_000.0);

@@ -102,7 +102,11 @@ mod tests {
     #[test]
     fn slots_of_different_sizes_are_all_used_without_doubles() {
         // Rank 0 must hold everything; the two copies that are left go to the small ranks.
-        let packed = pack(&[9.0, 8.0, 1.0, 1.0], &[3, 1, 1, 1], &Room::plain(&[4, 1, 1]));
+        let packed = pack(
+            &[9.0, 8.0, 1.0, 1.0],
+            &[3, 1, 1, 1],
+            &Room::plain(&[4, 1, 1]),
+        );
         assert_eq!(packed.layer.copies(), 6);
         assert_eq!(packed.layer.slots(0).len(), 4);
         let experts: Vec<usize> = (0..4).map(|e| packed.layer.count(e)).collect();

@@ -4,11 +4,11 @@ use foregate_api::ids::{Epoch, LayerId, Rank};
 use foregate_api::placement::{LayerPlacement, Placement, Reason};
 
 use crate::budget::Offer;
+use crate::flow::Flow;
 use crate::layer::Layer;
 use crate::likely::Draws;
 use crate::problem::{FLOOR, PlanError, Problem, Room};
 use crate::report::{Heaviest, LayerReport, Report, Step};
-use crate::search::Splits;
 use crate::settings::Settings;
 use crate::solve::{SOLVE_GAP, SOLVE_SWEEPS, balance, settled, shares};
 use crate::steps::Homes;
@@ -109,7 +109,11 @@ pub fn plan(
 }
 
 /// `of(0)`, `of(1)`, … of `count` layers, computed by at most `threads` threads.
-fn side_by_side<T: Send>(count: usize, threads: usize, of: impl Fn(usize) -> T + Sync) -> Vec<T> {
+fn side_by_side<T: Send>(
+    count: usize,
+    threads: usize,
+    of: impl Fn(usize) -> T + Sync,
+) -> Vec<T> {
     let threads = threads.clamp(1, count.max(1));
     if threads == 1 {
         return (0..count).map(of).collect();
@@ -120,7 +124,10 @@ fn side_by_side<T: Send>(count: usize, threads: usize, of: impl Fn(usize) -> T +
         let started: Vec<_> = (0..threads).map(|t| scope.spawn(mine(t))).collect();
         let ended = started.into_iter().map(std::thread::ScopedJoinHandle::join);
         ended
-            .map(|part| part.unwrap_or_else(|panic| std::panic::resume_unwind(panic)).into_iter())
+            .map(|part| {
+                part.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+                    .into_iter()
+            })
             .collect()
     });
     (0..count)
@@ -161,26 +168,13 @@ impl Was {
     }
 }
 
-fn as_is(layer: Layer, loads: &[Vec<f64>]) -> Homes<'_> {
-    Homes {
-        splits: Splits::of(&layer, loads),
-        layer,
-        steps: Vec::new(),
-    }
-}
-
-/// What the shares in force give, by dense rank.
-struct InForce {
-    loads: Vec<f64>,
-    /// Variance of each load if the rows of the demand were drawn independently: `Σ share² · rows`.
-    variances: Vec<f64>,
-}
-
 struct Planner<'a> {
     problem: &'a Problem,
     previous: Option<&'a Placement>,
     settings: &'a Settings,
     room: Room,
+    /// What is left of the placement in force, by layer; empty without one.
+    adopted: Vec<Layer>,
     demand: Vec<Vec<f64>>,
     draws: Draws,
     lost: Vec<Rank>,
@@ -203,11 +197,20 @@ impl<'a> Planner<'a> {
                 .copied()
                 .collect()
         };
+        let adopted: Vec<Layer> = previous.map_or_else(Vec::new, |p| {
+            let layers = 0..p.layers.len();
+            layers
+                .map(|l| Layer::adopt(p, l, &room, problem.experts))
+                .collect()
+        });
+        let full =
+            |layer: &Layer| (0..layer.ranks()).all(|g| layer.slots(g).len() == room.slots[g]);
         let floored = |row: &Vec<f64>| row.iter().map(|x| x + FLOOR).collect();
         Self {
             lost: outside(old, &room.ranks),
             joined: outside(&room.ranks, old),
-            reshaped: previous.is_none_or(|p| reshaped(p, &room, problem.experts)),
+            reshaped: old != room.ranks || !adopted.iter().all(full),
+            adopted,
             demand: problem.demand.iter().map(floored).collect(),
             draws: Draws::new(problem.experts),
             problem,
@@ -224,21 +227,24 @@ impl<'a> Planner<'a> {
             let homes = steps::from_scratch(&self.room, &loads, self.settings, None);
             return self.moved(l, &empty, homes, Was::default());
         };
-        let old = Layer::adopt(previous, l, &self.room, self.problem.experts);
-        let in_force = self.in_force(previous, l);
+        let old = &self.adopted[l];
+        let in_force = Flow::published(old, &self.room, &previous.layers[l], &loads[0]);
         let before = balance(&in_force.loads);
         if self.reshaped {
-            return self.reshape(l, &old, &loads, before);
+            return self.reshape(l, old, &loads, before);
         }
-        let now = as_is(old, &loads);
+        let now = Homes::as_is(old, &loads, &in_force);
         let was = Was::of(before, &now);
+        let worth = trigger::worth_moving(self.doubt(l, &in_force));
         let gap = cover::open(&self.room, &now.layer).next().is_some();
         let because = match trigger::may_move(was.expected, resting, self.settings) {
             Err(because) if !gap => because,
-            Ok(()) | Err(_) => match steps::lazy(&now, &self.room, &loads, self.settings) {
-                Some(homes) => return self.moved(l, &now.layer, homes, was),
-                None => Because::NoGain,
-            },
+            Ok(()) | Err(_) => {
+                match steps::lazy(&now, &self.room, &loads, self.settings, worth) {
+                    Some(homes) => return self.moved(l, old, homes, was),
+                    None => Because::NoGain,
+                }
+            }
         };
         self.stays(l, now, &in_force, was, because)
     }
@@ -247,9 +253,9 @@ impl<'a> Planner<'a> {
     fn stay(&self, l: usize, because: Because) -> Option<Planned> {
         let previous = self.previous?;
         let loads = self.draws.loads(&self.demand[l], self.problem.batch_rows);
-        let old = Layer::adopt(previous, l, &self.room, self.problem.experts);
-        let in_force = self.in_force(previous, l);
-        let now = as_is(old, &loads);
+        let old = &self.adopted[l];
+        let in_force = Flow::published(old, &self.room, &previous.layers[l], &loads[0]);
+        let now = Homes::as_is(old, &loads, &in_force);
         let was = Was::of(balance(&in_force.loads), &now);
         Some(self.stays(l, now, &in_force, was, because))
     }
@@ -296,7 +302,13 @@ impl<'a> Planner<'a> {
         // Nothing is missing if none were lost, so the lazy step may follow at once; else orphans come first and alone.
         if self.lost.is_empty()
             && homes.splits.expected() < self.settings.threshold
-            && let Some(mut more) = steps::lazy(&homes, &self.room, loads, self.settings)
+            && let Some(mut more) = steps::lazy(
+                &homes,
+                &self.room,
+                loads,
+                self.settings,
+                trigger::LEAST_GAIN,
+            )
         {
             homes.steps.append(&mut more.steps);
             more.steps = homes.steps;
@@ -305,37 +317,15 @@ impl<'a> Planner<'a> {
         self.moved(l, old, homes, was)
     }
 
-    /// Loads under the shares in force on the ranks that are left: what a lost rank had of an expert goes to the
-    /// expert's other copies in proportion, an orphan's rows to nobody.
-    fn in_force(&self, previous: &Placement, l: usize) -> InForce {
-        let mut loads = vec![0.0; self.room.ranks.len()];
-        let mut variances = loads.clone();
-        for (copies, w) in previous.layers[l].copies.iter().zip(&self.demand[l]) {
-            let left: Vec<(usize, f64)> = copies
-                .iter()
-                .filter_map(|copy| {
-                    let g = self.room.ranks.binary_search(&copy.rank).ok()?;
-                    Some((g, f64::from(copy.share)))
-                })
-                .collect();
-            let total: f64 = left.iter().map(|(_, share)| share).sum();
-            for (g, share) in &left {
-                let even = 1.0 / left.len() as f64;
-                let share = if total > 0.0 { share / total } else { even };
-                loads[*g] += share * w;
-                variances[*g] += share * share * w;
-            }
-        }
-        InForce { loads, variances }
-    }
-
     /// See [`trigger::doubt`].
-    fn doubt(&self, l: usize, in_force: &InForce) -> f64 {
-        let rows: f64 = self.demand[l].iter().sum();
+    fn doubt(&self, l: usize, in_force: &Flow) -> f64 {
+        let w = &self.demand[l];
+        let rows: f64 = w.iter().sum();
         let per_row = rows / self.problem.evidence;
-        let highest = in_force.variances.iter().copied().fold(0.0, f64::max);
-        let mean = in_force.loads.iter().sum::<f64>() / in_force.loads.len().max(1) as f64;
-        let trials = in_force.loads.len() * self.problem.layers;
+        let highest = in_force.variances(w).into_iter().fold(0.0, f64::max);
+        let ranks = in_force.loads.len();
+        let mean = in_force.loads.iter().sum::<f64>() / ranks.max(1) as f64;
+        let trials = ranks * self.problem.layers;
         trigger::doubt((highest * per_row).sqrt() / mean, trials)
     }
 
@@ -374,23 +364,25 @@ impl<'a> Planner<'a> {
         &self,
         l: usize,
         homes: Homes<'_>,
-        in_force: &InForce,
+        in_force: &Flow,
         was: Was,
         because: Because,
     ) -> Planned {
         let doubt = self.doubt(l, in_force);
-        let mut planned = self.shared(l, homes, was);
+        let verdict = trigger::without_move(was.before, was.best, doubt);
+        let mut planned = if verdict == Verdict::Keep {
+            // The shares in force stand, so it is their loads that the report is about.
+            let expected = homes.splits.expected();
+            let homes = homes.layer.into_owned();
+            let mut kept = self.told(l, homes, (was, expected), &in_force.loads);
+            kept.report.after = was.before;
+            kept
+        } else {
+            self.shared(l, homes, was)
+        };
         planned.report.because = because;
         planned.report.doubt = doubt;
-        planned.report.verdict = trigger::without_move(was.before, was.best, doubt);
-        if planned.report.verdict == Verdict::Keep {
-            // The shares in force stand, so it is their loads that the report is about.
-            let table = planned.homes.table(&self.room);
-            planned.placement = None;
-            planned.report.after = was.before;
-            planned.report.heaviest = self.heaviest(&table, &self.demand[l], &in_force.loads);
-            planned.report.steps.clear();
-        }
+        planned.report.verdict = verdict;
         planned
     }
 
@@ -398,21 +390,35 @@ impl<'a> Planner<'a> {
     fn shared(&self, l: usize, homes: Homes<'_>, was: Was) -> Planned {
         let w = &self.demand[l];
         let Homes {
-            layer: homes,
+            layer,
             splits,
             mut steps,
         } = homes;
-        let expected_after = splits.expected();
+        let expected = splits.expected();
         let solved = settled(splits.into_prediction(), w, SOLVE_SWEEPS, SOLVE_GAP);
-        let even = homes.table(&self.room);
         steps.push(Step::Split {
             sweeps: solved.sweeps,
             gap: solved.max() / solved.certificate - 1.0,
         });
-        let mut placement = homes.placement(&self.room);
-        placement.copies = shares(&even, &solved);
+        let mut placement = layer.placement(&self.room);
+        placement.copies = shares(&layer.table(&self.room), &solved);
         let loads = SplitTable::of(&self.room.ranks, &placement)
             .map_or_else(|| solved.loads.clone(), |table| table.fixed_loads(w));
+        let mut planned = self.told(l, layer.into_owned(), (was, expected), &loads);
+        planned.placement = Some(placement);
+        planned.report.steps = steps;
+        planned
+    }
+
+    /// How a layer stands with these homes and the loads its shares give.
+    fn told(
+        &self,
+        l: usize,
+        homes: Layer,
+        (was, expected_after): (Was, f64),
+        loads: &[f64],
+    ) -> Planned {
+        let w = &self.demand[l];
         let mean = w.iter().sum::<f64>() / homes.ranks() as f64;
         let bound = bound::any_placement(w, homes.ranks(), homes.copies());
         let report = LayerReport {
@@ -421,7 +427,7 @@ impl<'a> Planner<'a> {
             because: Because::Balanced,
             before: was.before,
             best: was.best,
-            after: balance(&loads),
+            after: balance(loads),
             expected_before: was.expected,
             expected_after,
             saves_s: 0.0,
@@ -433,12 +439,12 @@ impl<'a> Planner<'a> {
             components_least: homes.least_components(),
             orphans: 0,
             orphaned_rows: 0.0,
-            heaviest: self.heaviest(&even, w, &loads),
-            steps,
+            heaviest: self.heaviest(&homes.table(&self.room), w, loads),
+            steps: Vec::new(),
         };
         Planned {
             homes,
-            placement: Some(placement),
+            placement: None,
             to_load: Vec::new(),
             covers: false,
             report,
@@ -527,9 +533,8 @@ impl<'a> Planner<'a> {
                 .map(|p| p.to_load.get(g).copied().unwrap_or(0))
                 .sum()
         };
-        let seconds = |of: fn(&LayerReport) -> f64| {
-            layers.iter().fold(0.0, |sum, p| sum + of(&p.report))
-        };
+        let seconds =
+            |of: fn(&LayerReport) -> f64| layers.iter().fold(0.0, |sum, p| sum + of(&p.report));
         let copies_moved = layers.iter().map(|p| p.report.copies_moved).sum();
         let homes: Vec<&Layer> = layers.iter().map(|p| &p.homes).collect();
         let parent = self.previous.map_or(Epoch(0), |p| p.epoch);
@@ -543,7 +548,10 @@ impl<'a> Planner<'a> {
             balance_before: mean(|l| l.before),
             balance_after: mean(|l| l.after),
             copies_moved,
-            bytes_moved: self.problem.expert_bytes.saturating_mul(copies_moved as u64),
+            bytes_moved: self
+                .problem
+                .expert_bytes
+                .saturating_mul(copies_moved as u64),
             saves_s: seconds(|l| l.saves_s),
             costs_s: seconds(|l| l.costs_s),
             most_to_one_rank: (0..self.room.ranks.len()).map(to_one).max().unwrap_or(0),
@@ -554,13 +562,4 @@ impl<'a> Planner<'a> {
             layers: Vec::with_capacity(layers.len()),
         }
     }
-}
-
-/// Whether ranks differ, or a rank holds more or less than its room.
-fn reshaped(previous: &Placement, room: &Room, experts: usize) -> bool {
-    previous.ranks != room.ranks
-        || (0..previous.layers.len()).any(|l| {
-            let layer = Layer::adopt(previous, l, room, experts);
-            (0..layer.ranks()).any(|g| layer.slots(g).len() != room.slots[g])
-        })
 }

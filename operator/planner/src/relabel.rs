@@ -13,7 +13,8 @@ pub(crate) fn relabel(layer: &Layer, old: &Layer, room: &Room) -> (Layer, usize)
         .map(|rank| {
             let price = |column: usize| {
                 let held = layer.slots(column);
-                let stays = room.cover == Cover::None || room.domain[column] == room.domain[rank];
+                let stays =
+                    room.cover == Cover::None || room.domain[column] == room.domain[rank];
                 if held.len() > room.slots[rank] || !stays {
                     return impossible;
                 }

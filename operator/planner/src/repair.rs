@@ -1,8 +1,8 @@
 //! Experts without a copy first: after ranks were lost, or slots became fewer.
 
-use crate::layer::{Layer, least};
 use crate::cover;
 use crate::layer::Operation;
+use crate::layer::{Layer, least};
 use crate::pack::roomiest;
 use crate::problem::Room;
 
@@ -66,7 +66,10 @@ fn place(layer: &mut Layer, w: &[f64], room: &Room, orphan: usize) {
             }
             let left = w[x] / (copies - 1.0);
             let value = (left.max(load - w[x] / copies + w[orphan]), (g, s));
-            let over = Operation::Overwrite { expert: orphan, at: (g, s) };
+            let over = Operation::Overwrite {
+                expert: orphan,
+                at: (g, s),
+            };
             let breaks = !cover::allows(room, layer, over);
             let less = |b: &(bool, (f64, (usize, usize)))| {
                 breaks.cmp(&b.0).then_with(|| least(&value, &b.1)).is_lt()

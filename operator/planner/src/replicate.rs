@@ -39,7 +39,8 @@ pub(crate) fn counts(w: &[f64], copies: usize, ranks: usize, floor: usize) -> Ve
     }
     let heat = |e: usize, count: usize| (Load(w[e] / count as f64), Reverse(e));
     let open = (0..w.len()).filter(|e| counts[*e] < ranks);
-    let mut heap: BinaryHeap<(Load, Reverse<usize>)> = open.map(|e| heat(e, counts[e])).collect();
+    let mut heap: BinaryHeap<(Load, Reverse<usize>)> =
+        open.map(|e| heat(e, counts[e])).collect();
     for _ in 0..spare {
         let Some((_, Reverse(e))) = heap.pop() else {
             break;
@@ -64,9 +65,17 @@ mod tests {
             [2, 1, 1],
             "ties go to the lower expert"
         );
-        assert_eq!(counts(&[90.0, 1.0], 4, 2, 1), [2, 2], "at most one per rank");
+        assert_eq!(
+            counts(&[90.0, 1.0], 4, 2, 1),
+            [2, 2],
+            "at most one per rank"
+        );
         assert_eq!(counts(&[90.0, 1.0], 4, 1, 1), [1, 1]);
         assert_eq!(counts(&[90.0, 9.0, 1.0], 7, 4, 2), [3, 2, 2]);
-        assert_eq!(counts(&[1.0, 9.0, 5.0], 5, 4, 2), [1, 2, 2], "as far as copies go");
+        assert_eq!(
+            counts(&[1.0, 9.0, 5.0], 5, 4, 2),
+            [1, 2, 2],
+            "as far as copies go"
+        );
     }
 }

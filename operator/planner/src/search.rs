@@ -48,10 +48,16 @@ pub(crate) struct Splits<'a> {
 
 impl<'a> Splits<'a> {
     pub(crate) fn of(layer: &Layer, loads: &'a [Vec<f64>]) -> Self {
-        let mean = |w: &Vec<f64>| w.iter().sum::<f64>() / layer.ranks() as f64;
+        let first = loads.first().map(|w| Flow::even(layer, w));
+        Self::from(first.unwrap_or_default(), loads)
+    }
+
+    /// From a split under the prediction.
+    pub(crate) fn from(mut flow: Flow, loads: &'a [Vec<f64>]) -> Self {
+        let ranks = flow.loads.len();
+        let mean = |w: &Vec<f64>| w.iter().sum::<f64>() / ranks as f64;
         let mut flows = Vec::with_capacity(loads.len());
         if let Some(first) = loads.first() {
-            let mut flow = Flow::even(layer, first);
             flow.settle(first, SOLVE_SWEEPS, SOLVE_GAP);
             for w in &loads[1..] {
                 let mut other = flow.scaled(first, w);
@@ -83,7 +89,10 @@ impl<'a> Splits<'a> {
             return self.predicted();
         }
         let count = batches.len() as f64;
-        batches.map(|k| (1.0 / self.overload(k)).min(1.0)).sum::<f64>() / count
+        batches
+            .map(|k| (1.0 / self.overload(k)).min(1.0))
+            .sum::<f64>()
+            / count
     }
 
     /// What the search lowers: overload and a little of the loads' variance, mean over loads.
@@ -198,7 +207,9 @@ fn candidates(
     let (bound, size) = splits.flows[k].tight(w);
     let flow = &splits.flows[k];
     let mut inside = vec![false; layer.ranks()];
-    flow.ranks_by_load().take(size).for_each(|g| inside[g] = true);
+    flow.ranks_by_load()
+        .take(size)
+        .for_each(|g| inside[g] = true);
     let pace = Pace {
         level: levels(layer, flow),
         layer,
@@ -266,7 +277,10 @@ impl Pace<'_> {
         }
         // An overwrite does not depend on which copy of e is looked at.
         if layer.count(f) > 1 && layer.hosts(e).first() == Some(&g) {
-            take(left.max(together), Operation::Overwrite { expert: e, at: to });
+            take(
+                left.max(together),
+                Operation::Overwrite { expert: e, at: to },
+            );
         }
     }
 }
@@ -281,7 +295,10 @@ fn levels(layer: &Layer, flow: &Flow) -> Vec<f64> {
             continue;
         };
         for g in flowing {
-            let (a, b) = (crate::layer::root(&mut parent, first), crate::layer::root(&mut parent, g));
+            let (a, b) = (
+                crate::layer::root(&mut parent, first),
+                crate::layer::root(&mut parent, g),
+            );
             parent[a.max(b)] = a.min(b);
         }
     }

@@ -109,7 +109,10 @@ mod tests {
     fn a_chain_of_links_levels_all_ranks() {
         // 0-1-2: rank 0 has an excess of 60, it leaves through both links.
         let hosts = [vec![0, 1], vec![1, 2], vec![0], vec![1], vec![2]];
-        let t = SplitTable::even(&[Rank(0), Rank(1), Rank(2)], &hosts);
+        let t = SplitTable::even(
+            &[Rank(0), Rank(1), Rank(2)],
+            hosts.iter().map(Vec::as_slice),
+        );
         let solved = solve(&t, &[60.0, 60.0, 60.0, 0.0, 0.0], 1000, 1e-9);
         assert!(
             solved.loads.iter().all(|load| (load - 60.0).abs() < 1e-3),
@@ -122,7 +125,10 @@ mod tests {
     fn an_island_sets_the_pace_and_is_named() {
         // Ranks 1 and 2 share their experts with nobody; rank 0 is nearly idle.
         let hosts = [vec![0], vec![1, 2], vec![1], vec![2]];
-        let table = SplitTable::even(&[Rank(0), Rank(1), Rank(2)], &hosts);
+        let table = SplitTable::even(
+            &[Rank(0), Rank(1), Rank(2)],
+            hosts.iter().map(Vec::as_slice),
+        );
         let rows = [1.0, 50.0, 30.0, 20.0];
         let solved = solve(&table, &rows, 100, 1e-9);
         let found = certificate(&table, &rows, &solved.loads);

@@ -2,9 +2,12 @@
 //!
 //! Each returns the layer and what every step did; shares are solved by the caller.
 
+use std::borrow::Cow;
+
 use crate::bound;
 use crate::connect::connect;
 use crate::cover;
+use crate::flow::Flow;
 use crate::improve::improve;
 use crate::layer::Layer;
 use crate::pack::{fill, pack};
@@ -32,10 +35,21 @@ const ALL: usize = usize::MAX >> 1;
 /// A layer's homes and how they came about.
 #[derive(Debug, Clone)]
 pub(crate) struct Homes<'a> {
-    pub(crate) layer: Layer,
+    pub(crate) layer: Cow<'a, Layer>,
     /// The best splits of the layer.
     pub(crate) splits: Splits<'a>,
     pub(crate) steps: Vec<Step>,
+}
+
+impl<'a> Homes<'a> {
+    /// A layer as it stands, with a split to begin from.
+    pub(crate) fn as_is(layer: &'a Layer, loads: &'a [Vec<f64>], split: &Flow) -> Self {
+        Self {
+            layer: Cow::Borrowed(layer),
+            splits: Splits::from(split.clone(), loads),
+            steps: Vec::new(),
+        }
+    }
 }
 
 /// Counts, pack, cover, improve, connect, and (after an earlier placement) relabel; then lazy steps until none helps,
@@ -71,14 +85,14 @@ pub(crate) fn from_scratch<'a>(
     }
     let mut homes = Homes {
         splits: Splits::of(&layer, loads),
-        layer,
+        layer: Cow::Owned(layer),
         steps,
     };
     for _ in 0..MOST_POLISH {
         if homes.splits.expected() >= settings.threshold {
             break;
         }
-        let Some(mut better) = lazy(&homes, room, loads, settings) else {
+        let Some(mut better) = lazy(&homes, room, loads, settings, LEAST_GAIN) else {
             break;
         };
         homes.steps.append(&mut better.steps);
@@ -115,13 +129,13 @@ pub(crate) fn from_survivors<'a>(
     close(&mut layer, &whole, w, room, limit, &mut steps);
     Homes {
         splits: Splits::of(&layer, loads),
-        layer,
+        layer: Cow::Owned(layer),
         steps,
     }
 }
 
 /// The lazy step: close gaps in cover, connect, then search, within the limit on copies together. `None` if no gap is
-/// closed and nothing found gains more than [`LEAST_GAIN`] of expected balance.
+/// closed and nothing found gains more than `least_gain` of expected balance.
 ///
 /// Connecting costs copies that the search may need more: if both together gain nothing, the search goes alone.
 pub(crate) fn lazy<'a>(
@@ -129,8 +143,9 @@ pub(crate) fn lazy<'a>(
     room: &Room,
     loads: &'a [Vec<f64>],
     settings: &Settings,
+    least_gain: f64,
 ) -> Option<Homes<'a>> {
-    let (origin, w) = (&now.layer, &loads[0]);
+    let (origin, w): (&Layer, _) = (&now.layer, &loads[0]);
     let limit = settings.max_moves_per_layer;
     let mut layer = origin.clone();
     let mut steps = Vec::new();
@@ -144,7 +159,7 @@ pub(crate) fn lazy<'a>(
         let homes = searched(layer, steps, now, room, loads, settings);
         let gain = homes.splits.expected() - now.splits.expected();
         let falls = now.splits.predicted() - homes.splits.predicted();
-        if homes.layer != *origin && (mended > 0 || (gain > LEAST_GAIN && falls <= WORSE)) {
+        if *homes.layer != *origin && (mended > 0 || (gain > least_gain && falls <= WORSE)) {
             return Some(homes);
         }
     }
@@ -159,7 +174,7 @@ fn searched<'a>(
     loads: &'a [Vec<f64>],
     settings: &Settings,
 ) -> Homes<'a> {
-    let mut splits = if layer == now.layer {
+    let mut splits = if layer == *now.layer {
         now.splits.clone()
     } else {
         Splits::of(&layer, loads)
@@ -178,7 +193,7 @@ fn searched<'a>(
         steps.push(Step::Improve { copies });
     }
     Homes {
-        layer,
+        layer: Cow::Owned(layer),
         splits,
         steps,
     }

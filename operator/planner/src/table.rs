@@ -37,7 +37,10 @@ impl SplitTable {
     }
 
     /// The table with even shares; `hosts[e]` are dense rank indices, ascending.
-    pub(crate) fn even(ranks: &[Rank], hosts: &[Vec<usize>]) -> Self {
+    pub(crate) fn even<'a>(
+        ranks: &[Rank],
+        hosts: impl ExactSizeIterator<Item = &'a [usize]>,
+    ) -> Self {
         let mut table = Self::empty(ranks.to_vec(), hosts.len());
         for list in hosts {
             let share = 1.0 / list.len().max(1) as f32;

@@ -40,6 +40,9 @@ pub(crate) const REST: u8 = 2;
 const URGENT: f64 = 0.05;
 /// Least gain in balance that is worth moving a copy for.
 pub(crate) const LEAST_GAIN: f64 = 0.002;
+/// Part of the doubt that a move must gain beside. The best split depends on the demand less than shares in force do,
+/// so less of the doubt is about it; without any of it, homes at the edge of the threshold follow every sample.
+const MOVE_DOUBT: f64 = 0.1;
 /// Least gain in balance that is worth new shares: an epoch costs every worker a switch, and workers split each
 /// batch anew from the published shares, so that what is left of the gain there is smaller still.
 const LEAST_REWEIGH: f64 = 0.01;
@@ -93,6 +96,11 @@ pub(crate) fn may_move(best: f64, resting: bool, settings: &Settings) -> Result<
 pub(crate) fn doubt(standard_error: f64, trials: usize) -> f64 {
     let z = (2.0 * (trials.max(1) as f64 / FALSE_ALARMS).ln()).sqrt();
     (std::f64::consts::SQRT_2 * z * standard_error).min(MOST_DOUBT)
+}
+
+/// Least gain in balance that a move must promise under a demand of this doubt.
+pub(crate) fn worth_moving(doubt: f64) -> f64 {
+    LEAST_GAIN + MOVE_DOUBT * doubt
 }
 
 /// What is left for a layer that does not move: new shares, if they gain enough and noise does not explain the gain.

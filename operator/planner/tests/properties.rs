@@ -7,6 +7,7 @@ use foregate_api::placement::{LayerPlacement, Placement, Reason};
 use foregate_planner::bound::{any_placement, certificate};
 use foregate_planner::check::{Finding, check, refused};
 use foregate_planner::redundancy::least_components;
+use foregate_planner::report::{LayerReport, Step};
 use foregate_planner::split::{FEW_ROWS, SplitTable, Splitter, balance, solve};
 use foregate_planner::{
     Decision, History, Problem, RankSlots, Settings, Verdict, initial, plan,
@@ -40,12 +41,8 @@ prop_compose! {
     ) -> (Problem, Vec<Vec<f64>>) {
         let ranks = slots.iter().enumerate().map(|(i, slots)| rank(i as u32 * 2, *slots));
         let problem = Problem {
-            ranks: ranks.collect(),
-            layers,
-            experts,
             demand,
-            evidence: f64::INFINITY,
-            above: Epoch(0),
+            ..Problem::uniform(ranks.collect(), layers, experts)
         };
         (problem, later)
     }
@@ -164,6 +161,11 @@ fn optimum(table: &SplitTable, rows: &[f64]) -> f64 {
     best
 }
 
+fn closes_a_gap(layer: &LayerReport) -> bool {
+    let closes = |step: &Step| matches!(step, Step::Cover { copies, .. } if *copies > 0);
+    layer.steps.iter().any(closes)
+}
+
 /// The polish of a first plan: one more copy of expert 1 in place of a link would balance these loads better.
 #[test]
 fn a_first_plan_stays_linked_where_a_cut_would_balance_better() {
@@ -236,6 +238,8 @@ proptest! {
             prop_assert_eq!(report.most_to_one_rank, to_one.max().unwrap());
             for layer in &report.layers {
                 match layer.verdict {
+                    // Closing a gap in cover need not gain balance.
+                    Verdict::Move if closes_a_gap(layer) => {}
                     Verdict::Move => prop_assert!(layer.after > layer.best, "{:?}", layer),
                     Verdict::Reweigh => prop_assert!(layer.after > layer.before, "{:?}", layer),
                     Verdict::Keep => {

@@ -216,16 +216,13 @@ impl World {
             domain: String::new(),
         });
         let problem = Problem {
-            ranks: ranks.collect(),
-            layers: LAYERS,
-            experts: EXPERTS,
             demand: self.demand.clone(),
-            evidence: f64::INFINITY,
             above: coordinator::highest_epoch(view),
+            ..Problem::uniform(ranks.collect(), LAYERS, EXPERTS)
         };
         let settings = Settings {
             threshold: 0.99,
-            max_moves_per_layer: 4,
+            ..Settings::default()
         };
         let decision = plan(&problem, view.active, &settings, &mut self.planner);
         let placement = match decision {

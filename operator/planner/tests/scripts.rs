@@ -72,6 +72,7 @@ impl Script {
                 self.settings = Settings {
                     threshold: threshold.parse().unwrap(),
                     max_moves_per_layer: moves.parse().unwrap(),
+                    ..Settings::default()
                 };
             }
             ["window", rows, shift] => {
