@@ -1,11 +1,21 @@
-//! Demand: an average over load windows, half the past and half the last window.
+//! Demand: what the next window will ask for, from load windows and from what gateways have admitted.
+//!
+//! The plain prediction is an average that halves the past. Where windows hold many rows and the mix drifts, the last
+//! window alone is nearer; where they hold few, it is noise. And a forecast of what was admitted knows of a shift before
+//! any window does, or is worse than none. So each is tested on the windows that came, and used while it earns it.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use foregate_api::ids::Rank;
 use foregate_api::load::LoadWindow;
 
+use crate::backtest::{BackTest, variation};
 use crate::noise::Noise;
+
+/// Weights that the last window may have over the average, the plain way first.
+const LAST: [f64; 3] = [0.0, 0.5, 1.0];
+/// Weights that the forecast may have, the plain way first.
+const FORECAST: [f64; 5] = [0.0, 0.25, 0.5, 0.75, 1.0];
 
 /// What became of a load window.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,12 +54,27 @@ pub struct Closed {
     pub ranks: BTreeSet<Rank>,
 }
 
-/// Rows per layer and expert, averaged over windows: `average ← ½·average + ½·last`, started at the first.
+/// A forecast that does not fit the model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("a forecast must have {layers} layers of {experts} experts, finite and not negative")]
+pub struct ForecastShape {
+    /// Layers of the model.
+    pub layers: usize,
+    /// Experts of the model.
+    pub experts: usize,
+}
+
+/// Rows per layer and expert: `average ← ½·average + ½·last`, started at the first, and what is made of it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Demand {
     layers: usize,
     experts: usize,
     average: Option<Vec<Vec<f64>>>,
+    last: Vec<Vec<f64>>,
+    /// Expected rows of admitted requests in the next window; empty without a forecast.
+    forecast: Vec<Vec<f64>>,
+    followed: BackTest<{ LAST.len() }>,
+    trusted: BackTest<{ FORECAST.len() }>,
     noise: Noise,
     pending: Vec<Vec<u64>>,
     from: BTreeSet<Rank>,
@@ -65,6 +90,10 @@ impl Demand {
             layers,
             experts,
             average: None,
+            last: Vec::new(),
+            forecast: Vec::new(),
+            followed: BackTest::default(),
+            trusted: BackTest::default(),
             noise: Noise::default(),
             pending: vec![vec![0; experts]; layers],
             from: BTreeSet::new(),
@@ -117,14 +146,15 @@ impl Demand {
         if rows < min_rows.max(1) {
             return None;
         }
-        let last = self.pending.iter().map(|row| row.iter().map(|x| *x as f64));
+        self.judge();
+        let real = |row: &Vec<u64>| row.iter().map(|x| *x as f64).collect();
+        self.last = self.pending.iter().map(real).collect();
         match &mut self.average {
-            None => self.average = Some(last.map(Iterator::collect).collect()),
+            None => self.average = Some(self.last.clone()),
             Some(average) => {
-                for (mean, last) in average.iter_mut().zip(last) {
-                    for (mean, last) in mean.iter_mut().zip(last) {
-                        *mean = 0.5 * *mean + 0.5 * last;
-                    }
+                for (mean, last) in average.iter_mut().flatten().zip(self.last.iter().flatten())
+                {
+                    *mean = 0.5 * *mean + 0.5 * last;
                 }
             }
         }
@@ -135,6 +165,87 @@ impl Demand {
             rows,
             ranks: std::mem::take(&mut self.from),
         })
+    }
+
+    /// What gateways expect of the requests they have admitted, `[layer][expert]` in any unit: its shares count, not
+    /// its volume. It holds for the next window and is forgotten with its close.
+    ///
+    /// # Errors
+    /// If it has another shape, or a value that is negative or not finite; it is then left out.
+    pub fn expect(&mut self, forecast: Vec<Vec<f64>>) -> Result<(), ForecastShape> {
+        let fits = |row: &Vec<f64>| {
+            row.len() == self.experts && row.iter().all(|x| x.is_finite() && *x >= 0.0)
+        };
+        if forecast.len() != self.layers || !forecast.iter().all(fits) {
+            return Err(ForecastShape {
+                layers: self.layers,
+                experts: self.experts,
+            });
+        }
+        self.forecast = forecast;
+        Ok(())
+    }
+
+    /// Notes what each way to predict the window that closes was off by.
+    fn judge(&mut self) {
+        if let Some(average) = &self.average {
+            let way = |weight: f64| {
+                let of = |l: usize, e: usize| {
+                    (1.0 - weight) * average[l][e] + weight * self.last[l][e]
+                };
+                variation(of, &self.pending)
+            };
+            self.followed.note(LAST.map(way));
+            if !self.forecast.is_empty() {
+                let base = self.from_windows();
+                let way = |weight: f64| {
+                    let mixed = self.mixed(&base, weight);
+                    variation(|l, e| mixed[l][e], &self.pending)
+                };
+                self.trusted.note(FORECAST.map(way));
+            }
+        }
+        self.forecast.clear();
+    }
+
+    fn from_windows(&self) -> Vec<Vec<f64>> {
+        let Some(average) = &self.average else {
+            return vec![vec![0.0; self.experts]; self.layers];
+        };
+        let weight = self.last_weight();
+        let row = |(average, last): (&Vec<f64>, &Vec<f64>)| {
+            let mix = |(a, b): (&f64, &f64)| (1.0 - weight) * a + weight * b;
+            average.iter().zip(last).map(mix).collect()
+        };
+        average.iter().zip(&self.last).map(row).collect()
+    }
+
+    /// The forecast at the rows of `base`, with a weight. A layer that it says nothing about stays.
+    fn mixed(&self, base: &[Vec<f64>], weight: f64) -> Vec<Vec<f64>> {
+        let row = |(base, forecast): (&Vec<f64>, &Vec<f64>)| {
+            let (rows, expected): (f64, f64) = (base.iter().sum(), forecast.iter().sum());
+            let scale = if expected > 0.0 { rows / expected } else { 0.0 };
+            let weight = if scale > 0.0 { weight } else { 0.0 };
+            let mix = |(b, f): (&f64, &f64)| (1.0 - weight) * b + weight * scale * f;
+            base.iter().zip(forecast).map(mix).collect()
+        };
+        base.iter().zip(&self.forecast).map(row).collect()
+    }
+
+    /// Weight of the last window over the average, in [0, 1]: above 0 while it has been nearer to what came.
+    #[must_use]
+    pub fn last_weight(&self) -> f64 {
+        LAST[self.followed.best()]
+    }
+
+    /// Weight of the forecast in the prediction, in [0, 1]: above 0 while there is one and it has earned it.
+    #[must_use]
+    pub fn forecast_weight(&self) -> f64 {
+        if self.forecast.is_empty() {
+            0.0
+        } else {
+            FORECAST[self.trusted.best()]
+        }
     }
 
     /// Rows of the busiest layer over all closed windows.
@@ -148,15 +259,22 @@ impl Demand {
     /// first close.
     #[must_use]
     pub fn evidence(&self) -> f64 {
-        self.noise.evidence()
+        // The average halves the past: the last window counts half, the rest is worth three windows.
+        let last = 0.5 + 0.5 * self.last_weight();
+        let variance = last * last + (1.0 - last) * (1.0 - last) / 3.0;
+        self.noise.evidence() / (3.0 * variance)
     }
 
     /// The prediction for the next window, `[layer][expert]` in rows per window; zero before the first close.
     #[must_use]
     pub fn prediction(&self) -> Vec<Vec<f64>> {
-        self.average
-            .clone()
-            .unwrap_or_else(|| vec![vec![0.0; self.experts]; self.layers])
+        let base = self.from_windows();
+        let weight = self.forecast_weight();
+        if weight > 0.0 {
+            self.mixed(&base, weight)
+        } else {
+            base
+        }
     }
 }
 
@@ -212,6 +330,57 @@ mod tests {
         demand.observe(&window(0, 2, &[60])).unwrap();
         assert_eq!(demand.close(100).map(|c| c.rows), Some(120));
         assert_eq!(demand.prediction(), [[120.0]]);
+    }
+
+    /// A mix that turns by one expert each window, and what the next will be.
+    fn turning(demand: &mut Demand, windows: u64, forecast: impl Fn(u64) -> Vec<Vec<f64>>) {
+        for t in 0..windows {
+            let mut gate = [100; 6];
+            gate[(t % 6) as usize] = 4000;
+            demand.expect(forecast(t)).unwrap();
+            demand.observe(&window(0, t + 1, &gate)).unwrap();
+            demand.close(1).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_forecast_is_used_while_it_is_right() {
+        let right = |t: u64| {
+            let mut row = vec![1.0; 6];
+            row[(t % 6) as usize] = 40.0;
+            vec![row]
+        };
+        let mut demand = Demand::new(1, 6);
+        turning(&mut demand, 12, right);
+        assert!(demand.forecast_weight().abs() < 1e-9, "none for the next window");
+        demand.expect(right(12)).unwrap();
+        assert!((demand.forecast_weight() - 1.0).abs() < 1e-9);
+        let next = demand.prediction();
+        assert!(next[0][0] > 5.0 * next[0][1], "{next:?}");
+        // From now on it is late by one, as the windows are.
+        turning(&mut demand, 12, |t| right(t + 5));
+        demand.expect(right(0)).unwrap();
+        assert!(demand.forecast_weight() < 1.0);
+        assert!(demand.expect(vec![vec![1.0; 5]]).is_err());
+        assert!(demand.expect(vec![vec![f64::NAN; 6]]).is_err());
+    }
+
+    #[test]
+    fn many_rows_that_drift_follow_the_last_window_and_few_rows_do_not() {
+        let mut drifting = Demand::new(1, 2);
+        let mut noisy = Demand::new(1, 2);
+        for t in 0..12_u64 {
+            drifting
+                .observe(&window(0, t + 1, &[10_000 + 500 * t, 20_000 - 500 * t]))
+                .unwrap();
+            let more = 20 * (t % 2);
+            noisy.observe(&window(0, t + 1, &[40 + more, 60 - more])).unwrap();
+            drifting.close(1).unwrap();
+            noisy.close(1).unwrap();
+        }
+        assert!((drifting.last_weight() - 1.0).abs() < 1e-9);
+        assert!(noisy.last_weight().abs() < 1e-9);
+        assert_eq!(drifting.prediction(), [[15_500.0, 14_500.0]]);
     }
 
     #[test]

@@ -13,6 +13,7 @@
 
 #![forbid(unsafe_code)]
 
+mod backtest;
 mod batch;
 pub mod bound;
 mod budget;

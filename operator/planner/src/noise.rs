@@ -3,8 +3,10 @@
 //! Were rows independent, a window's count of an expert would vary by its square root (Poisson). In service they are
 //! not: rows of one sequence are alike, so that counts vary by φ times as much. φ is estimated as the
 //! quasi-likelihood does it, by Pearson's statistic over its expectation (McCullagh and Nelder, Generalized Linear
-//! Models, 2nd ed. 1989, section 9.2.4), of each window against the one before. What is left of a slow drift between
-//! two windows is little, and a shift is in one difference only: the median over some windows does not see it.
+//! Models, 2nd ed. 1989, section 9.2.4), of each window against the one before. A drift is in it as well, and where windows
+//! hold many rows it outweighs the noise; against the window before that one there is as much noise and twice the drift
+//! (a random walk), so the difference of the two statistics is the drift's part. A shift is in few differences only: the
+//! median over some windows does not see it.
 
 use std::collections::VecDeque;
 
@@ -20,27 +22,30 @@ pub(crate) struct Noise {
     variance: f64,
     /// Dispersion φ of the last windows, oldest first.
     recent: VecDeque<f64>,
-    /// The last window, `[layer][expert]`; empty before the first.
-    last: Vec<Vec<u64>>,
+    /// The last window and the one before, `[layer][expert]`; empty before there are any.
+    last: [Vec<Vec<u64>>; 2],
 }
 
 impl Noise {
     /// Takes in a window with `rows` rows a layer.
     pub(crate) fn window(&mut self, window: &[Vec<u64>], rows: u64) {
         let rows = rows as f64;
-        if self.last.is_empty() {
+        if self.last[0].is_empty() {
             (self.rows, self.variance) = (rows, rows);
         } else {
             (self.rows, self.variance) =
                 (0.5 * (self.rows + rows), 0.25 * (self.variance + rows));
         }
-        if let Some(phi) = dispersion(&self.last, window) {
+        if let Some(near) = dispersion(&self.last[0], window) {
+            let drift = dispersion(&self.last[1], window).map_or(0.0, |far| far - near);
+            let phi = near - drift.max(0.0);
             if self.recent.len() == MEMORY {
                 self.recent.pop_front();
             }
             self.recent.push_back(phi);
         }
-        self.last = window.to_vec();
+        self.last.swap(0, 1);
+        self.last[0] = window.to_vec();
     }
 
     /// Rows drawn independently that would be as sure as the average; 0 before the first window.
@@ -92,6 +97,18 @@ mod tests {
             noise.window(&[vec![500, 500]], 1000);
         }
         assert!((noise.evidence() - 3000.0).abs() < 1.0);
+    }
+
+    #[test]
+    fn a_drift_is_not_taken_for_noise() {
+        let mut noise = Noise::default();
+        let mut turned = 0_u64;
+        for w in 0..12 {
+            // Steps of changing size: a walk, not a line.
+            turned += [4_000, 1_000, 7_000, 3_000][w % 4];
+            noise.window(&[vec![500_000 - turned, 500_000 + turned]], 1_000_000);
+        }
+        assert!(noise.evidence() > 1_500_000.0, "{:?}", noise.recent);
     }
 
     #[test]

@@ -42,7 +42,7 @@ const URGENT: f64 = 0.05;
 pub(crate) const LEAST_GAIN: f64 = 0.002;
 /// Part of the doubt that a move must gain beside. The best split depends on the demand less than shares in force do,
 /// so less of the doubt is about it; without any of it, homes at the edge of the threshold follow every sample.
-const MOVE_DOUBT: f64 = 0.1;
+const MOVE_DOUBT: f64 = 0.2;
 /// Least gain in balance that is worth new shares: an epoch costs every worker a switch, and workers split each
 /// batch anew from the published shares, so that what is left of the gain there is smaller still.
 const LEAST_REWEIGH: f64 = 0.01;

