@@ -35,10 +35,7 @@ impl<const N: usize> BackTest<N> {
 }
 
 /// Mean over layers of the total variation between a prediction and what came, both as shares; in [0, 1].
-pub(crate) fn variation(
-    predicted: impl Fn(usize, usize) -> f64,
-    came: &[Vec<u64>],
-) -> f64 {
+pub(crate) fn variation(predicted: impl Fn(usize, usize) -> f64, came: &[Vec<u64>]) -> f64 {
     let mut sum = 0.0;
     let mut layers = 0_u32;
     for (l, row) in came.iter().enumerate() {
@@ -47,7 +44,8 @@ pub(crate) fn variation(
         if total <= 0.0 || expected <= 0.0 {
             continue;
         }
-        let off = |(e, x): (usize, &u64)| (*x as f64 / total - predicted(l, e) / expected).abs();
+        let off =
+            |(e, x): (usize, &u64)| (*x as f64 / total - predicted(l, e) / expected).abs();
         sum += 0.5 * row.iter().enumerate().map(off).sum::<f64>();
         layers += 1;
     }

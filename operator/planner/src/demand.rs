@@ -352,7 +352,10 @@ mod tests {
         };
         let mut demand = Demand::new(1, 6);
         turning(&mut demand, 12, right);
-        assert!(demand.forecast_weight().abs() < 1e-9, "none for the next window");
+        assert!(
+            demand.forecast_weight().abs() < 1e-9,
+            "none for the next window"
+        );
         demand.expect(right(12)).unwrap();
         assert!((demand.forecast_weight() - 1.0).abs() < 1e-9);
         let next = demand.prediction();
@@ -374,7 +377,9 @@ mod tests {
                 .observe(&window(0, t + 1, &[10_000 + 500 * t, 20_000 - 500 * t]))
                 .unwrap();
             let more = 20 * (t % 2);
-            noisy.observe(&window(0, t + 1, &[40 + more, 60 - more])).unwrap();
+            noisy
+                .observe(&window(0, t + 1, &[40 + more, 60 - more]))
+                .unwrap();
             drifting.close(1).unwrap();
             noisy.close(1).unwrap();
         }

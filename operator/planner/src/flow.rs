@@ -12,6 +12,15 @@ use crate::problem::Room;
 /// Sweeps between two looks at the certificate.
 const ROUND: usize = 8;
 
+/// A copy's share of its expert as it is published: even if the expert has no load.
+pub(crate) fn share(rows: f64, all: f64, copies: usize) -> f32 {
+    (if all > 0.0 {
+        rows / all
+    } else {
+        1.0 / copies.max(1) as f64
+    }) as f32
+}
+
 /// Rows of each copy and load of each rank, for one layer and one load.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Flow {
@@ -68,18 +77,41 @@ impl Flow {
                     at += 1;
                 }
             }
-            for at in span.clone() {
-                let even = 1.0 / span.len() as f64;
-                let share = if total > 0.0 {
-                    flow.rows[at] / total
-                } else {
-                    even
-                };
-                flow.rows[at] = share * w[e];
-                flow.loads[flow.host[at] as usize] += flow.rows[at];
-            }
+            flow.share_out(e, total, w[e]);
         }
         flow
+    }
+
+    /// What the published form of this split gives, whose shares are single-precision numbers.
+    pub(crate) fn rounded(&self, w: &[f64]) -> Self {
+        let mut flow = self.clone();
+        flow.loads.fill(0.0);
+        for (e, rows) in w.iter().enumerate() {
+            let span = flow.span(e);
+            let all: f64 = flow.rows[span.clone()].iter().sum();
+            let mut total = 0.0;
+            for at in span.clone() {
+                flow.rows[at] = f64::from(share(flow.rows[at], all, span.len()));
+                total += flow.rows[at];
+            }
+            flow.share_out(e, total, *rows);
+        }
+        flow
+    }
+
+    /// Turns an expert's shares, which sum to `total`, into rows, and adds them to the loads.
+    fn share_out(&mut self, e: usize, total: f64, rows: f64) {
+        let span = self.span(e);
+        let even = 1.0 / span.len().max(1) as f64;
+        for at in span {
+            let share = if total > 0.0 {
+                self.rows[at] / total
+            } else {
+                even
+            };
+            self.rows[at] = share * rows;
+            self.loads[self.host[at] as usize] += self.rows[at];
+        }
     }
 
     /// Variance of each load if the rows of each expert were drawn independently: `Σ share² · rows`.

@@ -392,10 +392,12 @@ impl<'a> Planner<'a> {
         let Homes {
             layer,
             splits,
+            exact,
             mut steps,
         } = homes;
         let expected = splits.expected();
-        let solved = settled(splits.into_prediction(), w, SOLVE_SWEEPS, SOLVE_GAP);
+        let flow = exact.unwrap_or_else(|| splits.into_prediction());
+        let solved = settled(flow, w, SOLVE_SWEEPS, SOLVE_GAP);
         steps.push(Step::Split {
             sweeps: solved.sweeps,
             gap: solved.max() / solved.certificate - 1.0,

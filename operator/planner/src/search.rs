@@ -113,6 +113,11 @@ impl<'a> Splits<'a> {
     }
 
     /// The split under the prediction.
+    pub(crate) fn prediction(&self) -> &Flow {
+        &self.flows[0]
+    }
+
+    /// The same.
     pub(crate) fn into_prediction(mut self) -> Flow {
         self.flows.swap_remove(0)
     }

@@ -2,7 +2,7 @@
 
 use foregate_api::placement::Copy;
 
-use crate::flow::Flow;
+use crate::flow::{Flow, share};
 use crate::table::SplitTable;
 
 /// Most sweeps of the planner's solve; it stops earlier when the certificate says that nothing is left to gain.
@@ -84,14 +84,10 @@ pub(crate) fn shares(table: &SplitTable, solved: &Solved) -> Vec<Vec<Copy>> {
         .map(|e| {
             let span = table.span(e);
             let total: f64 = solved.flow[span.clone()].iter().sum();
-            let even = 1.0 / span.len().max(1) as f64;
+            let copies = span.len();
             span.map(|copy| Copy {
                 rank: table.ranks[table.hosts[copy] as usize],
-                share: if total > 0.0 {
-                    solved.flow[copy] / total
-                } else {
-                    even
-                } as f32,
+                share: share(solved.flow[copy], total, copies),
             })
             .collect()
         })

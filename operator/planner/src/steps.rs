@@ -18,6 +18,7 @@ use crate::replicate::counts;
 use crate::report::Step;
 use crate::search::{Effort, Splits, search};
 use crate::settings::{Cover, Settings};
+use crate::solve::{SOLVE_GAP, SOLVE_SWEEPS};
 use crate::trigger::LEAST_GAIN;
 
 /// How far above the mean the highest load of the local search under even split may stay.
@@ -38,6 +39,8 @@ pub(crate) struct Homes<'a> {
     pub(crate) layer: Cow<'a, Layer>,
     /// The best splits of the layer.
     pub(crate) splits: Splits<'a>,
+    /// The split to publish, if it is another than that of `splits`.
+    pub(crate) exact: Option<Flow>,
     pub(crate) steps: Vec<Step>,
 }
 
@@ -47,8 +50,17 @@ impl<'a> Homes<'a> {
         Self {
             layer: Cow::Borrowed(layer),
             splits: Splits::from(split.clone(), loads),
+            exact: None,
             steps: Vec::new(),
         }
+    }
+
+    /// The layer as the next window will find it: with the shares that are published, which are rounded.
+    fn publish(&mut self, loads: &'a [Vec<f64>]) {
+        let mut flow = self.splits.prediction().clone();
+        flow.settle(&loads[0], SOLVE_SWEEPS, SOLVE_GAP);
+        self.splits = Splits::from(flow.rounded(&loads[0]), loads);
+        self.exact = Some(flow);
     }
 }
 
@@ -86,9 +98,11 @@ pub(crate) fn from_scratch<'a>(
     let mut homes = Homes {
         splits: Splits::of(&layer, loads),
         layer: Cow::Owned(layer),
+        exact: None,
         steps,
     };
     for _ in 0..MOST_POLISH {
+        homes.publish(loads);
         if homes.splits.expected() >= settings.threshold {
             break;
         }
@@ -130,6 +144,7 @@ pub(crate) fn from_survivors<'a>(
     Homes {
         splits: Splits::of(&layer, loads),
         layer: Cow::Owned(layer),
+        exact: None,
         steps,
     }
 }
@@ -195,6 +210,7 @@ fn searched<'a>(
     Homes {
         layer: Cow::Owned(layer),
         splits,
+        exact: None,
         steps,
     }
 }
