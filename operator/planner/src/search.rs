@@ -6,6 +6,8 @@
 //! there (one). Their effect on X is exact and costs no solve; the most promising are then solved, going on from the
 //! split at hand, under all loads that the homes shall be good for.
 
+use std::ops::RangeInclusive;
+
 use crate::cover;
 use crate::flow::Flow;
 use crate::layer::{Layer, Operation, least};
@@ -21,8 +23,10 @@ pub(crate) struct Effort {
     pub(crate) enough: f64,
     /// Least gain in score of an operation.
     pub(crate) gain: f64,
-    /// Operations solved in each round.
+    /// Operations solved in each round under one load, and the best of these under all.
     pub(crate) tries: usize,
+    /// See `tries`.
+    pub(crate) finals: usize,
     /// Most rounds.
     pub(crate) rounds: usize,
 }
@@ -97,12 +101,14 @@ impl<'a> Splits<'a> {
 
     /// What the search lowers: overload and a little of the loads' variance, mean over loads.
     fn score(&self) -> f64 {
-        let one = |k: usize| {
-            let (mean, ranks) = (self.means[k], self.flows[k].loads.len() as f64);
-            let variance = self.flows[k].squares() / (ranks * mean * mean) - 1.0;
-            self.overload(k) + SPREAD * variance
-        };
+        let one = |k: usize| self.score_under(k);
         (0..self.flows.len()).map(one).sum::<f64>() / self.flows.len() as f64
+    }
+
+    fn score_under(&self, k: usize) -> f64 {
+        let (mean, ranks) = (self.means[k], self.flows[k].loads.len() as f64);
+        let variance = self.flows[k].squares() / (ranks * mean * mean) - 1.0;
+        self.overload(k) + SPREAD * variance
     }
 
     fn worst(&self) -> usize {
@@ -122,14 +128,15 @@ impl<'a> Splits<'a> {
         self.flows.swap_remove(0)
     }
 
-    fn become_like(&mut self, other: &Self) {
-        for (mine, other) in self.flows.iter_mut().zip(&other.flows) {
-            mine.become_like(other);
+    fn become_like(&mut self, other: &Self, under: RangeInclusive<usize>) {
+        for k in under {
+            self.flows[k].become_like(&other.flows[k]);
         }
     }
 
-    fn follow(&mut self, layer: &Layer, op: Operation) {
-        for (flow, w) in self.flows.iter_mut().zip(self.loads) {
+    fn follow(&mut self, layer: &Layer, op: Operation, under: RangeInclusive<usize>) {
+        for k in under {
+            let (flow, w) = (&mut self.flows[k], &self.loads[k]);
             flow.follow(layer, op, w);
             flow.settle(w, SWEEPS, GAP);
         }
@@ -160,7 +167,6 @@ pub(crate) fn search(
         }
         let score = splits.score();
         let spare = effort.limit as isize - layer.moved_from(origin) as isize;
-        let mut found: Option<(f64, Operation)> = None;
         let fits = |op: &Operation| {
             cover::allows(room, layer, *op) && layer.components_after(*op) <= most_components
         };
@@ -168,9 +174,22 @@ pub(crate) fn search(
             .into_iter()
             .filter(fits)
             .take(effort.tries);
-        for op in tries {
-            trial.become_like(splits);
-            trial.follow(layer, op);
+        // Under the load that sets the pace first, and the best of these under all.
+        let worst = splits.worst();
+        let mut promising: Vec<(f64, Operation)> = tries
+            .map(|op| {
+                trial.become_like(splits, worst..=worst);
+                trial.follow(layer, op, worst..=worst);
+                (trial.score_under(worst), op)
+            })
+            .collect();
+        promising.sort_by(least);
+        promising.truncate(effort.finals);
+        let mut found: Option<(f64, Operation)> = None;
+        let all = 0..=splits.flows.len() - 1;
+        for (_, op) in promising {
+            trial.become_like(splits, all.clone());
+            trial.follow(layer, op, all.clone());
             let got = trial.score();
             if got < score - effort.gain && found.is_none_or(|(least, _)| got < least) {
                 found = Some((got, op));

@@ -27,8 +27,9 @@ const TARGET: f64 = 1.01;
 const MOST_POLISH: usize = 512;
 /// How much the predicted balance may fall for the sake of the expected one.
 const WORSE: f64 = 1e-3;
-/// Operations that the search solves in each of its rounds, and most rounds.
+/// Operations that the search solves in each of its rounds under one load and under all, and most rounds.
 const TRIES: usize = 12;
+const FINALS: usize = 4;
 const ROUNDS: usize = 64;
 /// No limit on copies.
 const ALL: usize = usize::MAX >> 1;
@@ -200,6 +201,7 @@ fn searched<'a>(
         enough: settings.threshold,
         gain: LEAST_GAIN,
         tries: TRIES,
+        finals: FINALS,
         rounds: ROUNDS,
     };
     search(&mut layer, &now.layer, room, &mut splits, effort);
