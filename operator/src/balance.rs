@@ -497,13 +497,18 @@ impl Balancer {
         eligible(&look.state, &look.alive, &self.config.leaving)
     }
 
-    const fn limits(&self) -> Settings {
+    fn limits(&self) -> Settings {
         Settings {
             threshold: self.config.threshold,
             max_moves_per_layer: self.config.max_moves_per_layer as usize,
             max_bytes: None,
             economy: None,
-            threads: 1,
+            threads: threads(),
         }
     }
+}
+
+/// Threads of the planner: what the machine has, within reason. Plans do not depend on it.
+fn threads() -> usize {
+    std::thread::available_parallelism().map_or(1, |n| n.get().min(8))
 }

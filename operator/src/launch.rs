@@ -6,7 +6,7 @@ use foregate_api::node::{
     FabricKind, GatewayConfig, NodeConfig, OperatorConfig, RoleConfig, StoreConfig,
     WorkerConfig,
 };
-use foregate_planner::redundancy::slots_to_link;
+use foregate_planner::redundancy::Needs;
 
 use crate::validate::{ModelLength, Redundancy, Threads, ValidatedCluster};
 
@@ -276,8 +276,8 @@ fn fits(shared: &Shared<'_>, model: &ModelFacts) -> Result<(), LaunchError> {
 fn slots(cluster: &ValidatedCluster, model: &ModelFacts, notes: &mut Vec<String>) -> u32 {
     let count = cluster.workers.count;
     let once = model.experts.div_ceil(count);
-    let linked = slots_to_link(model.experts as usize, count as usize);
-    let linked = u32::try_from(linked).unwrap_or(model.experts);
+    let needs = Needs::of(model.experts as usize, &vec![1; count as usize], 1, false);
+    let linked = u32::try_from(needs.linked).unwrap_or(model.experts);
     let wanted = match cluster.workers.redundancy {
         Redundancy::Linked => once.max(linked),
         Redundancy::Slots(redundant) => once.saturating_add(redundant),
@@ -285,9 +285,12 @@ fn slots(cluster: &ValidatedCluster, model: &ModelFacts, notes: &mut Vec<String>
     let slots = wanted.min(model.experts);
     if slots < linked {
         notes.push(format!(
-            "{slots} expert slots per worker and layer cannot link all {count} workers (that takes {linked}): load \
-             can be balanced less well; raise spec.workers.redundantSlots to {}",
-            linked - once
+            "{slots} expert slots per worker and layer cannot link all {count} workers (that takes {linked}, and {} to \
+             link them after one is lost): load can be balanced less well; raise spec.workers.redundantSlots to {}; each \
+             slot takes {} bytes per worker",
+            needs.after_loss,
+            linked - once,
+            model.slot_bytes
         ));
     }
     slots

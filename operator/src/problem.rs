@@ -52,8 +52,8 @@ pub(crate) fn problem(
         experts: model.experts,
         demand: demand.prediction(),
         evidence: demand.evidence(),
-        batch_rows: 0.0,
-        expert_bytes: 0,
+        batch_rows: demand.batch_rows(),
+        expert_bytes: model.expert_bytes() as u64,
         cover: Cover::Spread,
         above,
     }

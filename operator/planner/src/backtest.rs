@@ -7,6 +7,8 @@ use std::collections::VecDeque;
 const MEMORY: usize = 10;
 /// Part by which the error must be below that of the plain way.
 const ADVANTAGE: f64 = 0.02;
+/// By how much it must be below in any case: what matters to no plan is not followed.
+const LEAST: f64 = 0.002;
 
 /// Errors of `N` ways over the last windows; way 0 is the plain one.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -27,8 +29,9 @@ impl<const N: usize> BackTest<N> {
     pub(crate) fn best(&self) -> usize {
         let sum = |way: usize| self.errors.iter().map(|errors| errors[way]).sum::<f64>();
         let plain = sum(0);
+        let least = LEAST * self.errors.len() as f64;
         (1..N)
-            .filter(|way| sum(*way) < plain * (1.0 - ADVANTAGE))
+            .filter(|way| sum(*way) < plain * (1.0 - ADVANTAGE) - least)
             .min_by(|a, b| sum(*a).total_cmp(&sum(*b)).then(a.cmp(b)))
             .unwrap_or(0)
     }

@@ -3,6 +3,7 @@
 use foregate_api::ids::{Epoch, ExpertId, LayerId, Rank};
 use foregate_api::placement::{LayerPlacement, Placement};
 
+use crate::cover;
 pub use crate::finding::{Finding, Severity};
 use crate::layer::Layer;
 use crate::problem::{Problem, Room};
@@ -48,13 +49,10 @@ pub fn check(
         });
     }
     for (l, layer) in placement.layers.iter().enumerate() {
-        check_layer(
-            LayerId(l as u32),
-            layer,
-            &room,
-            problem.experts,
-            &mut findings,
-        );
+        let id = LayerId(l as u32);
+        if let Some(dense) = check_layer(id, layer, &room, problem.experts, &mut findings) {
+            findings.extend(uncovered(id, &dense, problem, &room, in_force));
+        }
     }
     if in_force.is_some() && placement.balance_after < placement.balance_before - WORSE {
         findings.push(Finding::WorseThanParent {
@@ -63,6 +61,42 @@ pub fn check(
         });
     }
     findings
+}
+
+/// Experts of a layer that lack a failure domain by what was asked for; more than before by what slots allow.
+fn uncovered(
+    id: LayerId,
+    layer: &Layer,
+    problem: &Problem,
+    room: &Room,
+    in_force: Option<&Placement>,
+) -> Option<Finding> {
+    let asked = Room {
+        cover: problem.cover,
+        ..room.clone()
+    };
+    let open: Vec<usize> = cover::open(&asked, layer).collect();
+    if open.is_empty() {
+        return None;
+    }
+    let now = cover::open(room, layer).count();
+    let same = in_force.filter(|p| p.ranks == room.ranks && id.index() < p.layers.len());
+    let before = same.map(|p| {
+        let old = Layer::adopt(p, id.index(), room, problem.experts);
+        cover::open(room, &old).count()
+    });
+    let demand = problem
+        .demand
+        .get(id.index())
+        .map_or(&[][..], Vec::as_slice);
+    let rows: f64 = open.iter().filter_map(|e| demand.get(*e)).sum();
+    let total: f64 = demand.iter().sum();
+    Some(Finding::Uncovered {
+        layer: id,
+        experts: open.len(),
+        rows: if total > 0.0 { rows / total } else { 0.0 },
+        more: before.map_or(0, |before| now.saturating_sub(before)),
+    })
 }
 
 /// Whether any finding forbids the placement.
@@ -77,10 +111,10 @@ fn check_layer(
     room: &Room,
     experts: usize,
     findings: &mut Vec<Finding>,
-) {
+) -> Option<Layer> {
     if layer.slots.len() != room.ranks.len() || layer.copies.len() != experts {
         findings.push(Finding::Shape { layer: id });
-        return;
+        return None;
     }
     let before = findings.len();
     for (g, held) in layer.slots.iter().enumerate() {
@@ -90,7 +124,7 @@ fn check_layer(
         .iter()
         .any(|f| matches!(f, Finding::UnknownExpert { .. }))
     {
-        return;
+        return None;
     }
     let slots: Vec<Vec<usize>> = layer
         .slots
@@ -122,6 +156,7 @@ fn check_layer(
             least,
         });
     }
+    Some(dense)
 }
 
 /// Whether x is close to y; what is not a number is close to nothing.

@@ -79,6 +79,10 @@ pub struct Demand {
     pending: Vec<Vec<u64>>,
     from: BTreeSet<Rank>,
     seen: BTreeMap<Rank, u64>,
+    /// Steps of each rank's engine since its start, as of its last window.
+    steps: BTreeMap<Rank, u64>,
+    /// Rows of a layer in a step of each rank, in its last window with steps.
+    per_step: BTreeMap<Rank, f64>,
     rows: u64,
 }
 
@@ -98,6 +102,8 @@ impl Demand {
             pending: vec![vec![0; experts]; layers],
             from: BTreeSet::new(),
             seen: BTreeMap::new(),
+            steps: BTreeMap::new(),
+            per_step: BTreeMap::new(),
             rows: 0,
         }
     }
@@ -128,7 +134,24 @@ impl Demand {
             }
         }
         self.from.insert(window.rank);
+        self.count_steps(window);
         Ok(Observed::Counted)
+    }
+
+    fn count_steps(&mut self, window: &LoadWindow) {
+        let steps = window.engine.steps;
+        let before = self.steps.insert(window.rank, steps);
+        let made = before.and_then(|before| steps.checked_sub(before));
+        let rows = window.gate.iter().map(|row| row.iter().sum::<u64>()).max();
+        if let (Some(made @ 1..), Some(rows)) = (made, rows) {
+            self.per_step.insert(window.rank, rows as f64 / made as f64);
+        }
+    }
+
+    /// Rows of a layer in a batch over all ranks, by the last windows of those in the last close; 0 if not known.
+    #[must_use]
+    pub fn batch_rows(&self) -> f64 {
+        self.per_step.values().sum()
     }
 
     /// Rows of the busiest layer that wait for the next close. (All layers see the same rows, unless a window
@@ -161,6 +184,8 @@ impl Demand {
         self.noise.window(&self.pending, rows);
         self.pending.iter_mut().for_each(|row| row.fill(0));
         self.rows = self.rows.saturating_add(rows);
+        let from = &self.from;
+        self.per_step.retain(|rank, _| from.contains(rank));
         Some(Closed {
             rows,
             ranks: std::mem::take(&mut self.from),
@@ -197,7 +222,7 @@ impl Demand {
             };
             self.followed.note(LAST.map(way));
             if !self.forecast.is_empty() {
-                let base = self.from_windows();
+                let base = self.by_windows();
                 let way = |weight: f64| {
                     let mixed = self.mixed(&base, weight);
                     variation(|l, e| mixed[l][e], &self.pending)
@@ -208,7 +233,7 @@ impl Demand {
         self.forecast.clear();
     }
 
-    fn from_windows(&self) -> Vec<Vec<f64>> {
+    fn by_windows(&self) -> Vec<Vec<f64>> {
         let Some(average) = &self.average else {
             return vec![vec![0.0; self.experts]; self.layers];
         };
@@ -268,7 +293,7 @@ impl Demand {
     /// The prediction for the next window, `[layer][expert]` in rows per window; zero before the first close.
     #[must_use]
     pub fn prediction(&self) -> Vec<Vec<f64>> {
-        let base = self.from_windows();
+        let base = self.by_windows();
         let weight = self.forecast_weight();
         if weight > 0.0 {
             self.mixed(&base, weight)
@@ -330,6 +355,26 @@ mod tests {
         demand.observe(&window(0, 2, &[60])).unwrap();
         assert_eq!(demand.close(100).map(|c| c.rows), Some(120));
         assert_eq!(demand.prediction(), [[120.0]]);
+    }
+
+    #[test]
+    fn a_batch_is_what_the_ranks_compute_in_a_step() {
+        let mut demand = Demand::new(1, 2);
+        let mut seen = |rank, sequence, rows, steps| {
+            let mut window = window(rank, sequence, &[rows, rows]);
+            window.engine.steps = steps;
+            demand.observe(&window).unwrap();
+            demand.batch_rows()
+        };
+        assert!(seen(0, 1, 100, 7).abs() < 1e-9, "since when is not known");
+        assert!((seen(0, 2, 100, 17) - 20.0).abs() < 1e-9);
+        seen(1, 1, 50, 3);
+        assert!((seen(1, 2, 50, 8) - 40.0).abs() < 1e-9);
+        assert!((seen(1, 3, 50, 2) - 40.0).abs() < 1e-9, "started anew");
+        demand.close(1).unwrap();
+        demand.observe(&window(0, 3, &[1, 1])).unwrap();
+        demand.close(1).unwrap();
+        assert!((demand.batch_rows() - 20.0).abs() < 1e-9, "rank 1 is gone");
     }
 
     /// A mix that turns by one expert each window, and what the next will be.

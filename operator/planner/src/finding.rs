@@ -106,6 +106,17 @@ pub enum Finding {
         /// Copies that would link all ranks.
         needed: usize,
     },
+    /// Experts have copies in one failure domain only, against the cover asked for.
+    Uncovered {
+        /// Layer.
+        layer: LayerId,
+        /// How many.
+        experts: usize,
+        /// Their part of the predicted rows, in [0, 1].
+        rows: f64,
+        /// How many more than in the placement in force, over the same ranks.
+        more: usize,
+    },
     /// The prediction says that this placement is worse than its parent.
     WorseThanParent {
         /// Predicted balance of the parent.
@@ -128,9 +139,12 @@ impl Finding {
             | Self::CopiesDiffer { .. }
             | Self::Shares { .. }
             | Self::Parent { .. } => Severity::Refuse,
+            // A plan may find gaps, but not open them.
+            Self::Uncovered { more, .. } if *more > 0 => Severity::Refuse,
             Self::Double { .. }
             | Self::Components { .. }
             | Self::FewCopies { .. }
+            | Self::Uncovered { .. }
             | Self::WorseThanParent { .. } => Severity::Report,
         }
     }
@@ -206,6 +220,22 @@ impl fmt::Display for Finding {
                     f,
                     "{copies} copies per layer do not link all ranks, {needed} would"
                 )
+            }
+            Self::Uncovered {
+                layer,
+                experts,
+                rows,
+                more,
+            } => {
+                write!(
+                    f,
+                    "layer {layer}: {experts} experts with {:.1} % of the rows are in one failure domain only",
+                    rows * 100.0
+                )?;
+                if *more > 0 {
+                    write!(f, ", {more} more than before")?;
+                }
+                Ok(())
             }
             Self::WorseThanParent { before, after } => {
                 write!(f, "predicted balance falls from {before:.3} to {after:.3}")

@@ -7,9 +7,10 @@
 
 /// Pairs of draws.
 const PAIRS: usize = 2;
-/// Largest relative standard deviation that is drawn: where a batch has fewer rows of an expert than 1/0.3², copies
-/// cannot follow it anyway.
+/// Largest relative standard deviation that is drawn.
 const MOST: f64 = 0.3;
+/// Rows per expert below which a batch is not drawn: it is mostly noise, which no homes are level for.
+const FEWEST: f64 = 16.0;
 
 /// Standard normal draws for `experts` experts.
 #[derive(Debug, Clone)]
@@ -21,13 +22,13 @@ impl Draws {
         Self((0..PAIRS).map(pair).collect())
     }
 
-    /// The prediction `w`, then batches of `rows` rows each; the prediction alone if batches are not known (0).
+    /// The prediction `w`, then batches of `rows` rows each; the prediction alone if batches are not known (0) or small.
     ///
     /// Rows of an expert vary as independent rows do (Poisson): relative standard deviation √(1/rows of it).
     pub(crate) fn loads(&self, w: &[f64], rows: f64) -> Vec<Vec<f64>> {
         let mut loads = vec![w.to_vec()];
         let total: f64 = w.iter().sum();
-        if rows <= 0.0 || !rows.is_finite() {
+        if rows < FEWEST * w.len() as f64 {
             return loads;
         }
         for z in &self.0 {

@@ -4,6 +4,7 @@ use foregate_api::ids::{Epoch, LayerId, Rank};
 use foregate_api::placement::Placement;
 
 use crate::finding::Finding;
+use crate::redundancy;
 use crate::settings::Cover;
 
 /// Rows added to every expert's demand, so that an expert nobody asked for is placed like any other.
@@ -36,7 +37,7 @@ pub struct Problem {
     /// known and not sampled.
     pub evidence: f64,
     /// Rows of a layer in one batch, over all ranks: homes are judged on batches of this size as well, whose counts
-    /// scatter around the demand. 0 if not known: on the demand alone.
+    /// scatter around the demand. On the demand alone if that is not known (0), or fewer than 16 per expert.
     pub batch_rows: f64,
     /// Bytes of one expert in one layer; 0 if not known: then no bytes are counted.
     pub expert_bytes: u64,
@@ -274,7 +275,7 @@ pub(crate) struct Room {
     pub(crate) domain: Vec<usize>,
     /// Number of failure domains.
     pub(crate) domains: usize,
-    /// What copies are asked to span.
+    /// What copies are to span: what was asked for, or [`Cover::Spread`] if slots do not allow all.
     pub(crate) cover: Cover,
 }
 
@@ -292,7 +293,15 @@ impl Room {
                 domains - 1
             })
         };
-        let domain = names.iter().map(&mut number).collect();
+        let domain: Vec<usize> = names.iter().map(&mut number).collect();
+        let mut slots = vec![0; domains];
+        for (rank, domain) in taking.iter().zip(&domain) {
+            slots[*domain] += rank.slots.min(problem.experts);
+        }
+        let cover = match problem.cover {
+            Cover::All if !redundancy::can_cover(problem.experts, &slots) => Cover::Spread,
+            asked => asked,
+        };
         Self {
             ranks: taking.iter().map(|r| r.rank).collect(),
             slots: taking
@@ -302,7 +311,7 @@ impl Room {
             domain,
             domains,
             names,
-            cover: problem.cover,
+            cover,
         }
     }
 

@@ -333,3 +333,41 @@ fn levels(layer: &Layer, flow: &Flow) -> Vec<f64> {
     roots.iter().for_each(|r| size[*r] += 1.0);
     roots.iter().map(|r| size[*r]).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const EFFORT: Effort = Effort {
+        limit: 4,
+        enough: 0.97,
+        gain: 0.002,
+        tries: 12,
+        finals: 4,
+        rounds: 64,
+    };
+
+    /// One copy of expert 0 or 1 alone hardly helps: it takes both.
+    #[test]
+    fn two_hot_experts_are_shared_although_the_first_copy_looks_useless() {
+        let slots = vec![vec![0, 2, 3, 4], vec![1, 3, 5, 6], vec![4, 5, 7, 2]];
+        let origin = Layer::from_slots(&slots, 8);
+        let loads = [vec![400.0, 380.0, 20.0, 20.0, 20.0, 20.0, 20.0, 20.0]];
+        let mut layer = origin.clone();
+        let mut splits = Splits::of(&layer, &loads);
+        search(
+            &mut layer,
+            &origin,
+            &Room::plain(&[4; 3]),
+            &mut splits,
+            EFFORT,
+        );
+        assert!(
+            splits.predicted() >= 0.97,
+            "{:?} {splits:?}",
+            layer.all_slots()
+        );
+        assert!(layer.moved_from(&origin) <= 4);
+        assert!(layer.components() <= origin.components());
+    }
+}
