@@ -123,8 +123,6 @@ impl Forecast {
 pub(crate) struct Seen {
     pub(crate) windows: Vec<Counts>,
     pub(crate) demand: Demand,
-    /// What gateways foretell of the step to come.
-    pub(crate) forecast: Option<Rows>,
 }
 
 impl Seen {
@@ -132,22 +130,15 @@ impl Seen {
         Self {
             windows: Vec::new(),
             demand: Demand::new(shape.layers, shape.experts),
-            forecast: None,
         }
     }
 
-    /// What our planner plans for: the forecast at the volume of the windows, or else the windows' average. The
-    /// operator has no forecast of its own yet, so it is taken as it is, without a blend that must earn its use.
-    fn prediction(&self) -> Rows {
-        let average = self.demand.prediction();
-        let Some(forecast) = &self.forecast else {
-            return average;
-        };
-        let scaled = |(forecast, average): (&Vec<f64>, &Vec<f64>)| {
-            let scale = average.iter().sum::<f64>() / forecast.iter().sum::<f64>();
-            forecast.iter().map(|rows| rows * scale).collect()
-        };
-        forecast.iter().zip(&average).map(scaled).collect()
+    /// What gateways foretell of the step to come; the demand blends it in while it earns its use.
+    pub(crate) fn foretell(&mut self, forecast: Option<Rows>) -> Result<(), SimulateError> {
+        if let Some(forecast) = forecast {
+            self.demand.expect(forecast)?;
+        }
+        Ok(())
     }
 
     /// Takes in a window as the operator does.
@@ -332,13 +323,15 @@ pub(crate) fn anchor(shape: &Shape, load: &[Vec<f64>], hierarchical: bool) -> Pl
 pub(crate) fn problem(shape: &Shape, seen: &Seen, lost: &[Rank]) -> Problem {
     let mut ranks = ranks_with_slots(shape);
     ranks.retain(|rank| !lost.contains(&rank.rank));
+    // Batches of decoding, as the ranks that are left share them.
+    let batch = shape.decode_tokens() * shape.top_k as f64;
+    let left = ranks.len() as f64 / shape.ranks as f64;
     Problem {
-        ranks,
-        layers: shape.layers,
-        experts: shape.experts,
-        demand: seen.prediction(),
+        demand: seen.demand.prediction(),
         evidence: seen.demand.evidence(),
-        above: Epoch(0),
+        batch_rows: batch * left,
+        expert_bytes: shape.expert_bytes() as u64,
+        ..Problem::uniform(ranks, shape.layers, shape.experts)
     }
 }
 

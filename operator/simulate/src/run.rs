@@ -144,6 +144,9 @@ pub enum SimulateError {
         /// The setting.
         setting: &'static str,
     },
+    /// A forecast that does not fit the model.
+    #[error(transparent)]
+    Forecast(#[from] foregate_planner::demand::ForecastShape),
     /// The planner refused.
     #[error("the planner refused")]
     Plan(#[from] PlanError),
@@ -255,7 +258,7 @@ pub(crate) fn simulate(
     // A step is drawn first, and nothing but the forecast is told of it before all have planned.
     while let Some(step) = source.step(bounds.len()) {
         let t = bounds.len();
-        seen.forecast.clone_from(&step.forecast);
+        seen.foretell(step.forecast.clone())?;
         bounds.push(any_placement(&step.expected, shape));
         for (arm, into) in &mut arms {
             arm.step(t, shape, &seen, watch)?;
