@@ -105,8 +105,8 @@ mod tests {
             assert!(refused.iter().all(|(_, why)| *why == Because::Budget));
             refused.iter().map(|(layer, _)| *layer).collect::<Vec<_>>()
         };
-        assert_eq!(layers(None), [0_usize; 0]);
-        assert_eq!(layers(Some(110)), [0_usize; 0]);
+        assert!(layers(None).is_empty());
+        assert!(layers(Some(110)).is_empty());
         assert_eq!(layers(Some(109)), [0]);
         assert_eq!(layers(Some(50)), [0, 3]);
         assert_eq!(layers(Some(40)), [0, 1, 3]);

@@ -50,7 +50,12 @@ fn problem(
     let once = experts.div_ceil(ranks);
     let rank = |r: usize| RankSlots {
         rank: Rank(3 * r as u32),
-        slots: once + if r % 2 == 0 { spare } else { spare / 2 },
+        slots: once
+            + if r.is_multiple_of(2) {
+                spare
+            } else {
+                spare / 2
+            },
         domain: format!("host-{}", r / 4),
     };
     Problem {
