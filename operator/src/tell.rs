@@ -85,33 +85,6 @@ fn placement_note(plan: &Placement, moved: Option<usize>) -> (&'static str, Stri
     (reason, note)
 }
 
-/// Tells of a placement that came into force, and of the copies that it moved, if that is known.
-pub(crate) async fn placement(
-    recorder: &Recorder,
-    cluster: &MoeCluster,
-    plan: &Placement,
-    moved: Option<usize>,
-) {
-    let (reason, note) = placement_note(plan, moved);
-    publish(recorder, cluster, EventType::Normal, reason, note).await;
-}
-
-fn placement_note(plan: &Placement, moved: Option<usize>) -> (&'static str, String) {
-    let reason = match plan.reason {
-        Reason::Initial => "ExpertsPlaced",
-        Reason::Reweigh => "SharesChanged",
-        Reason::Move => "ExpertsMoved",
-        Reason::Repair => "ExpertsRepaired",
-        Reason::Resize => "RanksChanged",
-    };
-    let copies = moved.map_or_else(String::new, |copies| format!(", {copies} copies loaded"));
-    let note = format!(
-        "epoch {} follows {}: predicted balance {:.3} -> {:.3}{copies}; `kubectl foregate explain last` tells more",
-        plan.epoch, plan.parent, plan.balance_before, plan.balance_after
-    );
-    (reason, note)
-}
-
 /// Tells of conditions that matter to a person and are not as they were.
 pub(crate) async fn conditions(
     recorder: &Recorder,
