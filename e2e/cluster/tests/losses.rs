@@ -43,7 +43,7 @@ fn a_deleted_worker_comes_back_alone() {
         let _printed =
             site.namespace
                 .kubectl(&["delete", "pod", "tiny-worker-1", flags[0], flags[1]]);
-        let back = await_back(&site, "tiny-worker-1", before, since);
+        let back = await_back(&site, "tiny-worker-1", &before, since);
         site.await_settled(3);
         figures[how] = json!({"pod_ready_again_s": back.as_secs_f64(), "settled_s": since.elapsed().as_secs_f64()});
         load.await_more(6);
@@ -97,7 +97,7 @@ fn the_rank_of_a_lost_node_comes_back_alone() {
     });
     let covered = since.elapsed();
     let before = life(&workers, &rank);
-    let back = await_back(&site, &rank, before, since);
+    let back = await_back(&site, &rank, &before, since);
     site.await_settled(3);
     let settled = since.elapsed();
     load.await_more(6);
@@ -155,7 +155,7 @@ fn life(of: &[(String, Life)], pod: &str) -> Life {
 }
 
 /// How long after `since` another pod of the name was Ready.
-fn await_back(site: &Site, pod: &str, before: Life, since: Instant) -> Duration {
+fn await_back(site: &Site, pod: &str, before: &Life, since: Instant) -> Duration {
     awaited(&format!("another {pod} to be Ready"), SERVES, || {
         let pods = site.pods("worker");
         let found = pods.iter().find(|found| found["metadata"]["name"] == pod);
