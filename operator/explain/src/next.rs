@@ -110,8 +110,12 @@ impl fmt::Display for NextAnswer {
                 Because::Balanced => "good enough",
                 Because::Resting => "it moved a short while ago and rests",
                 Because::NoGain => "no allowed move gains enough",
-                Because::NotWorth => "a move costs more than it saves before the load has drifted on",
-                Because::Budget => "moves of other layers gain more with the bytes that may be moved",
+                Because::NotWorth => {
+                    "a move costs more than it saves before the load has drifted on"
+                }
+                Because::Budget => {
+                    "moves of other layers gain more with the bytes that may be moved"
+                }
                 Because::Moves => "it has just moved",
             };
             writeln!(

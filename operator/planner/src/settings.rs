@@ -5,7 +5,9 @@ use serde::{Deserialize, Serialize};
 use crate::problem::PlanError;
 
 /// What copies are asked to span.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize,
+)]
 #[serde(rename_all = "snake_case")]
 pub enum Cover {
     /// Nothing.
