@@ -144,13 +144,17 @@ impl Ops for Audited {
     }
 
     fn rms_norm(&self, op: RmsNorm<'_>) -> Result<(), ShapeError> {
+        if op.add.is_some() {
+            self.timed(Purpose::Residual, 0, |_| Ok(()))?;
+        }
         self.timed(Purpose::Next, size_of_val(op.weight), |ops| {
             ops.rms_norm(op)
         })
     }
 
     fn rope(&self, op: Rope<'_>) -> Result<(), ShapeError> {
-        self.timed(Purpose::Attention, 0, |ops| ops.rope(op))
+        let norm = op.norm.map_or(0, |norm| size_of_val(norm.weight));
+        self.timed(Purpose::Attention, norm, |ops| ops.rope(op))
     }
 
     fn kv_write(&self, op: KvWrite<'_>) -> Result<(), ShapeError> {
