@@ -23,3 +23,4 @@ mod routes;
 mod scaling;
 mod site;
 mod stage;
+mod strangers;

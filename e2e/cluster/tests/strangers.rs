@@ -50,12 +50,10 @@ fn who_has_no_certificate_of_the_cluster_reaches_no_worker() {
 fn gateway(site: &Site, files: &TempDir) -> Keys {
     let file = |entry: &str| {
         let path = files.path().join(entry);
-        let template = format!(
-            "go-template={{{{index .data \"{entry}\" | base64decode}}}}"
-        );
-        let text = site
-            .namespace
-            .kubectl(&["get", "secret", "tiny-gateway-tls", "-o", &template]);
+        let template = format!("go-template={{{{index .data \"{entry}\" | base64decode}}}}");
+        let text =
+            site.namespace
+                .kubectl(&["get", "secret", "tiny-gateway-tls", "-o", &template]);
         std::fs::write(&path, text).unwrap();
         path.to_str().unwrap().to_owned()
     };
