@@ -42,6 +42,18 @@ fn the_operator_uses_every_right_that_it_has_and_no_other() {
         let left = site.namespace.kubectl(&["get", "hpa", "-o", "name"]);
         left.is_empty().then_some(()).ok_or(left)
     });
+    // A certificate that somebody spoiled is put right.
+    let spoiled = r#"{"data":{"tls.crt":""}}"#;
+    let patch = ["patch", "secret", "tiny-worker-tls", "-p", spoiled];
+    let _printed = site.namespace.kubectl(&patch);
+    awaited("the workers' certificate to be put right", ROLLOUT, || {
+        let secret = site.namespace.get("secret", "tiny-worker-tls");
+        let certificate = secret["data"]["tls.crt"].as_str();
+        let right = certificate.is_some_and(|text| !text.is_empty());
+        right
+            .then_some(())
+            .ok_or_else(|| "still spoiled".to_owned())
+    });
     assert!(is(&site.moe(), "Ready"));
 
     let (asked, refused) = asked(&site);
