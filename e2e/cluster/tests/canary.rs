@@ -1,4 +1,4 @@
-//! Show: `Ready` is a token that came through a gateway within the last interval, not what pods say of themselves.
+//! `Ready` is a token that came through a gateway within the last interval, not what pods say of themselves.
 
 use foregate_harness::cluster::{ROLLOUT, awaited};
 use serde_json::json;

@@ -1,4 +1,4 @@
-//! Show: workers that ask for a device are placed one per device and spread; where there are too few, the status says so.
+//! Workers that ask for a device are placed one per device and spread; where there are too few, the status says so.
 //! The devices are numbers in the nodes' status, and the workers compute on the processor: what is shown is placement.
 
 use std::collections::BTreeMap;

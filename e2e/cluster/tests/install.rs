@@ -1,4 +1,4 @@
-//! Show: from nothing to the first token with helm and one manifest; an upgrade under load; and nothing is left in the end.
+//! From nothing to the first token with helm and one manifest; an upgrade under load; and nothing is left in the end.
 
 use std::time::{Duration, Instant};
 

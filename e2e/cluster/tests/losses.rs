@@ -1,4 +1,4 @@
-//! Show: a worker's pod is deleted, a node is lost. The rank comes back alone; the others never start anew.
+//! A worker's pod is deleted, a node is lost. The rank comes back alone; the others never start anew.
 
 use std::time::{Duration, Instant};
 

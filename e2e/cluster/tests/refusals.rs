@@ -1,4 +1,4 @@
-//! Show: what the API server says about manifests that are wrong, and what kubectl tells of the resources.
+//! What the API server says about manifests that are wrong, and what kubectl tells of the resources.
 
 use std::fmt::Write as _;
 use std::path::PathBuf;

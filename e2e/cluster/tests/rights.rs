@@ -1,4 +1,4 @@
-//! Show: the operator asks for nothing that it was not granted, and is granted nothing that it does not ask for. Both are
+//! The operator asks for nothing that it was not granted, and is granted nothing that it does not ask for. Both are
 //! read from the API server's own audit log while a cluster comes, changes and goes.
 
 use std::collections::BTreeSet;

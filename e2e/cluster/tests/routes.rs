@@ -1,4 +1,4 @@
-//! Show: where the resources of the Gateway API and its inference extension are installed, the chart renders objects of
+//! Where the resources of the Gateway API and its inference extension are installed, the chart renders objects of
 //! theirs and the API server takes them. The resources are those that the projects publish, at the versions of
 //! `e2e/cluster/tools/crds/modules`.
 

@@ -1,4 +1,4 @@
-//! Show: workers are added and taken away under load, and the operator dies in the middle of it.
+//! Workers are added and taken away under load, and the operator dies in the middle of it.
 
 use foregate_harness::cluster::{POD, ROLLOUT, awaited};
 use serde_json::{Value, json};

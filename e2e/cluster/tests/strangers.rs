@@ -1,4 +1,4 @@
-//! Show: a pod without a certificate of the cluster cannot reach a worker, neither over gRPC nor over the exchange.
+//! A pod without a certificate of the cluster cannot reach a worker, neither over gRPC nor over the exchange.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
