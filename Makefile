@@ -23,7 +23,7 @@ endif
 # What tests could not run here and why: `make test` ends with it.
 SKIPPED := $(CURDIR)/target/skipped
 
-.PHONY: help up test lint cluster test-cluster unit soak fuzz bench bench-peers
+.PHONY: help up test lint cluster test-cluster on-cluster unit soak fuzz bench bench-peers
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -33,10 +33,13 @@ up: ## install what is missing, build, serve the demonstration model on port 800
 	cargo build --release --bin foregate
 	@exec target/release/foregate up $(ARGS)
 
-test: ## install what is missing, lint, every test, every fuzz target for a minute
+test: ## install what is missing, lint, every test, those on a Kubernetes cluster too, every fuzz target for a minute
 	@.ci/need test
 	@$(MAKE) --no-print-directory lint
+	@mkdir -p $(dir $(SKIPPED)) && rm -f $(SKIPPED)
 	@$(MAKE) --no-print-directory unit
+	@$(MAKE) --no-print-directory cluster
+	@$(MAKE) --no-print-directory on-cluster
 	@$(MAKE) --no-print-directory fuzz
 	@if [ -s $(SKIPPED) ]; then sort $(SKIPPED) | uniq -c | sed 's/^ *\([0-9]*\) skipped/SKIPPED \1/'; fi
 
@@ -53,11 +56,13 @@ cluster: ## the components of the tests' own Kubernetes cluster, built where roo
 test-cluster: ## install what is missing, build a Kubernetes cluster's components once (25 minutes), test on a real cluster
 	@.ci/need cluster
 	@$(MAKE) --no-print-directory cluster
-	cargo test --test cluster
+	@$(MAKE) --no-print-directory on-cluster
+
+on-cluster:
+	FOREGATE_E2E_SKIPPED=$(SKIPPED) cargo test --workspace --test cluster
 
 # Test programs run one after the other, so the end-to-end ones do not fight for the cores.
 unit:
-	@mkdir -p $(dir $(SKIPPED)) && rm -f $(SKIPPED)
 	FOREGATE_E2E_SKIPPED=$(SKIPPED) PROPTEST_RNG_SEED=$(SEED) cargo test --workspace
 
 soak: ## all tests but the end-to-end ones, ROUNDS times, each time with new random cases
