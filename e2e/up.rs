@@ -4,6 +4,7 @@
 use foregate_harness::binary::{Foregate, Start};
 use foregate_harness::client::Client;
 use foregate_harness::golden::Golden;
+use foregate_harness::manifest::ManifestFile;
 use foregate_harness::{on_path, repository, skip};
 use serde_json::{Value, json};
 use tokio::sync::Notify;
@@ -118,6 +119,44 @@ async fn processes_agree_with_the_reference() {
     }
     for workers in ["1", "2", "4"] {
         parity(workers, &["--processes"]).await;
+    }
+}
+
+/// Ranks that run attention only and ranks that hold experts only: the same answers, and both are what they are told.
+#[tokio::test]
+async fn divided_duties_agree_with_the_reference() {
+    let model = repository("worker/models/tests/fixtures/qwen3_moe");
+    let golden = Golden::read(&model);
+    for (duties, forms) in [
+        (
+            "{count: 2, attentionOnly: 1, expertOnly: 1}",
+            &[&[][..], &["--processes"]][..],
+        ),
+        (
+            "{count: 4, attentionOnly: 1, expertOnly: 2}",
+            &[&[][..]][..],
+        ),
+    ] {
+        let file = ManifestFile::text(&format!(
+            "apiVersion: foregate.dev/v1alpha1\nkind: MoeCluster\nmetadata: {{name: divided}}\n\
+             spec: {{model: {{uri: {}}}, workers: {duties}}}\n",
+            model.display()
+        ));
+        for form in forms {
+            if form.contains(&"--processes") && !on_path("etcd") {
+                skip("no etcd on PATH");
+                continue;
+            }
+            let mut start = Start::up(BINARY, &["-f", file.argument()]);
+            for argument in *form {
+                start = start.arg(argument);
+            }
+            let cluster = start.ready().await;
+            let client = Client::new(&cluster.url);
+            agrees(&client, &golden, &format!("{duties} {form:?}")).await;
+            let (status, stderr) = cluster.stop().await;
+            assert!(status.success(), "{duties} {form:?}: {status}\n{stderr}");
+        }
     }
 }
 

@@ -24,12 +24,12 @@ pub struct View {
 }
 
 impl View {
-    /// Workers that take sequences, ascending by rank.
+    /// Workers that take sequences now, ascending by rank.
     pub fn ready(&self) -> impl Iterator<Item = &Arc<Member>> {
         self.state
             .members
             .values()
-            .filter(|member| member.phase == Phase::Ready)
+            .filter(|member| member.phase == Phase::Ready && member.runs_attention())
     }
 
     /// The model, as its workers loaded it.
@@ -42,21 +42,21 @@ impl View {
             .map(|member| &member.model)
     }
 
-    /// Why nothing can be served; `None` if something can.
+    /// Why nothing can be served; `None` if something can. A worker that is ready steps with a placement, even if the
+    /// store has lost it and the operator makes another.
     #[must_use]
     pub fn not_ready(&self) -> Option<String> {
+        if self.ready().next().is_some() {
+            return None;
+        }
         let members = self.state.members.len();
-        if self.state.active.is_none() {
-            return Some(if !self.state.connected && members == 0 {
-                "the store is not reachable yet".into()
-            } else {
-                format!("no placement is active yet ({members} workers registered)")
-            });
-        }
-        if self.ready().next().is_none() {
-            return Some(format!("no worker is ready ({members} registered)"));
-        }
-        None
+        Some(if self.state.active.is_some() {
+            format!("no worker that takes requests is ready ({members} registered)")
+        } else if !self.state.connected && members == 0 {
+            "the store is not reachable yet".into()
+        } else {
+            format!("no placement is active yet ({members} workers registered)")
+        })
     }
 }
 

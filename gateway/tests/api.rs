@@ -7,7 +7,7 @@ mod support;
 use std::time::Duration;
 
 use foregate_api::load::EngineLoad;
-use foregate_api::member::Phase;
+use foregate_api::member::{Member, Phase};
 use serde_json::{Value, json};
 use support::{
     Cluster, DEMO, PATIENCE, config, experts_of, ids, logprob_of, member, pass, text_of,
@@ -482,7 +482,11 @@ async fn ready_only_when_something_can_be_served() {
     cluster.activate(1, None).await;
     cluster
         .eventually("the placement", async || {
-            cluster.get("/ready").await.1.contains("no worker is ready")
+            cluster
+                .get("/ready")
+                .await
+                .1
+                .contains("no worker that takes requests is ready")
         })
         .await;
     let ready = member(0, &address, Phase::Ready);
@@ -502,6 +506,37 @@ async fn ready_only_when_something_can_be_served() {
             cluster.get("/ready").await.0 == 503
         })
         .await;
+}
+
+/// A store that was emptied has no placement for a moment; workers that are ready have theirs, and answer. One that
+/// holds experts only is not asked.
+#[tokio::test]
+async fn a_ready_worker_that_takes_requests_is_enough() {
+    let cluster = Cluster::bare(2, ANSWER, config()).await;
+    let of = |rank: usize| member(rank as u32, &cluster.workers[rank].address, Phase::Ready);
+    let experts_only = Member {
+        kv_pages: 0,
+        ..of(0)
+    };
+    let register = async |member: &Member| {
+        let lease = cluster.lease.as_ref();
+        cluster.coord.register(member, lease).await.unwrap();
+    };
+    register(&experts_only).await;
+    cluster
+        .eventually("the worker with experts only", async || {
+            let (status, body) = cluster.get("/ready").await;
+            assert_eq!(status, 503);
+            body.contains("(1 workers registered)")
+        })
+        .await;
+    register(&of(1)).await;
+    cluster.wait_ready().await;
+    for _ in 0..4 {
+        let answer = cluster.post("/v1/completions", &complete(&json!({}))).await;
+        assert_eq!(answer.status(), 200);
+        assert_eq!(answer.headers()["x-foregate-worker"], "1");
+    }
 }
 
 #[tokio::test]

@@ -11,7 +11,7 @@ use foregate_api::ids::{Epoch, Rank};
 use foregate_api::member::{Ack, Phase};
 use foregate_api::node::OperatorConfig;
 use foregate_api::placement::Placement;
-use foregate_store::{ClusterState, Coord, Store};
+use foregate_store::{Archive, ClusterState, Coord, Store};
 use futures::future::BoxFuture;
 use prometheus::Registry;
 use prometheus::core::{Collector, Desc};
@@ -142,6 +142,11 @@ impl Clusters {
         changed(&cluster.settings, settings);
         changed(&cluster.address, address);
         cluster.view()
+    }
+
+    /// What is kept of a cluster's past.
+    pub(crate) fn archive(&self, owner: &Owner) -> Archive {
+        Archive::new(Arc::clone(&self.store), &owner.store_name())
     }
 
     /// What is seen of a cluster, if anything runs for it.

@@ -2,6 +2,7 @@
 
 use foregate_api::cpu::{Pinning, Seat};
 use foregate_api::ids::Rank;
+use foregate_api::member::Duty;
 pub use foregate_api::model::ModelFacts;
 use foregate_api::node::{
     FabricKind, GatewayConfig, NodeConfig, OperatorConfig, RoleConfig, StoreConfig,
@@ -163,18 +164,20 @@ pub enum LaunchError {
     },
     /// The workers together need more memory than the machine has.
     #[error(
-        "{workers} workers × (spec.workers.kvMemory {kv_bytes} bytes + experts {expert_bytes} bytes + other weights \
-         {dense_bytes} bytes) = {needed} bytes, the machine has {memory}: give less kvMemory, redundantSlots or workers, \
-         or quantise the weights (spec.model.quantization)"
+        "{attending} workers × (spec.workers.kvMemory {kv_bytes} bytes + other weights {dense_bytes} bytes) + {holding} \
+         workers × experts {expert_bytes} bytes = {needed} bytes, the machine has {memory}: give less kvMemory, \
+         redundantSlots or workers, or quantise the weights (spec.model.quantization)"
     )]
     MachineMemory {
-        /// Workers on the machine.
-        workers: u32,
+        /// Workers on the machine that take sequences.
+        attending: u32,
+        /// Workers on the machine that hold experts.
+        holding: u32,
         /// KV cache of one worker.
         kv_bytes: u64,
         /// Expert slots of one worker over all layers.
         expert_bytes: u128,
-        /// Weights that every worker holds.
+        /// Weights of attention and all else that is no expert's, of one worker.
         dense_bytes: u64,
         /// The sum over all workers.
         needed: u128,
@@ -263,47 +266,89 @@ fn threads(cluster: &ValidatedCluster, place: &Place, notes: &mut Vec<String>) -
     }
 }
 
-/// Bytes of the weights of one worker's slots over all layers.
-fn expert_bytes(slots: u32, model: &ModelFacts) -> u128 {
-    u128::from(slots) * u128::from(model.slot_bytes)
+/// Memory that a worker needs, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct WorkerMemory {
+    /// Keys and values.
+    pub kv_bytes: u64,
+    /// Expert slots over all layers.
+    pub expert_bytes: u128,
+    /// All weights that are no expert's.
+    pub dense_bytes: u64,
+}
+
+impl WorkerMemory {
+    /// What a worker of a duty needs, with `kv_bytes` if it takes sequences and `slots` per layer if it holds experts.
+    #[must_use]
+    pub fn of(duty: Duty, kv_bytes: u64, slots: u32, model: &ModelFacts) -> Self {
+        let attends = duty.runs_attention();
+        Self {
+            kv_bytes: if attends { kv_bytes } else { 0 },
+            dense_bytes: if attends { model.dense_bytes } else { 0 },
+            expert_bytes: if duty.holds_experts() {
+                u128::from(slots) * u128::from(model.slot_bytes)
+            } else {
+                0
+            },
+        }
+    }
+
+    /// All of it.
+    #[must_use]
+    pub fn total(&self) -> u128 {
+        u128::from(self.kv_bytes) + self.expert_bytes + u128::from(self.dense_bytes)
+    }
 }
 
 /// Whether KV caches and weights of all workers fit. Memory is taken as it is used, so a plan that cannot fit would
 /// start and be killed under load.
 fn fits(shared: &Shared<'_>, model: &ModelFacts) -> Result<(), LaunchError> {
     let workers = &shared.cluster.workers;
-    let expert_bytes = expert_bytes(shared.slots, model);
-    let (kv_bytes, dense_bytes) = (workers.kv_bytes, model.dense_bytes);
-    let worker = u128::from(kv_bytes) + expert_bytes + u128::from(dense_bytes);
-    let (needed, memory) = match shared.place.machine {
-        Machine::Shared { memory, .. } => (u128::from(workers.count) * worker, memory),
-        Machine::Pods => (worker, workers.resources.memory),
-    };
-    let Some(memory) = memory.filter(|memory| needed > u128::from(*memory)) else {
-        return Ok(());
-    };
-    Err(match shared.place.machine {
-        Machine::Shared { .. } => LaunchError::MachineMemory {
-            workers: workers.count,
-            kv_bytes,
-            expert_bytes,
-            dense_bytes,
-            needed,
-            memory,
-        },
-        Machine::Pods => LaunchError::PodMemory {
-            kv_bytes,
-            expert_bytes,
-            dense_bytes,
-            needed,
-            memory,
-        },
-    })
+    let memories: Vec<WorkerMemory> = (0..workers.count)
+        .map(|rank| {
+            let duty = workers.duty(Rank(rank));
+            WorkerMemory::of(duty, workers.kv_bytes, shared.slots, model)
+        })
+        .collect();
+    match shared.place.machine {
+        Machine::Shared { memory, .. } => {
+            let needed = memories.iter().map(WorkerMemory::total).sum();
+            let Some(memory) = memory.filter(|memory| needed > u128::from(*memory)) else {
+                return Ok(());
+            };
+            let one = WorkerMemory::of(Duty::Both, workers.kv_bytes, shared.slots, model);
+            Err(LaunchError::MachineMemory {
+                attending: workers.count - workers.expert_only,
+                holding: workers.count - workers.attention_only,
+                kv_bytes: one.kv_bytes,
+                expert_bytes: one.expert_bytes,
+                dense_bytes: one.dense_bytes,
+                needed,
+                memory,
+            })
+        }
+        Machine::Pods => {
+            let largest = memories.into_iter().max_by_key(WorkerMemory::total);
+            let one = largest.unwrap_or_default();
+            let needed = one.total();
+            let memory = workers.resources.memory;
+            let Some(memory) = memory.filter(|memory| needed > u128::from(*memory)) else {
+                return Ok(());
+            };
+            Err(LaunchError::PodMemory {
+                kv_bytes: one.kv_bytes,
+                expert_bytes: one.expert_bytes,
+                dense_bytes: one.dense_bytes,
+                needed,
+                memory,
+            })
+        }
+    }
 }
 
-/// Slots per rank and layer: enough for every expert once, and the redundant ones.
+/// Slots per layer of a rank that holds experts: enough for every expert once, and the redundant ones.
 fn slots(cluster: &ValidatedCluster, model: &ModelFacts, notes: &mut Vec<String>) -> u32 {
-    let count = cluster.workers.count;
+    let count = cluster.workers.count - cluster.workers.attention_only;
     let once = model.experts.div_ceil(count);
     let needs = Needs::of(model.experts as usize, &vec![1; count as usize], 1, false);
     let linked = u32::try_from(needs.linked).unwrap_or(model.experts);
@@ -314,7 +359,7 @@ fn slots(cluster: &ValidatedCluster, model: &ModelFacts, notes: &mut Vec<String>
     let slots = wanted.min(model.experts);
     if slots < linked {
         notes.push(format!(
-            "{slots} expert slots per worker and layer cannot link all {count} workers (that takes {linked}, and {} to \
+            "{slots} expert slots per worker and layer cannot link all {count} workers that hold experts (that takes {linked}, and {} to \
              link them after one is lost): load can be balanced less well; raise spec.workers.redundantSlots to {}; each \
              slot takes {} bytes per worker",
             needs.after_loss,
@@ -440,6 +485,7 @@ impl Shared<'_> {
 
     fn worker(&self, rank: Rank, domain: &str) -> RoleConfig {
         let workers = &self.cluster.workers;
+        let duty = workers.duty(rank);
         RoleConfig::Worker(WorkerConfig {
             rank,
             model_dir: self.place.model_dir.clone(),
@@ -457,7 +503,8 @@ impl Shared<'_> {
                 Form::InProcess => FabricKind::Local,
                 Form::Processes { .. } | Form::Pods { .. } => FabricKind::Tcp,
             },
-            slots: self.slots,
+            duty,
+            slots: if duty.holds_experts() { self.slots } else { 0 },
             threads: self.threads,
             cpu_path: workers.cpu_path,
             pinning: self.pinning(),

@@ -24,6 +24,7 @@ mod lease;
 pub mod manifest;
 mod memory;
 mod metrics;
+mod predict;
 mod problem;
 pub mod quantity;
 mod reconcile;

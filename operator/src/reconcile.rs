@@ -15,7 +15,7 @@ use std::time::Duration;
 use foregate_api::ids::Rank;
 use foregate_api::limits;
 use foregate_api::model::ModelFacts;
-use foregate_api::node::RoleConfig;
+use foregate_api::node::{RoleConfig, WorkerConfig};
 use foregate_crd::cluster::{InspectedModel, MemoryPlan};
 use foregate_crd::{
     ConditionType, ExpertPlacementStatus, MoeCluster, MoeClusterStatus, Reason,
@@ -33,7 +33,8 @@ use crate::build::{self, Component, Defaults, Inputs, Owner, Prepared, selector_
 use crate::clusters::{Address, Clusters, View};
 use crate::dereference::{Found, Inspection, dereference};
 use crate::fleet::{self, Doing, Look, Orders};
-use crate::launch::{Form, LaunchPlan, Machine, Place, folders, launch, ports};
+use crate::launch::{Form, LaunchPlan, Machine, Place, WorkerMemory, folders, launch, ports};
+use crate::predict;
 use crate::secrets::{self, ApiKey, SecretsError};
 use crate::source::Source;
 use crate::status::{Facts, Stage, Verdict, status};
@@ -310,7 +311,7 @@ async fn advance(
     Ok(Outcome {
         stage: Stage::Applied,
         orders,
-        memory: memory(&validated, &plan, &model.facts),
+        memory: memory(&plan, &model.facts),
         model: Some(model),
         notes: plan.notes,
         workers: validated.workers.count,
@@ -542,36 +543,35 @@ async fn write_placement(
         return Ok(());
     }
     let moved = view.and_then(|view| view.moved(plan.epoch));
-    let status = ExpertPlacementStatus::of(plan, moved);
+    let next = predict::next(&context.clusters.archive(owner), plan.epoch).await;
+    let status = ExpertPlacementStatus::of(plan, moved, next);
     let written = apply::write_placement(&context.client, owner, &status).await;
     written.map_err(ReconcileError::api("placement"))?;
     tell::placement(&context.recorder, cluster, plan, moved).await;
     Ok(())
 }
 
-/// What one worker needs.
-fn memory(
-    cluster: &ValidatedCluster,
-    plan: &LaunchPlan,
-    facts: &ModelFacts,
-) -> Option<MemoryPlan> {
-    let slots = plan
-        .instances
-        .iter()
-        .find_map(|instance| match &instance.node.role {
-            RoleConfig::Worker(worker) => Some(worker.slots),
-            RoleConfig::Operator(_) | RoleConfig::Gateway(_) => None,
-        })?;
-    let kv_bytes = cluster.workers.kv_bytes;
-    let expert_bytes = facts.slot_bytes.saturating_mul(u64::from(slots));
-    let dense_bytes = facts.dense_bytes;
+/// What the worker that needs most needs.
+fn memory(plan: &LaunchPlan, facts: &ModelFacts) -> Option<MemoryPlan> {
+    let needs = plan.instances.iter().filter_map(|instance| {
+        let RoleConfig::Worker(WorkerConfig {
+            duty,
+            kv_bytes,
+            slots,
+            ..
+        }) = &instance.node.role
+        else {
+            return None;
+        };
+        Some(WorkerMemory::of(*duty, *kv_bytes, *slots, facts))
+    });
+    let most = needs.max_by_key(WorkerMemory::total)?;
+    let bytes = |n: u128| u64::try_from(n).unwrap_or(u64::MAX);
     Some(MemoryPlan {
-        kv_bytes,
-        expert_bytes,
-        dense_bytes,
-        total_bytes: kv_bytes
-            .saturating_add(expert_bytes)
-            .saturating_add(dense_bytes),
+        kv_bytes: most.kv_bytes,
+        expert_bytes: bytes(most.expert_bytes),
+        dense_bytes: most.dense_bytes,
+        total_bytes: bytes(most.total()),
     })
 }
 

@@ -444,11 +444,13 @@ fn parallelism(state: &ClusterState) -> Option<Parallelism> {
             .values()
             .filter(|member| member.phase == Phase::Ready)
     };
-    let fewest = serving().map(|member| member.slots).min()?;
+    let slots = serving().map(|member| member.slots);
+    let fewest = slots.filter(|slots| *slots > 0).min()?;
+    let attending = serving().filter(|member| member.runs_attention());
     let paths: BTreeSet<&str> = serving().map(|member| member.cpu_path.as_str()).collect();
     let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
     Some(Parallelism {
-        attention_ranks: count(serving().count()),
+        attention_ranks: count(attending.count()),
         expert_ranks: active(state).map_or(0, |plan| count(plan.ranks.len())),
         fewest_slots: fewest,
         cpu_paths: paths.into_iter().map(str::to_owned).collect(),

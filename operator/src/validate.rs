@@ -7,11 +7,13 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use foregate_api::cpu::{CpuPath, Pinning};
+use foregate_api::ids::Rank;
 use foregate_api::limits;
 use foregate_api::manifest::{
     API_VERSION, AutoscalingSpec, BalancingSpec, GatewaySpec, KIND, Manifest, ModelSource,
     PodsSpec, Quantity, ResourcesSpec, RoutingPolicy, WorkersSpec,
 };
+use foregate_api::member::Duty;
 use foregate_api::weights::WeightSettings;
 
 use crate::quantity::parse_bytes;
@@ -87,6 +89,10 @@ pub enum Threads {
 pub struct ValidatedWorkers {
     /// Number of workers.
     pub count: u32,
+    /// Workers that take sequences and hold no experts: the first ranks. Fewer than `count`.
+    pub attention_only: u32,
+    /// Workers that hold experts and take no sequences: the ranks after those. Fewer than `count`.
+    pub expert_only: u32,
     /// Redundant expert slots.
     pub redundancy: Redundancy,
     /// Compute threads.
@@ -113,6 +119,14 @@ pub struct ValidatedWorkers {
     pub domain_label: String,
     /// What a pod asks for.
     pub resources: Resources,
+}
+
+impl ValidatedWorkers {
+    /// What a rank does for the others.
+    #[must_use]
+    pub const fn duty(&self, rank: Rank) -> Duty {
+        Duty::of(rank, self.attention_only, self.expert_only)
+    }
 }
 
 /// What a container asks for.
@@ -287,6 +301,9 @@ fn model(checks: &mut Checks, source: ModelSource) -> ValidatedModel {
 fn workers(checks: &mut Checks, spec: WorkersSpec) -> ValidatedWorkers {
     let WorkersSpec {
         count,
+        device,
+        attention_only,
+        expert_only,
         redundant_slots,
         threads,
         cpu_path,
@@ -302,6 +319,10 @@ fn workers(checks: &mut Checks, spec: WorkersSpec) -> ValidatedWorkers {
         resources,
     } = spec;
     let count = checks.range(&limits::COUNT, count);
+    checks.device(device.unwrap_or_default());
+    let attention_only = checks.range(&limits::ATTENTION_ONLY, attention_only);
+    let expert_only = checks.range(&limits::EXPERT_ONLY, expert_only);
+    checks.duties(count, attention_only, expert_only);
     let redundancy = match redundant_slots {
         None => Redundancy::Linked,
         some => Redundancy::Slots(checks.range(&limits::REDUNDANT_SLOTS, some)),
@@ -320,6 +341,8 @@ fn workers(checks: &mut Checks, spec: WorkersSpec) -> ValidatedWorkers {
     checks.must("spec.workers.domainLabel", &domain_label, checks::label_key);
     ValidatedWorkers {
         count,
+        attention_only,
+        expert_only,
         redundancy,
         threads,
         cpu_path: cpu_path.unwrap_or_default(),

@@ -59,6 +59,7 @@ fn config() -> WorkerConfig {
         rpc_listen: String::new(),
         exchange_listen: String::new(),
         fabric: FabricKind::Local,
+        duty: foregate_api::member::Duty::Attention,
         slots: 0,
         threads: 2,
         cpu_path: CpuPath::Auto,

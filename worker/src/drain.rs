@@ -19,16 +19,18 @@ const QUIET: Duration = Duration::from_millis(300);
 ///
 /// The second half is for a cluster that stops as a whole: a worker without sequences of its own still
 /// holds experts that the others need for theirs.
-pub(crate) async fn drain(engine: &EngineHandle, endpoint: &Endpoint) {
+pub(crate) async fn drain(engine: Option<&EngineHandle>, endpoint: &Endpoint) {
     let deadline = Instant::now() + DRAIN_DEADLINE;
-    if timeout_at(deadline, engine.drain()).await.is_err() {
-        tracing::warn!(seconds = DRAIN_DEADLINE.as_secs(), "engine_drain_cut_off");
-        if timeout(STOP_DEADLINE, engine.stop()).await.is_err() {
-            tracing::error!("engine_did_not_stop");
+    if let Some(engine) = engine {
+        if timeout_at(deadline, engine.drain()).await.is_err() {
+            tracing::warn!(seconds = DRAIN_DEADLINE.as_secs(), "engine_drain_cut_off");
+            if timeout(STOP_DEADLINE, engine.stop()).await.is_err() {
+                tracing::error!("engine_did_not_stop");
+            }
+            return;
         }
-        return;
+        tracing::info!("engine_drained");
     }
-    tracing::info!("engine_drained");
     if timeout_at(deadline, quiet(endpoint)).await.is_err() {
         tracing::warn!("peers_still_call");
     }

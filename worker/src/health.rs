@@ -19,7 +19,8 @@ pub struct Health {
 /// What a running worker is judged by.
 #[derive(Debug)]
 pub(crate) struct Parts {
-    pub(crate) engine: EngineHandle,
+    /// None in a worker that holds experts only.
+    pub(crate) engine: Option<EngineHandle>,
     pub(crate) server: Arc<Server>,
     pub(crate) wanted: watch::Receiver<Wanted>,
 }
@@ -44,7 +45,8 @@ impl Health {
         let Some(parts) = parts.as_ref() else {
             return Ok(());
         };
-        if let EngineState::Failed(what) = parts.engine.state() {
+        let state = parts.engine.as_ref().map(EngineHandle::state);
+        if let Some(EngineState::Failed(what)) = state {
             return Err(format!("the engine died: {what}"));
         }
         let leaving = parts.wanted.borrow().member.phase == Phase::Draining;

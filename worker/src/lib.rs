@@ -138,7 +138,8 @@ pub async fn run(deps: Deps) -> Result<(), WorkerError> {
 /// A worker that runs.
 struct Worker {
     endpoint: Endpoint,
-    engine: EngineHandle,
+    /// None in a worker that holds experts only.
+    engine: Option<EngineHandle>,
     wanted: tokio::sync::watch::Sender<Wanted>,
     rpc: JoinHandle<Result<(), foregate_wire::tonic::transport::Error>>,
     stop_rpc: CancellationToken,
@@ -199,17 +200,22 @@ impl Worker {
             phase: Phase::Joining,
             model: spec.as_ref().clone(),
             cpu_path: loaded.cpu.path().to_string(),
-            kv_pages: u32::try_from(loaded.shape.pages).unwrap_or(u32::MAX),
+            kv_pages: loaded.attention.as_ref().map_or(0, |attention| {
+                u32::try_from(attention.shape.pages).unwrap_or(u32::MAX)
+            }),
             page_tokens: config.page_tokens,
         };
-        let engine = engine::start(EngineParts {
-            model: loaded.model,
-            kv: loaded.kv,
-            experts: Box::new(endpoint.exchange()),
-            config: config.clone(),
-            load: Arc::clone(&load),
-        })
-        .map_err(io("starting the engine's thread"))?;
+        let start = |attention: start::Attention| {
+            engine::start(EngineParts {
+                model: attention.model,
+                kv: attention.kv,
+                experts: Box::new(endpoint.exchange()),
+                config: config.clone(),
+                load: Arc::clone(&load),
+            })
+        };
+        let engine = loaded.attention.map(start).transpose();
+        let engine = engine.map_err(io("starting the engine's thread"))?;
 
         let stop_follower = CancellationToken::new();
         let coord = Coord::new(store, &cluster);
@@ -256,9 +262,12 @@ impl Worker {
                 })
             },
         });
+        let generation = engine
+            .clone()
+            .map(|it| GenerationService::new(it).into_server());
         let router = grpc::server()
-            .add_service(GenerationService::new(engine.clone()).into_server())
-            .add_service(ExpertsService::server(Arc::clone(endpoint.residency())));
+            .add_service(ExpertsService::server(Arc::clone(endpoint.residency())))
+            .add_optional_service(generation);
         let (stop_rpc, stop_publisher) = (CancellationToken::new(), CancellationToken::new());
         Ok(Self {
             rpc: spawn(grpc::serve(router, rpc_listener, keys, stop_rpc.clone())),
@@ -283,10 +292,9 @@ impl Worker {
     }
 
     async fn until(mut self, shutdown: CancellationToken) -> Result<(), WorkerError> {
-        let mut state = self.engine.watch();
         let ended = tokio::select! {
             () = shutdown.cancelled() => Ok(()),
-            _ = state.wait_for(|state| *state != EngineState::Running) => Ok(()),
+            () = engine_ended(self.engine.as_ref()) => Ok(()),
             broke = &mut self.rpc => match broke {
                 Ok(Ok(())) => Ok(()),
                 Ok(Err(error)) => Err(error.into()),
@@ -302,9 +310,12 @@ impl Worker {
         };
         self.wanted
             .send_modify(|wanted| wanted.member.phase = Phase::Draining);
-        let state = self.engine.state();
+        let state = self
+            .engine
+            .as_ref()
+            .map_or(EngineState::Running, EngineHandle::state);
         if state == EngineState::Running {
-            drain::drain(&self.engine, &self.endpoint).await;
+            drain::drain(self.engine.as_ref(), &self.endpoint).await;
         }
         self.leave().await;
         match state {
@@ -328,6 +339,16 @@ impl Worker {
             tracing::error!(%error, "exchange_close_failed");
         }
     }
+}
+
+/// Until the engine's thread is over; for ever where there is none.
+async fn engine_ended(engine: Option<&EngineHandle>) {
+    let Some(engine) = engine else {
+        return std::future::pending().await;
+    };
+    let mut state = engine.watch();
+    // An engine whose state nobody can change any more is over as well.
+    let _over = state.wait_for(|state| *state != EngineState::Running).await;
 }
 
 /// No progress at all: the state of a new worker.
@@ -360,7 +381,7 @@ async fn end<T>(name: &'static str, mut task: JoinHandle<T>) {
 fn window_closer(
     config: &WorkerConfig,
     load: Arc<LoadCounters>,
-    engine: EngineHandle,
+    engine: Option<EngineHandle>,
     gate: Arc<residency::EpochGate>,
     metrics: Arc<WorkerMetrics>,
 ) -> CloseWindow {
@@ -371,26 +392,27 @@ fn window_closer(
             epoch: gate.view().serving,
             sequence,
             span_ms: u64::try_from(span.as_millis()).unwrap_or(u64::MAX),
-            engine: engine_load(&engine, &metrics),
+            engine: engine_load(engine.as_ref(), &metrics),
         })
     })
 }
 
 /// The engine's own figures with those that residency and exchange know.
-fn engine_load(engine: &EngineHandle, metrics: &WorkerMetrics) -> EngineLoad {
+fn engine_load(engine: Option<&EngineHandle>, metrics: &WorkerMetrics) -> EngineLoad {
     EngineLoad {
         experts_loaded: metrics.experts_loaded_total(),
         switch_stall_us: metrics.last_stall_us(),
         late_rows: metrics.late_rows_total(),
-        ..engine.load()
+        ..engine.map(EngineHandle::load).unwrap_or_default()
     }
 }
 
 async fn gauges(
     metrics: Arc<WorkerMetrics>,
-    engine: EngineHandle,
+    engine: Option<EngineHandle>,
     shutdown: CancellationToken,
 ) {
+    let Some(engine) = engine else { return };
     let mut ticks = tokio::time::interval(GAUGES);
     loop {
         tokio::select! {

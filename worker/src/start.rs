@@ -22,11 +22,17 @@ use crate::loading::Loading;
 pub(crate) struct Loaded {
     pub(crate) checkpoint: Arc<Checkpoint>,
     pub(crate) cpu: Arc<Cpu>,
+    /// What sequences need; none in a worker that holds experts only.
+    pub(crate) attention: Option<Attention>,
+    /// Bytes of the dense weights in memory.
+    pub(crate) dense_bytes: u64,
+}
+
+/// All weights that are no expert's, and room for keys and values.
+pub(crate) struct Attention {
     pub(crate) model: Model,
     pub(crate) kv: KvCache,
     pub(crate) shape: KvShape,
-    /// Bytes of the dense weights in memory.
-    pub(crate) dense_bytes: u64,
 }
 
 /// Refuses what no worker can run with, naming the field.
@@ -60,6 +66,10 @@ pub(crate) fn check(config: &WorkerConfig) -> Result<(), WorkerError> {
             let what = format!("{value}, must be from {least} to {most}");
             return Err(refuse(field, &what));
         }
+    }
+    if config.duty.holds_experts() != (config.slots > 0) {
+        let what = format!("{}, for a worker of duty {:?}", config.slots, config.duty);
+        return Err(refuse("slots", &what));
     }
     if config.served_name.is_empty() {
         return Err(refuse("served_name", "must name the model"));
@@ -143,18 +153,21 @@ fn load_now(
     let slots = (config.slots as usize).min(spec.experts) * spec.moe_layers();
     let expert_bytes = (slots * spec.expert_bytes()) as u64;
     let mut dense_bytes = 0;
-    let model = dense.model(&dir, &checkpoint, Arc::clone(&cpu), |done, total| {
-        dense_bytes = total;
-        loading.tell(done, total + expert_bytes);
-    })?;
-    let shape = crate::engine::kv_shape(&model, config)?;
-    let kv = reserve(shape, config.kv_bytes)?;
+    let attention = if config.duty.runs_attention() {
+        let model = dense.model(&dir, &checkpoint, Arc::clone(&cpu), |done, total| {
+            dense_bytes = total;
+            loading.tell(done, total + expert_bytes);
+        })?;
+        let shape = crate::engine::kv_shape(&model, config)?;
+        let kv = reserve(shape, config.kv_bytes)?;
+        Some(Attention { model, kv, shape })
+    } else {
+        None
+    };
     Ok(Loaded {
         checkpoint: Arc::new(checkpoint),
         cpu,
-        model,
-        kv,
-        shape,
+        attention,
         dense_bytes,
     })
 }
@@ -208,6 +221,8 @@ fn reserve(shape: KvShape, bytes: u64) -> Result<KvCache, WorkerError> {
 
 #[cfg(test)]
 mod tests {
+    use foregate_api::member::Duty;
+
     use super::*;
 
     #[test]
@@ -236,6 +251,7 @@ mod tests {
             rpc_listen: "127.0.0.1:0".to_owned(),
             exchange_listen: "127.0.0.1:0".to_owned(),
             fabric: FabricKind::Tcp,
+            duty: Duty::Both,
             slots: 8,
             threads: 1,
             cpu_path: CpuPath::Auto,
@@ -283,7 +299,9 @@ mod tests {
     fn numbers_outside_their_range_are_refused_by_name() {
         assert!(check(&config()).is_ok());
         type Change = fn(&mut WorkerConfig);
-        let changes: [(&str, Change); 8] = [
+        let changes: [(&str, Change); 10] = [
+            ("slots", |c| c.slots = 0),
+            ("slots", |c| c.duty = Duty::Attention),
             ("threads", |c| c.threads = u32::MAX),
             ("max_num_seqs", |c| c.max_num_seqs = 0),
             ("max_num_batched_tokens", |c| {

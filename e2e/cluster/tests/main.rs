@@ -13,6 +13,7 @@
 mod canary;
 mod coverage;
 mod devices;
+mod duties;
 mod install;
 mod load;
 mod losses;

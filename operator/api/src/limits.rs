@@ -52,6 +52,10 @@ limits! {
     MAX_MODEL_LEN: u32 = "spec.model.maxModelLen", None, 2, 1 << 24;
     /// Number of workers.
     COUNT: u32 = "spec.workers.count", Some(2), 1, 1024;
+    /// Workers that take requests and hold no experts.
+    ATTENTION_ONLY: u32 = "spec.workers.attentionOnly", Some(0), 0, 1023;
+    /// Workers that hold experts and take no requests.
+    EXPERT_ONLY: u32 = "spec.workers.expertOnly", Some(0), 0, 1023;
     /// Expert slots beyond ⌈experts / count⌉; absent: as many as link all ranks.
     REDUNDANT_SLOTS: u32 = "spec.workers.redundantSlots", None, 0, 4096;
     /// Compute threads; absent: a share of the machine.

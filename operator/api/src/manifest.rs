@@ -111,8 +111,19 @@ pub struct WorkersSpec {
     /// Number of workers, default 2.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub count: Option<u32>,
-    /// Expert slots per MoE layer and worker beyond ⌈experts / count⌉. Default: enough to link all ranks
-    /// (`S = 1 + ⌈(N−1)/G⌉` slots in all, for N experts on G workers).
+    /// What they compute on: `cpu`. `cuda` is refused, since this version has no kernels for cards. Cards that
+    /// `resources` asks for only decide where pods go. Default `cpu`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<DeviceClass>,
+    /// Workers that take requests and hold no experts: the first ones, by rank. Default 0.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub attention_only: Option<u32>,
+    /// Workers that hold experts and take no requests, so that they need neither attention weights nor keys and values: the
+    /// ones after `attentionOnly`, by rank. Default 0. All other workers do both.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expert_only: Option<u32>,
+    /// Expert slots per MoE layer and worker that holds experts, beyond ⌈experts / such workers⌉. Default: enough to link all ranks
+    /// (`S = 1 + ⌈(N−1)/G⌉` slots in all, for N experts on G such workers).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub redundant_slots: Option<u32>,
     /// Compute threads; default: the machine's cores divided by the workers on it, at least 1.
@@ -154,6 +165,18 @@ pub struct WorkersSpec {
     /// What a worker's pod asks for. `foregate up` does not look at it.
     #[serde(default)]
     pub resources: ResourcesSpec,
+}
+
+/// What workers compute on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+pub enum DeviceClass {
+    /// Processors.
+    #[default]
+    Cpu,
+    /// Cards with CUDA. This version has no kernels for them, and refuses it.
+    Cuda,
 }
 
 /// What a container asks for, by resource: `cpu`, `memory`, or one of a device plugin, such as `nvidia.com/gpu`.

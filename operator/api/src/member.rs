@@ -6,6 +6,48 @@ use crate::cpu::{Arithmetic, CpuPath};
 use crate::ids::{Epoch, Rank};
 use crate::model::ModelSpec;
 
+/// What a worker does for the others. All do both, unless the manifest divides them
+/// (attention-FFN disaggregation).
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize,
+)]
+#[serde(rename_all = "snake_case")]
+pub enum Duty {
+    /// Takes sequences, and holds experts.
+    #[default]
+    Both,
+    /// Takes sequences; their rows all go to others.
+    Attention,
+    /// Holds experts; has neither attention weights nor keys and values.
+    Experts,
+}
+
+impl Duty {
+    /// The duty of a rank: the first ranks run attention only, the next hold experts only, the others do both.
+    #[must_use]
+    pub const fn of(rank: Rank, attention_only: u32, expert_only: u32) -> Self {
+        if rank.0 < attention_only {
+            Self::Attention
+        } else if rank.0 - attention_only < expert_only {
+            Self::Experts
+        } else {
+            Self::Both
+        }
+    }
+
+    /// Whether it takes sequences.
+    #[must_use]
+    pub const fn runs_attention(self) -> bool {
+        matches!(self, Self::Both | Self::Attention)
+    }
+
+    /// Whether it holds experts.
+    #[must_use]
+    pub const fn holds_experts(self) -> bool {
+        matches!(self, Self::Both | Self::Experts)
+    }
+}
+
 /// Where a worker is in its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -32,7 +74,7 @@ pub struct Member {
     pub exchange: String,
     /// Failure domain (host name, rack, zone: whatever the manifest said), empty if unknown.
     pub domain: String,
-    /// Expert slots per MoE layer.
+    /// Expert slots per MoE layer; none if it holds no experts.
     pub slots: u32,
     /// Where it is in its life.
     pub phase: Phase,
@@ -40,7 +82,7 @@ pub struct Member {
     pub model: ModelSpec,
     /// Name of the instruction path its kernels chose, for example `avx512`.
     pub cpu_path: String,
-    /// Pages of its KV cache and tokens per page.
+    /// Pages of its KV cache; none if it takes no sequences.
     pub kv_pages: u32,
     /// Tokens per page.
     pub page_tokens: u32,
@@ -52,6 +94,12 @@ impl Member {
     pub fn arithmetic(&self) -> Arithmetic {
         let path = self.cpu_path.parse::<CpuPath>().unwrap_or_default();
         path.arithmetic()
+    }
+
+    /// Whether it takes sequences, once it is ready.
+    #[must_use]
+    pub const fn runs_attention(&self) -> bool {
+        self.kv_pages > 0
     }
 
     /// Whether rows and tokens of both may be mixed: the same model, summed in the same way.

@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::cpu::{CpuPath, Pinning, Seat};
 use crate::ids::Rank;
 use crate::manifest::RoutingPolicy;
+use crate::member::Duty;
 use crate::tls::{StoreTls, TlsConfig};
 use crate::weights::WeightSettings;
 
@@ -130,7 +131,9 @@ pub struct WorkerConfig {
     pub exchange_listen: String,
     /// Which fabric.
     pub fabric: FabricKind,
-    /// Expert slots per MoE layer.
+    /// Whether it takes sequences, holds experts, or both.
+    pub duty: Duty,
+    /// Expert slots per MoE layer; 0 exactly if it holds no experts.
     pub slots: u32,
     /// Compute threads.
     pub threads: u32,

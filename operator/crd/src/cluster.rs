@@ -101,7 +101,7 @@ pub struct MoeClusterStatus {
     /// What is known of the model.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub model: Option<InspectedModel>,
-    /// Memory that one worker needs.
+    /// Memory that the worker needs that needs most.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub memory: Option<MemoryPlan>,
 }
@@ -114,7 +114,7 @@ pub struct Parallelism {
     pub attention_ranks: u32,
     /// Ranks that hold experts in the active placement (expert parallel).
     pub expert_ranks: u32,
-    /// Expert slots per MoE layer of the rank that has fewest.
+    /// Expert slots per MoE layer of the rank with experts that has fewest.
     pub fewest_slots: u32,
     /// Instruction paths that the ranks chose, each once, ascending.
     pub cpu_paths: Vec<String>,
@@ -130,7 +130,7 @@ pub struct InspectedModel {
     pub facts: ModelFacts,
 }
 
-/// Memory that one worker needs, in bytes.
+/// Memory that the worker needs that needs most, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct MemoryPlan {
@@ -138,7 +138,7 @@ pub struct MemoryPlan {
     pub kv_bytes: u64,
     /// Expert slots over all layers.
     pub expert_bytes: u64,
-    /// Weights that every worker holds.
+    /// All weights that are no expert's.
     pub dense_bytes: u64,
     /// The sum.
     pub total_bytes: u64,

@@ -61,10 +61,32 @@ pub struct ExpertPlacementStatus {
     /// not see the parent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub copies_moved: Option<i64>,
+    /// What the planner does next if the load stays as it was predicted when this placement was made. Absent if nothing
+    /// follows soon, or if that is not recorded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next: Option<NextMove>,
     /// Number of MoE layers.
     pub layers: i32,
     /// What each rank holds.
     pub homes: Vec<RankHomes>,
+}
+
+/// A change of the placement that is predicted.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct NextMove {
+    /// Load windows until then, 1 for the next.
+    pub windows: i32,
+    /// `move`, if copies move, or `reweigh`, if shares change only.
+    pub verdict: String,
+    /// Copies to load.
+    pub copies: i64,
+    /// The MoE layers that change, ascending.
+    pub layers: Vec<i32>,
+    /// Predicted balance before, mean over layers.
+    pub balance_before: f64,
+    /// Predicted balance after, mean over layers.
+    pub balance_after: f64,
 }
 
 /// What a rank holds.
@@ -81,7 +103,7 @@ pub struct RankHomes {
 impl ExpertPlacementStatus {
     /// The status of an active placement, with what it moved if that is known.
     #[must_use]
-    pub fn of(plan: &Placement, copies_moved: Option<usize>) -> Self {
+    pub fn of(plan: &Placement, copies_moved: Option<usize>, next: Option<NextMove>) -> Self {
         let number = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
         Self {
             epoch: number(plan.epoch.0),
@@ -90,6 +112,7 @@ impl ExpertPlacementStatus {
             balance_before: plan.balance_before,
             balance_after: plan.balance_after,
             copies_moved: copies_moved.map(|n| number(n as u64)),
+            next,
             layers: i32::try_from(plan.layers.len()).unwrap_or(i32::MAX),
             homes: plan
                 .ranks
@@ -200,7 +223,7 @@ mod tests {
             balance_before: 0.5,
             balance_after: 0.9,
         };
-        let status = ExpertPlacementStatus::of(&plan, Some(3));
+        let status = ExpertPlacementStatus::of(&plan, Some(3), None);
         assert_eq!(status.homes[0].experts, ["0-1", "=", "0,3"]);
         assert_eq!(status.homes[1].rank, 2);
         assert_eq!(status.homes[1].experts, ["2-3", "1-2", "="]);

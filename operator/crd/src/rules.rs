@@ -39,20 +39,22 @@ const RULES: &[Rule] = &[
             "metadata.name: give 1 to 48 of a-z, 0-9 and `-`, not at either end: other objects are named after it",
         ),
     },
-    // The memory plan, once the sizes of the model are known: a change that cannot fit is refused before it begins.
+    // The memory plan, once the sizes of the model are known: a change that cannot fit is refused before it begins. It is
+    // that of a worker that does both; where there is none, the operator says in the status what does not fit.
     Rule {
         at: "",
-        rule: "!has(self.status) || !has(self.status.model) || !has(self.spec.workers.resources) || \
+        rule: "self.spec.workers.attentionOnly + self.spec.workers.expertOnly >= self.spec.workers.count || !has(self.status) || !has(self.status.model) || !has(self.spec.workers.resources) || \
                !has(self.spec.workers.resources.limits) || !('memory' in self.spec.workers.resources.limits) || \
                quantity(self.spec.workers.kvMemory).asInteger() + self.status.model.facts.denseBytes + \
-               self.status.model.facts.slotBytes * ((self.status.model.facts.experts + self.spec.workers.count - 1) / \
-               self.spec.workers.count + (has(self.spec.workers.redundantSlots) ? self.spec.workers.redundantSlots : 0)) \
+               self.status.model.facts.slotBytes * ((self.status.model.facts.experts + self.spec.workers.count - \
+               self.spec.workers.attentionOnly - 1) / (self.spec.workers.count - self.spec.workers.attentionOnly) + (has(self.spec.workers.redundantSlots) ? self.spec.workers.redundantSlots : 0)) \
                <= quantity(string(self.spec.workers.resources.limits['memory'])).asInteger()",
         says: Says::Expression(
             "'spec.workers: kvMemory %d bytes + dense weights %d + %d expert slots x %d is more than resources.limits.memory, %d \
              bytes: give more memory, more workers, or less kvMemory or redundantSlots'.format([\
              quantity(self.spec.workers.kvMemory).asInteger(), self.status.model.facts.denseBytes, \
-             (self.status.model.facts.experts + self.spec.workers.count - 1) / self.spec.workers.count + \
+             (self.status.model.facts.experts + self.spec.workers.count - self.spec.workers.attentionOnly - 1) / \
+             (self.spec.workers.count - self.spec.workers.attentionOnly) + \
              (has(self.spec.workers.redundantSlots) ? self.spec.workers.redundantSlots : 0), \
              self.status.model.facts.slotBytes, \
              quantity(string(self.spec.workers.resources.limits['memory'])).asInteger()])",
@@ -113,6 +115,23 @@ const RULES: &[Rule] = &[
         rule: "!isQuantity(self) || (quantity(self).compareTo(quantity('64Ki')) >= 0 && \
                quantity(self).compareTo(quantity('16Ti')) <= 0)",
         says: Says::Expression("'is ' + self + '; give 64Ki to 16Ti'", "give 64Ki to 16Ti"),
+    },
+    Rule {
+        at: "spec.workers.device",
+        rule: "self == 'cpu'",
+        says: Says::Text("this version has no kernels for cards: write cpu, or leave it out"),
+    },
+    Rule {
+        at: "spec.workers",
+        // The schema's default of `spec.workers` is judged before the defaults of its fields are filled in.
+        rule: "!has(self.count) || !has(self.attentionOnly) || !has(self.expertOnly) || (self.attentionOnly < self.count && \
+               self.expertOnly < self.count && self.attentionOnly + self.expertOnly <= self.count)",
+        says: Says::Expression(
+            "'count is %d, attentionOnly %d and expertOnly %d: some worker must take requests, some must hold experts, and \
+             each worker does one of both at least: give a larger count, or less of the others'\
+             .format([self.count, self.attentionOnly, self.expertOnly])",
+            "count is too small for attentionOnly and expertOnly",
+        ),
     },
     Rule {
         at: "spec.workers",
@@ -400,6 +419,7 @@ fn enumerations(object: &mut Value) -> Result<(), SchemaError> {
         ("spec.model.dtype", "auto"),
         ("spec.model.quantization", "none"),
         ("spec.workers.cpuPath", "auto"),
+        ("spec.workers.device", "cpu"),
         ("spec.workers.pinning", "none"),
         ("spec.gateway.routing", "signature"),
         ("spec.security.certManager.kind", "Issuer"),

@@ -12,6 +12,7 @@
 #![forbid(unsafe_code)]
 
 mod case;
+mod coming;
 mod expert;
 mod last;
 mod next;
@@ -21,6 +22,7 @@ pub mod record;
 mod text;
 mod what_if;
 
+pub use crate::coming::{Coming, coming};
 pub use crate::expert::{Alternative, Change, ExpertAnswer, HeldCopy, Kind, expert};
 pub use crate::last::{LastAnswer, LayerStory, change, last};
 pub use crate::next::{NearLayer, NextAnswer, next};

@@ -6,8 +6,9 @@ use foregate_api::ids::{Epoch, LayerId};
 use foregate_planner::{Because, Verdict};
 use serde::Serialize;
 
+use crate::coming::{Coming, coming};
 use crate::past::{Missing, Past};
-use crate::record::Trigger;
+use crate::record::{ReplayError, Trigger};
 use crate::text;
 
 /// How near a layer is to a move.
@@ -44,6 +45,8 @@ pub struct NextAnswer {
     pub threshold: f64,
     /// The layers, nearest to a move first.
     pub layers: Vec<NearLayer>,
+    /// What comes next if the load stays as it was predicted; `None`: nothing soon.
+    pub coming: Option<Coming>,
 }
 
 /// Answers about the next decision.
@@ -52,9 +55,9 @@ pub struct NextAnswer {
 /// What is not recorded.
 pub fn next(past: &Past, now_ms: u64) -> Result<NextAnswer, Missing> {
     let record = past.newest()?;
-    let decision = record
-        .replay(past.parent(record)?)
-        .map_err(|error| Missing::Replay(error.to_string()))?;
+    let parent = past.parent(record)?;
+    let replay = |error: ReplayError| Missing::Replay(error.to_string());
+    let decision = record.replay(parent).map_err(replay)?;
     let near = |layer: &foregate_planner::report::LayerReport| NearLayer {
         layer: layer.layer,
         balance: layer.after,
@@ -78,6 +81,7 @@ pub fn next(past: &Past, now_ms: u64) -> Result<NextAnswer, Missing> {
         window_ms: record.window_ms,
         threshold: record.settings.threshold,
         layers,
+        coming: coming(record, parent).map_err(replay)?,
     })
 }
 
@@ -100,6 +104,13 @@ impl fmt::Display for NextAnswer {
             "The next is due at the end of a load window ({:.1} s) that has enough rows, or when ranks come or go.",
             self.window_ms as f64 / 1000.0
         )?;
+        match &self.coming {
+            Some(coming) => writeln!(f, "If the load stays as it was predicted, {coming}.")?,
+            None => writeln!(
+                f,
+                "If the load stays as it was predicted, nothing changes soon."
+            )?,
+        }
         writeln!(
             f,
             "Copies of a layer may move when its best split falls below {:.3}:\n",

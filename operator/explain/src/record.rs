@@ -149,6 +149,14 @@ impl Record {
     /// # Errors
     /// If the planner does not decide what is recorded.
     pub fn replay(&self, previous: Option<&Placement>) -> Result<Decision, ReplayError> {
+        self.decide(previous).map(|(decision, _)| decision)
+    }
+
+    /// As [`Self::replay`], with the trigger's memory after it.
+    pub(crate) fn decide(
+        &self,
+        previous: Option<&Placement>,
+    ) -> Result<(Decision, History), ReplayError> {
         let mut history = self.history.clone();
         let mut decision =
             foregate_planner::plan(&self.problem, previous, &self.settings, &mut history)?;
@@ -172,7 +180,7 @@ impl Record {
         {
             placement.reason = reason;
         }
-        Ok(decision)
+        Ok((decision, history))
     }
 }
 

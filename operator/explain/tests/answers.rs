@@ -7,8 +7,8 @@ use foregate_api::ids::{Epoch, ExpertId, LayerId, Rank};
 use foregate_api::placement::{LayerPlacement, Placement};
 use foregate_explain::record::{Measured, ReplayError, Trigger, rounded};
 use foregate_explain::{
-    Kind, Machine, Missing, Past, Record, Wish, WishError, change, expert, last, next, rank,
-    what_if,
+    Kind, Machine, Missing, Past, Record, Wish, WishError, change, coming, expert, last, next,
+    rank, what_if,
 };
 use foregate_planner::split::{SplitTable, solve};
 use foregate_planner::{History, Problem, RankSlots, Settings, plan};
@@ -261,6 +261,43 @@ fn the_next_decision_is_judged_by_the_newest_record() {
     );
     assert!(about.to_string().contains("below 0.970"));
     assert_eq!(next(&Past::default(), NOW), Err(Missing::Nothing));
+}
+
+/// One move a window is allowed where several are needed: the record tells of the next, and the planner makes it.
+#[test]
+fn the_move_that_comes_is_the_one_that_is_made() {
+    let mut past = past();
+    let mut record = past.newest().unwrap().clone();
+    record.settings.max_moves_per_layer = 1;
+    let parent = past.parent(&record).unwrap().cloned();
+    let mut history = record.history.clone();
+    let settings = record.settings;
+    let decision = plan(&record.problem, parent.as_ref(), &settings, &mut history).unwrap();
+    let report = decision.report();
+    (record.verdict, record.epoch) = (report.verdict, report.epoch);
+    record.predicted = Record::predict(report, 1000);
+    let told = coming(&record, parent.as_ref()).unwrap();
+    let told = told.expect("one move is not enough");
+
+    let placement = decision.placement().unwrap();
+    let mut windows = 0;
+    let made = loop {
+        windows += 1;
+        let mut problem = record.problem.clone();
+        problem.above = placement.epoch;
+        let next = plan(&problem, Some(placement), &settings, &mut history).unwrap();
+        if next.placement().is_some() {
+            break next;
+        }
+    };
+    let report = made.report();
+    assert_eq!((told.windows, told.verdict), (windows, report.verdict));
+    assert_eq!(told.copies, report.copies_moved);
+    assert!(told.balance_after > told.balance_before);
+    record.at_ms += 1;
+    past.latest = Some(record);
+    let text = next(&past, NOW).unwrap().to_string();
+    assert!(text.contains(&told.to_string()), "{text}");
 }
 
 #[test]

@@ -44,7 +44,9 @@ pub(super) fn build(
         let rank = worker.rank;
         let mut worker = worker.clone();
         let there = inputs.slots.get(&rank).copied().unwrap_or_default();
-        worker.slots = worker.slots.max(there);
+        if worker.duty.holds_experts() {
+            worker.slots = worker.slots.max(there);
+        }
         let node = NodeConfig {
             role: RoleConfig::Worker(worker.clone()),
             ..instance.node.clone()

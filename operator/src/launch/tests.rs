@@ -41,7 +41,11 @@ fn a_plan_beyond_the_machine_is_refused_with_the_sum() {
     let error = launch(&wanted("8Gi"), &DEMO, &form()).unwrap_err();
     assert!(matches!(
         error,
-        LaunchError::MachineMemory { workers: 2, .. }
+        LaunchError::MachineMemory {
+            attending: 2,
+            holding: 2,
+            ..
+        }
     ));
     assert!(
         error.to_string().contains("spec.workers.kvMemory"),
@@ -127,6 +131,46 @@ fn slots_by_the_rule_or_by_wish() {
         slots(5, Some(0), 32),
         (7, 1),
         "7 × 5 = 35 hold 32, but 1 + ⌈31/5⌉ = 8 link"
+    );
+}
+
+/// Of five workers one runs attention only, two hold experts only: memory and slots are counted for those that need them.
+#[test]
+fn divided_duties_share_experts_among_those_that_hold_them() {
+    let divided = |kv: &str| {
+        cluster(|m| {
+            m.spec.workers.count = Some(5);
+            m.spec.workers.attention_only = Some(1);
+            m.spec.workers.expert_only = Some(2);
+            m.spec.workers.redundant_slots = Some(0);
+            m.spec.workers.kv_memory = Some(kv.to_owned());
+        })
+    };
+    let plan = launch(&divided("5Gi"), &DEMO, &place(Form::InProcess)).unwrap();
+    let told: Vec<(Duty, u32)> = workers(&plan).iter().map(|w| (w.duty, w.slots)).collect();
+    let each = DEMO.experts / 4;
+    assert_eq!(
+        told,
+        [
+            (Duty::Attention, 0),
+            (Duty::Experts, each),
+            (Duty::Experts, each),
+            (Duty::Both, each),
+            (Duty::Both, each),
+        ]
+    );
+    // Three of five have keys and values: 15 of 16 GiB, and not 18.
+    let error = launch(&divided("6Gi"), &DEMO, &place(Form::InProcess)).unwrap_err();
+    assert!(
+        matches!(
+            error,
+            LaunchError::MachineMemory {
+                attending: 3,
+                holding: 4,
+                ..
+            }
+        ),
+        "{error}"
     );
 }
 

@@ -8,6 +8,7 @@ use foregate_api::limits::{
     KV_MEMORY, Limit, MAX_DOMAIN, MAX_NAME, MAX_SERVED_NAME, MAX_SERVED_NAMES, MAX_URI,
     PAGE_TOKENS,
 };
+use foregate_api::manifest::DeviceClass;
 
 use crate::quantity::{QuantityError, parse_bytes, parse_milli};
 use crate::validate::{
@@ -96,6 +97,37 @@ impl Checks {
             format!("give {low} to {high}"),
         );
         right
+    }
+
+    pub(super) fn device(&mut self, device: DeviceClass) {
+        if device == DeviceClass::Cuda {
+            self.add(
+                "spec.workers.device",
+                "is cuda: this version has no kernels for cards".to_owned(),
+                "write cpu, or leave it out",
+            );
+        }
+    }
+
+    /// Somebody must take requests, somebody must hold experts, and nobody can do without both.
+    pub(super) fn duties(&mut self, count: u32, attention_only: u32, expert_only: u32) {
+        let both = u64::from(attention_only) + u64::from(expert_only);
+        let what = if attention_only >= count {
+            "no worker holds experts"
+        } else if expert_only >= count {
+            "no worker takes requests"
+        } else if both > u64::from(count) {
+            "there are not as many workers"
+        } else {
+            return;
+        };
+        self.add(
+            "spec.workers",
+            format!(
+                "count is {count}, attentionOnly {attention_only} and expertOnly {expert_only}: {what}"
+            ),
+            "give a larger count, or less of the others",
+        );
     }
 
     pub(super) fn page_tokens(&mut self, value: Option<u32>) -> u32 {

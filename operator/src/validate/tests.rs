@@ -41,6 +41,8 @@ fn what_is_left_open_gets_the_documented_defaults() {
             },
             workers: ValidatedWorkers {
                 count: 2,
+                attention_only: 0,
+                expert_only: 0,
                 redundancy: Redundancy::Linked,
                 threads: Threads::Shared,
                 cpu_path: CpuPath::Auto,

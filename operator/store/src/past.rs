@@ -126,6 +126,18 @@ impl Archive {
         }
     }
 
+    /// The placement of an epoch; `None` if there is none.
+    ///
+    /// # Errors
+    /// As [`Self::get`].
+    pub async fn placement(&self, epoch: Epoch) -> Result<Option<Placement>, StoreError> {
+        let key = format!("{}{}", self.prefix, Item::Placement(epoch).name());
+        match self.store.get(&key).await? {
+            Some(entry) => codec::decode_placement(&key, &entry.value).map(Some),
+            None => Ok(None),
+        }
+    }
+
     /// Forgets a value; absent ones are no error.
     ///
     /// # Errors

@@ -246,6 +246,7 @@ fn config(dir: &Path, rank: Rank, slots: u32, form: Form) -> WorkerConfig {
         rpc_listen: String::new(),
         exchange_listen: String::new(),
         fabric: form.fabric,
+        duty: foregate_api::member::Duty::Both,
         slots,
         threads: form.threads,
         cpu_path: CpuPath::Auto,

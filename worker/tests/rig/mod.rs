@@ -206,6 +206,7 @@ fn config(sizes: Sizes) -> WorkerConfig {
         rpc_listen: String::new(),
         exchange_listen: String::new(),
         fabric: FabricKind::Local,
+        duty: foregate_api::member::Duty::Attention,
         slots: 0,
         threads: 1,
         cpu_path: CpuPath::Auto,

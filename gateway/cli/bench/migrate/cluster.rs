@@ -275,6 +275,7 @@ fn config(path: &str, rank: Rank, spec: &ModelSpec, shape: Shape) -> WorkerConfi
         rpc_listen: String::new(),
         exchange_listen: String::new(),
         fabric: FabricKind::Local,
+        duty: foregate_api::member::Duty::Both,
         slots: experts.div_ceil(shape.workers).saturating_add(shape.moves),
         threads: shape.threads,
         cpu_path: CpuPath::Auto,
