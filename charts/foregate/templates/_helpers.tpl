@@ -52,6 +52,9 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- if and .Values.etcd.tls.secretName (not .Values.etcd.external) }}
 {{- fail "etcd.tls is for an etcd of your own: name it in etcd.external with https://host:port. The chart's own etcd is plain" }}
 {{- end }}
+{{- if and (not .Values.etcd.external) (gt (int .Values.etcd.replicas) 1) (not .Values.etcd.persistence.enabled) }}
+{{- fail "etcd.replicas 3 goes with etcd.persistence.enabled: a member that comes back empty is not let in again" }}
+{{- end }}
 {{- range .Values.etcd.external }}
 {{- if ne (hasPrefix "https://" .) (not (empty $.Values.etcd.tls.secretName)) }}
 {{- fail (printf "etcd.external %s: https goes with etcd.tls.secretName, http without" .) }}

@@ -24,4 +24,5 @@ mod routes;
 mod scaling;
 mod site;
 mod stage;
+mod stores;
 mod strangers;

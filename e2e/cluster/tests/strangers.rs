@@ -38,7 +38,14 @@ fn who_has_no_certificate_of_the_cluster_reaches_no_worker() {
         let runtime = builder.enable_all().build().unwrap();
         let rpc = format!("{address}:7070");
         let refused = runtime.block_on(generate(&rpc, None));
-        assert!(matches!(refused, Code::Unavailable | Code::Unknown));
+        // The connection fails, in one of the words for that; which one depends on who closes first.
+        let failed = [
+            Code::Unavailable,
+            Code::Unknown,
+            Code::Internal,
+            Code::Cancelled,
+        ];
+        assert!(failed.contains(&refused), "{refused:?}");
         // The same with the gateway's certificate: the worker looks at the request, and finds it wanting.
         let heard = runtime.block_on(generate(&rpc, Some(&keys)));
         assert_eq!(heard, Code::InvalidArgument);
