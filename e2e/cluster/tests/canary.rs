@@ -14,7 +14,7 @@ fn without_a_way_through_the_gateway_a_cluster_is_not_ready() {
     let Some((cluster, made, _turn)) = stage::made() else {
         return;
     };
-    let site = Site::with_operator(cluster, made, "canary", &json!({}));
+    let site = Site::with_operator(cluster, "canary", &json!({}));
     site.apply_tiny(|_| {});
     site.await_settled(2);
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::Mutex;
 use std::thread::JoinHandle;
 
-use foregate_harness::cluster::{Hermetic, ROLLOUT, awaited};
+use foregate_harness::cluster::{Cluster, ROLLOUT, awaited};
 use foregate_store::{ClusterState, Coord, EtcdStore};
 use tokio_util::sync::CancellationToken;
 
@@ -34,11 +34,11 @@ impl Watcher {
     /// Watches a cluster that serves.
     pub(crate) fn start(site: &Site) -> Self {
         let (stop, seen) = (CancellationToken::new(), Arc::<Mutex<Seen>>::default());
-        let made: &'static Hermetic = site.made;
+        let cluster: &'static Cluster = site.cluster;
         let (url, name) = (site.store(), site.store_name());
         let (stopped, told) = (stop.clone(), Arc::clone(&seen));
         let thread = std::thread::spawn(move || {
-            made.in_network(|| {
+            cluster.in_network(|| {
                 let mut builder = tokio::runtime::Builder::new_current_thread();
                 let runtime = builder.enable_all().build().unwrap();
                 runtime.block_on(follow(&url, &name, &told, stopped));

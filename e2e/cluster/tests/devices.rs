@@ -23,7 +23,7 @@ fn workers_go_where_devices_are_and_say_when_there_are_too_few() {
     for (node, count) in [("n1", 2), ("n2", 1), ("n3", 1)] {
         devices.give(cluster, node, count);
     }
-    let site = Site::with_operator(cluster, made, "devices", &json!({}));
+    let site = Site::with_operator(cluster, "devices", &json!({}));
     site.apply_tiny(|tiny| {
         tiny["spec"]["workers"]["count"] = json!(3);
         tiny["spec"]["workers"]["resources"] = json!({"limits": {DEVICE: 1}});

@@ -10,13 +10,13 @@ use crate::stage;
 
 #[test]
 fn ranks_of_one_duty_serve_together() {
-    let Some((cluster, made, _turn)) = stage::made() else {
+    let Some((cluster, _turn)) = stage::cluster() else {
         return;
     };
-    let site = Site::with_operator(cluster, made, "duties", &json!({}));
+    let site = Site::with_operator(cluster, "duties", &json!({}));
     site.apply_tiny(|_| {});
     site.await_settled(2);
-    let reference = load::reference(made, &site.url());
+    let reference = load::reference(cluster, &site.url());
 
     // Rank 0 takes requests only, rank 1 holds experts only, rank 2 does both.
     let divided =
@@ -40,7 +40,7 @@ fn ranks_of_one_duty_serve_together() {
         .map(|home| &home["rank"])
         .collect();
     assert_eq!(holders, [&json!(1), &json!(2)], "{homes}");
-    assert_eq!(load::reference(made, &site.url()), reference);
+    assert_eq!(load::reference(cluster, &site.url()), reference);
 
     for question in ["last", "next"] {
         let plugin = repository("charts/kubectl-foregate");

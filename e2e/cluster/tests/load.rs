@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use foregate_harness::cluster::{Hermetic, awaited};
+use foregate_harness::cluster::{Cluster, awaited};
 use futures::StreamExt as _;
 use serde_json::{Value, json};
 use tokio::time::{Instant, timeout};
@@ -50,7 +50,7 @@ pub(crate) struct Outcome {
 
 impl Load {
     /// Starts clients of the gateways at `url`.
-    pub(crate) fn start(made: &'static Hermetic, url: &str) -> Self {
+    pub(crate) fn start(cluster: &'static Cluster, url: &str) -> Self {
         let (stop, asked) = (Arc::new(AtomicBool::new(false)), Arc::default());
         let clients = Clients {
             url: format!("{url}/v1/completions"),
@@ -60,7 +60,7 @@ impl Load {
             stop: Arc::clone(&stop),
             asked: Arc::clone(&asked),
         };
-        let thread = std::thread::spawn(move || made.in_network(|| clients.work()));
+        let thread = std::thread::spawn(move || cluster.in_network(|| clients.work()));
         Self {
             stop,
             asked,
@@ -123,9 +123,9 @@ impl Outcome {
 }
 
 /// The right answers: each prompt asked alone.
-pub(crate) fn reference(made: &Hermetic, url: &str) -> Vec<Vec<u64>> {
+pub(crate) fn reference(cluster: &Cluster, url: &str) -> Vec<Vec<u64>> {
     let url = format!("{url}/v1/completions");
-    made.in_network(|| {
+    cluster.in_network(|| {
         runtime().block_on(async {
             let http = reqwest::Client::new();
             let mut answers = Vec::new();

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use foregate_harness::cluster::{Cluster, Hermetic, ROLLOUT, awaited};
+use foregate_harness::cluster::{Cluster, ROLLOUT, awaited};
 use serde_json::{Value, json};
 
 use crate::load::{self, Load};
@@ -13,10 +13,13 @@ use crate::stage;
 const SAFE: &str = "n1";
 
 /// Three workers, and an operator on the safe node.
-fn three_workers(cluster: &'static Cluster, made: &'static Hermetic, name: &str) -> Site {
+fn three_workers(cluster: &'static Cluster, name: &str) -> Site {
     let there = json!({"kubernetes.io/hostname": SAFE});
-    let values = json!({"nodeSelector": there, "etcd": {"nodeSelector": there}});
-    let site = Site::with_operator(cluster, made, name, &values);
+    let values = match cluster.hermetic() {
+        Ok(_) => json!({"nodeSelector": there, "etcd": {"nodeSelector": there}}),
+        Err(_) => json!({}),
+    };
+    let site = Site::with_operator(cluster, name, &values);
     site.apply_tiny(|tiny| tiny["spec"]["workers"]["count"] = json!(3));
     site.await_settled(3);
     site
@@ -24,14 +27,14 @@ fn three_workers(cluster: &'static Cluster, made: &'static Hermetic, name: &str)
 
 #[test]
 fn a_deleted_worker_comes_back_alone() {
-    let Some((cluster, made, _turn)) = stage::made() else {
+    let Some((cluster, _turn)) = stage::cluster() else {
         return;
     };
-    let site = three_workers(cluster, made, "deleted");
+    let site = three_workers(cluster, "deleted");
     let url = site.url();
-    let reference = load::reference(made, &url);
+    let reference = load::reference(cluster, &url);
     let (workers, gateways) = (site.lives("worker"), site.lives("gateway"));
-    let load = Load::start(made, &url);
+    let load = Load::start(cluster, &url);
     load.await_more(6);
     let mut figures = json!({});
     for (how, flags) in [
@@ -68,12 +71,12 @@ fn the_rank_of_a_lost_node_comes_back_alone() {
     if made.nodes < 3 {
         return foregate_harness::skip("losing a node takes three of them");
     }
-    let site = three_workers(cluster, made, "lost");
+    let site = three_workers(cluster, "lost");
     let url = site.url();
-    let reference = load::reference(made, &url);
+    let reference = load::reference(cluster, &url);
     let (node, rank) = victim(&site);
     let (workers, gateways) = (site.lives("worker"), site.lives("gateway"));
-    let load = Load::start(made, &url);
+    let load = Load::start(cluster, &url);
     load.await_more(6);
 
     let since = Instant::now();

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 
-use foregate_harness::cluster::{ROLLOUT, awaited};
+use foregate_harness::cluster::{Hermetic, ROLLOUT, awaited};
 use serde_json::{Value, json};
 
 use crate::site::{Site, is};
@@ -26,7 +26,7 @@ fn the_operator_uses_every_right_that_it_has_and_no_other() {
     let Some((cluster, made, _turn)) = stage::made() else {
         return;
     };
-    let site = Site::with_operator(cluster, made, "rights", &json!({}));
+    let site = Site::with_operator(cluster, "rights", &json!({}));
     site.apply_tiny(|tiny| {
         tiny["spec"]["workers"]["count"] = json!(3);
         tiny["spec"]["gateway"]["resources"] = json!({"requests": {"cpu": "10m"}});
@@ -56,7 +56,7 @@ fn the_operator_uses_every_right_that_it_has_and_no_other() {
     });
     assert!(is(&site.moe(), "Ready"));
 
-    let (asked, refused) = asked(&site);
+    let (asked, refused) = asked(made, &site);
     assert!(refused.is_empty(), "{refused:#?}");
     let mut unused = granted(&site);
     unused.retain(|right| !asked.contains(right));
@@ -69,10 +69,10 @@ fn right(group: &str, resource: &str, verb: &str) -> Right {
 }
 
 /// What the operator has asked for, and what of it was refused.
-fn asked(site: &Site) -> (BTreeSet<Right>, Vec<String>) {
+fn asked(made: &Hermetic, site: &Site) -> (BTreeSet<Right>, Vec<String>) {
     let user = format!("system:serviceaccount:{}:foregate", site.namespace.name);
     let (mut asked, mut refused) = (BTreeSet::new(), Vec::new());
-    for line in site.made.audit().lines() {
+    for line in made.audit().lines() {
         let event: Value = serde_json::from_str(line).unwrap();
         let object = &event["objectRef"];
         if event["user"]["username"] != user.as_str() || object.is_null() {

@@ -14,13 +14,12 @@ use crate::stage;
 
 #[test]
 fn routes_and_pools_are_taken_where_their_resources_are() {
-    let Some((cluster, made, _turn)) = stage::made() else {
+    let Some((cluster, _made, _turn)) = stage::made() else {
         return;
     };
     let _resources = Resources::install(cluster);
     let site = Site::with_operator(
         cluster,
-        made,
         "routes",
         &json!({
             "gateway": {

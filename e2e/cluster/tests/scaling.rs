@@ -12,16 +12,16 @@ use crate::stage;
 /// a run without scaling, and every expert is held by somebody at every state of the store.
 #[test]
 fn scaling_under_load_fails_no_request_and_changes_no_token() {
-    let Some((cluster, made, _turn)) = stage::made() else {
+    let Some((cluster, _turn)) = stage::cluster() else {
         return;
     };
-    let site = Site::with_operator(cluster, made, "scaling", &json!({}));
+    let site = Site::with_operator(cluster, "scaling", &json!({}));
     site.apply_tiny(|_| {});
     site.await_settled(2);
     let url = site.url();
-    let reference = load::reference(made, &url);
+    let reference = load::reference(cluster, &url);
     let watcher = Watcher::start(&site);
-    let load = Load::start(made, &url);
+    let load = Load::start(cluster, &url);
     load.await_more(6);
 
     let since = std::time::Instant::now();

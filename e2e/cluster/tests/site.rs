@@ -1,8 +1,9 @@
 //! A namespace under the restricted profile with the charts installed and the example's `MoeCluster`: where a test works.
 
+use std::cell::RefCell;
 use std::time::Duration;
 
-use foregate_harness::cluster::{Cluster, Hermetic, Image, Namespace, ROLLOUT, awaited};
+use foregate_harness::cluster::{Cluster, Forward, Image, Namespace, ROLLOUT, awaited};
 use foregate_harness::repository;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -18,34 +19,25 @@ const TAIL: &str = "--tail=30";
 #[derive(Debug)]
 pub(crate) struct Site {
     pub(crate) cluster: &'static Cluster,
-    pub(crate) made: &'static Hermetic,
     pub(crate) namespace: Namespace<'static>,
     files: TempDir,
+    ways: RefCell<Vec<Forward>>,
 }
 
 impl Site {
     /// A namespace with nothing in it.
-    pub(crate) fn empty(
-        cluster: &'static Cluster,
-        made: &'static Hermetic,
-        name: &str,
-    ) -> Self {
+    pub(crate) fn empty(cluster: &'static Cluster, name: &str) -> Self {
         Self {
             cluster,
-            made,
             namespace: cluster.namespace(name),
             files: TempDir::new().unwrap(),
+            ways: RefCell::default(),
         }
     }
 
     /// A namespace with its own operator and store, which see nothing else; `more` are values of the chart.
-    pub(crate) fn with_operator(
-        cluster: &'static Cluster,
-        made: &'static Hermetic,
-        name: &str,
-        more: &Value,
-    ) -> Self {
-        let site = Self::empty(cluster, made, name);
+    pub(crate) fn with_operator(cluster: &'static Cluster, name: &str, more: &Value) -> Self {
+        let site = Self::empty(cluster, name);
         install_resources(cluster);
         let mut values = site.values();
         values["namespaced"] = json!(true);
@@ -60,13 +52,14 @@ impl Site {
             let (repository, tag) = image.reference.rsplit_once(':').unwrap();
             json!({"repository": repository, "tag": tag, "pullPolicy": image.pull_policy})
         };
-        json!({
+        let mut values = json!({
             "image": image(stage::foregate(self.cluster)),
-            "etcd": {
-                "image": image(stage::etcd(self.cluster, self.made)),
-                "persistence": {"enabled": false},
-            },
-        })
+            "etcd": {"persistence": {"enabled": false}},
+        });
+        if let Some(etcd) = stage::etcd(self.cluster) {
+            values["etcd"]["image"] = image(etcd);
+        }
+        values
     }
 
     /// `helm install` or `helm upgrade` of the operator's chart, until everything of it is there.
@@ -115,18 +108,21 @@ impl Site {
         });
     }
 
-    /// The gateways' address, as seen from the box.
+    /// The gateways' address, for jobs in the cluster's network.
     pub(crate) fn url(&self) -> String {
-        let service = self.namespace.get("service", "tiny");
-        let address = service["spec"]["clusterIP"].as_str().unwrap();
-        format!("http://{address}:8000")
+        self.way("service/tiny", 8000)
     }
 
-    /// The store's address, as seen from the box.
+    /// The store's address, for jobs in the cluster's network.
     pub(crate) fn store(&self) -> String {
-        let pod = self.namespace.get("pod", "foregate-etcd-0");
-        let address = pod["status"]["podIP"].as_str().unwrap();
-        format!("http://{address}:2379")
+        self.way("pod/foregate-etcd-0", 2379)
+    }
+
+    fn way(&self, what: &str, port: u16) -> String {
+        let way = self.cluster.forward(&self.namespace.name, what, port);
+        let url = format!("http://{}", way.address);
+        self.ways.borrow_mut().push(way);
+        url
     }
 
     /// The cluster's name in the store.

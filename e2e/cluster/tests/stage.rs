@@ -28,7 +28,7 @@ pub(crate) fn cluster() -> Option<(&'static Cluster, Turn)> {
     }
 }
 
-/// Likewise for tests that need what only a made cluster has: its network, its nodes' lives.
+/// Likewise for tests that need what only a made cluster has: its nodes' lives, its wires, its log.
 pub(crate) fn made() -> Option<(&'static Cluster, &'static Hermetic, Turn)> {
     let (cluster, turn) = cluster()?;
     match cluster.hermetic() {
@@ -54,10 +54,14 @@ pub(crate) fn foregate(cluster: &Cluster) -> &'static Image {
     })
 }
 
-/// The image of the cluster's own etcd.
-pub(crate) fn etcd(cluster: &Cluster, made: &Hermetic) -> &'static Image {
-    static LOADED: OnceLock<Image> = OnceLock::new();
-    LOADED.get_or_init(|| load(cluster, &made.program("etcd"), "localhost/etcd:e2e", &[]))
+/// An image of an etcd: the made cluster's own, or the machine's; without either the charts' default will do.
+pub(crate) fn etcd(cluster: &Cluster) -> Option<&'static Image> {
+    static LOADED: OnceLock<Option<Image>> = OnceLock::new();
+    let loaded = LOADED.get_or_init(|| {
+        let program = cluster.program("etcd")?;
+        Some(load(cluster, &program, "localhost/etcd:e2e", &[]))
+    });
+    loaded.as_ref()
 }
 
 fn load(cluster: &Cluster, program: &Path, name: &str, files: &[&str]) -> Image {

@@ -25,7 +25,7 @@ fn who_has_no_certificate_of_the_cluster_reaches_no_worker() {
     let Some((cluster, made, _turn)) = stage::made() else {
         return;
     };
-    let site = Site::with_operator(cluster, made, "strangers", &json!({}));
+    let site = Site::with_operator(cluster, "strangers", &json!({}));
     site.apply_tiny(|_| {});
     site.await_settled(2);
     let pod = site.namespace.get("pod", "tiny-worker-0");

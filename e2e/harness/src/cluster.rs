@@ -6,15 +6,17 @@
 //! One per test program, shared by its tests; each test works in a namespace of its own. A made one ends
 //! with the program, however that ends, unless `FOREGATE_E2E_KEEP=1`.
 
+mod forward;
 mod given;
 mod hermetic;
 mod namespace;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
+pub use forward::Forward;
 pub use hermetic::{Cut, Hermetic};
 pub use namespace::Namespace;
 
@@ -77,6 +79,58 @@ impl Cluster {
         match &self.kind {
             Kind::Hermetic(made) => Ok(made),
             Kind::Given => Err("the cluster of KUBECONFIG lets nobody kill its nodes"),
+        }
+    }
+
+    /// Whether Foregate's resources here are the tests' own, to remove as well.
+    #[must_use]
+    pub fn resources_are_ours(&self) -> bool {
+        match &self.kind {
+            Kind::Hermetic(_) => true,
+            Kind::Given => !given::reuse(),
+        }
+    }
+
+    /// Runs a job where the cluster's addresses lead somewhere: in the box of a made one, here with a given one, whose
+    /// addresses are those of [`Self::forward`].
+    ///
+    /// # Panics
+    /// If the box is gone, or the job panics.
+    pub fn in_network<T: Send>(&self, job: impl FnOnce() -> T + Send) -> T {
+        match &self.kind {
+            Kind::Hermetic(made) => made.in_network(job),
+            Kind::Given => std::thread::scope(|scope| match scope.spawn(job).join() {
+                Ok(answer) => answer,
+                Err(panic) => std::panic::resume_unwind(panic),
+            }),
+        }
+    }
+
+    /// A way to a port of a service or pod, such as `service/tiny`, for as long as the answer lives.
+    ///
+    /// # Panics
+    /// If there is no such object, or with a given cluster no way.
+    #[must_use]
+    pub fn forward(&self, namespace: &str, what: &str, port: u16) -> Forward {
+        match &self.kind {
+            Kind::Hermetic(_) => Forward::direct(self, namespace, what, port),
+            Kind::Given => Forward::through_kubectl(namespace, what, port),
+        }
+    }
+
+    /// Where a program that belongs to the cluster lies, such as `etcd`; with a given one, the machine's, if it has it.
+    ///
+    /// # Panics
+    /// If a made cluster has none of this name.
+    #[must_use]
+    pub fn program(&self, name: &str) -> Option<PathBuf> {
+        match &self.kind {
+            Kind::Hermetic(made) => Some(made.program(name)),
+            Kind::Given => {
+                let path = std::env::var_os("PATH").unwrap_or_default();
+                let mut files = std::env::split_paths(&path).map(|folder| folder.join(name));
+                files.find(|file| file.is_file())
+            }
         }
     }
 

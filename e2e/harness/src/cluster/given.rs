@@ -33,12 +33,17 @@ pub(super) fn check() {
         "Kubernetes 1.{OLDEST_MINOR} or newer is needed, this is {version}"
     );
     let resources = kubectl(&["get", "crd", "-o", "name"]);
-    let reuse = std::env::var("FOREGATE_E2E_REUSE").is_ok_and(|value| value == "1");
     assert!(
-        reuse || !resources.contains(".foregate.dev"),
+        reuse() || !resources.contains(".foregate.dev"),
         "the cluster of KUBECONFIG already has Foregate's resources, so somebody may use it; \
-         set FOREGATE_E2E_REUSE=1 to test there all the same"
+         set FOREGATE_E2E_REUSE=1 to test there all the same; those of an earlier run go with \
+         `helm uninstall foregate-crds -n default`"
     );
+}
+
+/// Whether a cluster with Foregate's resources may be tested on.
+pub(super) fn reuse() -> bool {
+    std::env::var("FOREGATE_E2E_REUSE").is_ok_and(|value| value == "1")
 }
 
 /// Some providers write "29+".
