@@ -29,6 +29,7 @@ use foregate_store::{ClusterState, Coord, StoreError};
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior};
 
+use crate::forecast::Foretold;
 use crate::memory::Memory;
 use crate::metrics::Metrics;
 use crate::problem::{eligible, model, name_reason, problem};
@@ -55,6 +56,7 @@ pub(crate) struct Balancer {
     roster: Roster,
     /// The demand of the model it was made for.
     demand: Option<(ModelSpec, Demand)>,
+    foretold: Foretold,
     /// What the model was asked for before; `None` until the archive was asked.
     memory: Option<Memory>,
     remembered_at: Instant,
@@ -156,6 +158,7 @@ impl Balancer {
             recorder,
             roster: Roster::default(),
             demand: None,
+            foretold: Foretold::default(),
             memory: None,
             remembered_at: Instant::now(),
             history: History::default(),
@@ -292,7 +295,26 @@ impl Balancer {
             );
             self.window_closed = Some(closed.rows);
             self.remember(look.now);
+            self.foresee(look);
         }
+    }
+
+    /// Hands what gateways expect of the window that begins to the demand, which trusts it as far as it was right.
+    fn foresee(&mut self, look: &Look) {
+        let Some((_, demand)) = self.demand.as_mut().filter(|_| self.config.forecast) else {
+            self.metrics.foreseen(None);
+            return;
+        };
+        let base = demand.prediction();
+        let (layers, experts) = (base.len(), base.first().map_or(0, Vec::len));
+        let combined = self.foretold.combine(&look.state.forecasts, layers, experts);
+        if let Some(combined) = &combined
+            && let Err(error) = demand.expect(combined.over(&base))
+        {
+            tracing::error!(%error, "forecast left out");
+        }
+        let weight = demand.forecast_weight();
+        self.metrics.foreseen(combined.as_ref().map(|combined| (combined, weight)));
     }
 
     /// What is remembered of the model, asked once. A store that does not answer is no reason to wait.

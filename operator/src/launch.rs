@@ -479,6 +479,7 @@ impl Shared<'_> {
             threshold: balancing.threshold,
             max_moves_per_layer: balancing.max_moves_per_layer,
             min_rows: balancing.min_rows,
+            forecast: balancing.forecast,
             leaving: Vec::new(),
         })
     }
@@ -542,6 +543,9 @@ impl Shared<'_> {
 
     fn gateway(&self) -> RoleConfig {
         let gateway = &self.cluster.gateway;
+        let balancing = &self.cluster.balancing;
+        // Copies that never move need no forecast.
+        let foretold = balancing.enabled && balancing.forecast;
         RoleConfig::Gateway(GatewayConfig {
             listen: self.place.gateway_listen.clone(),
             model_dir: self.place.model_dir.clone(),
@@ -552,6 +556,7 @@ impl Shared<'_> {
             max_queued: gateway.max_queued,
             queue_timeout_ms: gateway.queue_timeout_ms,
             request_timeout_ms: gateway.request_timeout_ms,
+            forecast_ms: foretold.then_some(balancing.window_ms),
             api_keys: self.place.api_keys.clone(),
         })
     }

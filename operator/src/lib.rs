@@ -19,6 +19,7 @@ mod dereference;
 mod election;
 mod error;
 mod fleet;
+mod forecast;
 pub mod launch;
 mod lease;
 pub mod manifest;

@@ -9,8 +9,11 @@ use prometheus::{
     Registry,
 };
 
+mod foresight;
 mod outcome;
 
+use crate::forecast::Combined;
+use foresight::Foresight;
 use outcome::Outcome;
 
 /// All of them.
@@ -35,6 +38,7 @@ pub(crate) struct Metrics {
     /// Records of decisions that the archive did not take in time.
     pub(crate) records_dropped: IntCounter,
     outcome: Outcome,
+    foresight: Foresight,
     plans: IntCounterVec,
     keeps: IntCounterVec,
     moved: IntCounter,
@@ -82,6 +86,7 @@ impl Metrics {
                 "Records of decisions that the archive did not take in time",
             )?,
             outcome: Outcome::register(registry)?,
+            foresight: Foresight::register(registry)?,
             plans: IntCounterVec::new(
                 Opts::new(
                     "foregate_operator_plans_total",
@@ -178,6 +183,11 @@ impl Metrics {
     /// Notes what a change has brought.
     pub(crate) fn measured(&self, record: &Record) {
         self.outcome.measured(record);
+    }
+
+    /// Shows what gateways expected at the close of a window, and the weight that it has in the prediction.
+    pub(crate) fn foreseen(&self, said: Option<(&Combined, f64)>) {
+        self.foresight.show(said);
     }
 
     /// Shows the epochs in the store.

@@ -190,6 +190,8 @@ pub struct ValidatedBalancing {
     pub max_moves_per_layer: u32,
     /// Rows per layer below which a window says too little.
     pub min_rows: u64,
+    /// Whether gateways forecast the load.
+    pub forecast: bool,
 }
 
 /// One thing that is wrong.
@@ -415,6 +417,7 @@ fn balancing(checks: &mut Checks, spec: &BalancingSpec) -> ValidatedBalancing {
         threshold,
         max_moves_per_layer,
         min_rows,
+        forecast,
     } = *spec;
     ValidatedBalancing {
         enabled: enabled.unwrap_or(true),
@@ -422,6 +425,7 @@ fn balancing(checks: &mut Checks, spec: &BalancingSpec) -> ValidatedBalancing {
         threshold: checks.threshold(threshold.unwrap_or(limits::THRESHOLD)),
         max_moves_per_layer: checks.range(&limits::MAX_MOVES_PER_LAYER, max_moves_per_layer),
         min_rows: checks.range(&limits::MIN_ROWS, min_rows),
+        forecast: forecast.unwrap_or(true),
     }
 }
 

@@ -136,6 +136,7 @@ pub fn config() -> GatewayConfig {
         max_queued: 16,
         queue_timeout_ms: 60_000,
         request_timeout_ms: 60_000,
+        forecast_ms: None,
         api_keys: None,
     }
 }

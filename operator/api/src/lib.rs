@@ -6,6 +6,7 @@
 //! Start reading at [`placement`], then [`node`].
 
 pub mod cpu;
+pub mod forecast;
 pub mod ids;
 pub mod limits;
 pub mod load;

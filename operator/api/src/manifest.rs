@@ -325,6 +325,10 @@ pub struct BalancingSpec {
     /// Rows per layer below which a window says too little to act on, default 256.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub min_rows: Option<u64>,
+    /// Whether gateways tell the planner what the requests that they have admitted will ask for, default true. It is
+    /// used only while it predicts the load better than the last windows do.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub forecast: Option<bool>,
 }
 
 /// What all pods of a cluster have in common.

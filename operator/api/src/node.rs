@@ -71,6 +71,8 @@ pub struct OperatorConfig {
     pub max_moves_per_layer: u32,
     /// Rows per layer below which a window says too little.
     pub min_rows: u64,
+    /// Whether gateways' forecasts take part in the prediction of the load.
+    pub forecast: bool,
     /// Ranks that shall hold no experts, because they are about to leave or to be started anew. Ascending.
     pub leaving: Vec<Rank>,
 }
@@ -97,6 +99,9 @@ pub struct GatewayConfig {
     pub queue_timeout_ms: u64,
     /// Longest life of a request in milliseconds.
     pub request_timeout_ms: u64,
+    /// Milliseconds that the forecast for the planner looks ahead: a load window. Absent: none is published.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub forecast_ms: Option<u64>,
     /// File or folder with the keys that clients show, read again when it has changed: lines of `name:key` or `key`. A
     /// folder has one key a file, by the file's name, as a mounted Secret does. Absent: everybody may call.
     #[serde(default, skip_serializing_if = "Option::is_none")]

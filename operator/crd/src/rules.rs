@@ -225,6 +225,11 @@ pub(crate) fn constrain(object: &mut Value) -> Result<(), SchemaError> {
         "spec.balancing.enabled",
         &[("default", json!(true))],
     )?;
+    set(
+        object,
+        "spec.balancing.forecast",
+        &[("default", json!(true))],
+    )?;
     set(object, "spec.security.mtls", &[("default", json!(true))])?;
     // Without an object there are no defaults of its fields.
     for group in [

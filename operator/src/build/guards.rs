@@ -125,6 +125,7 @@ fn placement(inputs: &Inputs<'_>) -> ExpertPlacement {
                 threshold: Some(balancing.threshold),
                 max_moves_per_layer: Some(balancing.max_moves_per_layer),
                 min_rows: Some(balancing.min_rows),
+                forecast: Some(balancing.forecast),
             },
         },
         status: None,

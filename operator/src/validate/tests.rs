@@ -72,6 +72,7 @@ fn what_is_left_open_gets_the_documented_defaults() {
                 threshold: 0.97,
                 max_moves_per_layer: 4,
                 min_rows: 256,
+                forecast: true,
             },
             security: ValidatedSecurity {
                 certificates: Certificates::Operator,

@@ -5,6 +5,7 @@
 //! below 600 KB of JSON, less than half of etcd's request limit of 1.5 MiB.
 
 use bytes::Bytes;
+use foregate_api::forecast::Forecast;
 use foregate_api::ids::{Epoch, ExpertId, Rank};
 use foregate_api::member::{Ack, Member};
 use foregate_api::placement::{LayerPlacement, Placement, Reason};
@@ -109,6 +110,19 @@ pub fn decode_ack(key: &str, bytes: &[u8]) -> Result<Ack, StoreError> {
     let ack: Ack = decode(key, bytes)?;
     check_epoch(key, ack.prepared.max(ack.serving).max(ack.drained))?;
     Ok(ack)
+}
+
+/// A gateway's forecast from the bytes under `key`.
+///
+/// # Errors
+/// [`StoreError::Corrupt`].
+pub fn decode_forecast(key: &str, bytes: &[u8]) -> Result<Forecast, StoreError> {
+    let forecast: Forecast = decode(key, bytes)?;
+    if !(0.0..=1.0).contains(&forecast.confidence) {
+        let what = format!("a confidence of {}", forecast.confidence);
+        return Err(corrupt(key, what));
+    }
+    Ok(forecast)
 }
 
 fn check_epoch(key: &str, epoch: Epoch) -> Result<(), StoreError> {
@@ -308,6 +322,26 @@ mod tests {
         };
         let golden = r#"{"format":2,"value":{"prepared":2,"serving":1,"drained":0}}"#;
         assert_eq!(encode(&ack).unwrap(), golden.as_bytes());
+    }
+
+    #[test]
+    fn golden_bytes_of_a_forecast() {
+        let mut forecast = Forecast::of(2000, 40.0, 0.5, &[vec![1.0, 3.0]]);
+        forecast.sequence = 7;
+        let golden = br#"{"format":2,"value":{"sequence":7,"horizon_ms":2000,"rows":40,"confidence":0.5,"shares":[[16384,49151]]}}"#;
+        assert_eq!(encode(&forecast).unwrap(), golden.as_slice());
+        assert_eq!(decode_forecast("/k", golden).unwrap(), forecast);
+        let text = String::from_utf8(golden.to_vec()).unwrap();
+        for (from, to, says) in [
+            ("0.5", "1.5", "confidence"),
+            ("49151", "70000", "u16"),
+            ("\"rows\":40", "\"rows\":-1", "u64"),
+        ] {
+            let bad = text.replace(from, to);
+            assert_ne!(bad, text);
+            let error = decode_forecast("/k", bad.as_bytes()).unwrap_err().to_string();
+            assert!(error.contains(says), "{error}");
+        }
     }
 
     /// One format for all weights, as it was written before each part had its own.

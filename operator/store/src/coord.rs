@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
+use foregate_api::forecast::Forecast;
 use foregate_api::ids::Rank;
 use foregate_api::load::LoadWindow;
 use foregate_api::member::{Ack, Member};
@@ -15,7 +16,7 @@ use tokio_util::task::TaskTracker;
 use crate::codec;
 use crate::keys::Keys;
 use crate::kv::{Expect, Lease, Store, StoreError, WatchEvent};
-pub use crate::state::ClusterState;
+pub use crate::state::{ClusterState, GATEWAYS};
 use crate::view::{Leader, View};
 
 /// Typed access to one cluster's keys.
@@ -71,6 +72,19 @@ impl Coord {
     ) -> Result<(), StoreError> {
         let key = self.keys.load(window.rank);
         self.write(&key, codec::encode(window)?, lease).await
+    }
+
+    /// Publishes a gateway's forecast, under the number of its lease.
+    ///
+    /// # Errors
+    /// The store's.
+    pub async fn publish_forecast(
+        &self,
+        forecast: &Forecast,
+        lease: &dyn Lease,
+    ) -> Result<(), StoreError> {
+        let key = self.keys.forecast(lease.id());
+        self.write(&key, codec::encode(forecast)?, lease).await
     }
 
     /// Publishes a worker's progress.

@@ -43,6 +43,12 @@ impl Keys {
         format!("{}load/{rank}", self.root)
     }
 
+    /// A gateway's forecast; `gateway` is the number of its lease, which no other has.
+    #[must_use]
+    pub fn forecast(&self, gateway: i64) -> String {
+        format!("{}forecast/{gateway}", self.root)
+    }
+
     /// A worker's progress in a rollover.
     #[must_use]
     pub fn ack(&self, rank: Rank) -> String {
@@ -75,6 +81,8 @@ pub enum Subject {
     Member(Rank),
     /// A worker's last load window.
     Load(Rank),
+    /// A gateway's forecast.
+    Forecast(i64),
     /// A worker's progress.
     Ack(Rank),
     /// The placement that is wanted.
@@ -97,6 +105,10 @@ impl Keys {
             _ => {}
         }
         let (kind, rank) = path.rsplit_once('/')?;
+        if kind == "forecast" {
+            let gateway = rank.parse().ok().filter(|n: &i64| n.to_string() == rank);
+            return gateway.map(Subject::Forecast);
+        }
         // One spelling per rank: `+7` and `07` would be a second key of rank 7.
         let rank = Rank(rank.parse().ok().filter(|n: &u32| n.to_string() == rank)?);
         match kind {
@@ -119,6 +131,7 @@ mod tests {
             (keys.member(Rank(3)), Subject::Member(Rank(3))),
             (keys.load(Rank(12)), Subject::Load(Rank(12))),
             (keys.ack(Rank(0)), Subject::Ack(Rank(0))),
+            (keys.forecast(1 << 62), Subject::Forecast(1 << 62)),
             (keys.target(), Subject::Target),
             (keys.active(), Subject::Active),
             (keys.leader(), Subject::Leader),
@@ -133,6 +146,8 @@ mod tests {
             "/foregate/a/member/x",
             "/foregate/a/member/07",
             "/foregate/a/load/+7",
+            "/foregate/a/forecast/07",
+            "/foregate/a/forecast/x",
             "/foregate/a/x/1",
             "",
         ] {

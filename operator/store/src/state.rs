@@ -3,10 +3,14 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use foregate_api::forecast::Forecast;
 use foregate_api::ids::Rank;
 use foregate_api::load::LoadWindow;
 use foregate_api::member::{Ack, Member, Phase};
 use foregate_api::placement::Placement;
+
+/// Gateways whose forecasts are kept; the others' are left out.
+pub const GATEWAYS: usize = 256;
 
 /// Everything the store knows of a cluster, as one immutable value.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -17,6 +21,8 @@ pub struct ClusterState {
     pub members: BTreeMap<Rank, Arc<Member>>,
     /// Last load window of each worker.
     pub loads: BTreeMap<Rank, Arc<LoadWindow>>,
+    /// Last forecast of each gateway, by the number of its lease. [`GATEWAYS`] of them at most.
+    pub forecasts: BTreeMap<i64, Arc<Forecast>>,
     /// Progress of each worker.
     pub acks: BTreeMap<Rank, Ack>,
     /// The placement that is wanted, with its revision.

@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use crate::codec;
 use crate::keys::{Keys, Subject};
 use crate::kv::{Entry, StoreError, WatchEvent};
-use crate::state::ClusterState;
+use crate::state::{ClusterState, GATEWAYS};
 
 /// How long a member that is missing after a gap is believed to be on its way back.
 pub(crate) const GRACE: Duration = Duration::from_secs(5);
@@ -150,7 +150,11 @@ impl View {
         match subject {
             Subject::Target => self.state.target_unreadable = revision,
             Subject::Active => self.state.active_unreadable = revision,
-            Subject::Member(_) | Subject::Load(_) | Subject::Ack(_) | Subject::Leader => {}
+            Subject::Member(_)
+            | Subject::Load(_)
+            | Subject::Forecast(_)
+            | Subject::Ack(_)
+            | Subject::Leader => {}
         }
     }
 
@@ -171,6 +175,13 @@ impl View {
                 let load: LoadWindow = codec::decode(key, bytes)?;
                 same_rank(key, rank, load.rank)?;
                 self.state.loads.insert(rank, Arc::new(load));
+            }
+            Subject::Forecast(gateway) => {
+                let forecast = codec::decode_forecast(key, bytes)?;
+                let forecasts = &mut self.state.forecasts;
+                if forecasts.len() < GATEWAYS || forecasts.contains_key(&gateway) {
+                    forecasts.insert(gateway, Arc::new(forecast));
+                }
             }
             Subject::Ack(rank) => {
                 let ack = codec::decode_ack(key, bytes)?;
@@ -220,6 +231,9 @@ impl View {
             }
             Some(Subject::Load(rank)) => {
                 self.state.loads.remove(&rank);
+            }
+            Some(Subject::Forecast(gateway)) => {
+                self.state.forecasts.remove(&gateway);
             }
             Some(Subject::Ack(rank)) => {
                 self.state.acks.remove(&rank);

@@ -253,6 +253,7 @@ pub fn config(workers: u32) -> OperatorConfig {
         threshold: 0.97,
         max_moves_per_layer: 4,
         min_rows: 10,
+        forecast: true,
         leaving: Vec::new(),
     }
 }
