@@ -30,6 +30,7 @@ pub mod cached;
 pub mod clock;
 pub mod error;
 pub mod feed;
+pub mod forecast;
 pub mod generate;
 pub mod http;
 pub mod loads;
@@ -50,6 +51,7 @@ pub use error::ApiError;
 
 use admission::Admission;
 use api_keys::{ApiKeys, ApiKeysError};
+use forecast::{Outlook, Publisher};
 use generate::Runner;
 use http::{Defaults, Gateway};
 use loads::Loads;
@@ -138,7 +140,8 @@ pub async fn run(deps: Deps) -> Result<(), GatewayError> {
     let _end = ended.clone().drop_guard();
     let tasks = TaskTracker::new();
     let past = past::Past::new(Archive::new(Arc::clone(&store), &cluster));
-    let states = Coord::new(store, &cluster).watch_cluster(ended.clone());
+    let coord = Coord::new(store, &cluster);
+    let states = coord.watch_cluster(ended.clone());
     tasks.spawn({
         let (views, loads, metrics) =
             (Arc::clone(&views), Arc::clone(&loads), Arc::clone(&metrics));
@@ -149,7 +152,14 @@ pub async fn run(deps: Deps) -> Result<(), GatewayError> {
     let limits = serve::Limits::for_requests(
         (config.max_in_flight as usize).saturating_add(config.max_queued as usize),
     );
-    let upstream = upstream(&config, &views, loads, &metrics, keys);
+    let mut upstream = upstream(&config, &views, loads, &metrics, keys);
+    if let Some(horizon) = config.forecast_ms.map(Duration::from_millis) {
+        let outlook = Arc::new(Outlook::default());
+        upstream = upstream.with_outlook(Arc::clone(&outlook));
+        let (views, metrics) = (Arc::clone(&views), Arc::clone(&metrics));
+        let publisher = Publisher::new(coord, outlook, views, metrics, horizon);
+        tasks.spawn(publisher.run(ended.clone()));
+    }
     let gateway = Arc::new(gateway(
         config, api_keys, prompter, defaults, views, upstream, metrics, past, &shutdown,
     ));
@@ -285,6 +295,9 @@ fn check(config: &GatewayConfig) -> Result<(), GatewayError> {
     }
     if config.max_model_len == 0 {
         return Err(error("max_model_len", "must be at least 1"));
+    }
+    if config.forecast_ms == Some(0) {
+        return Err(error("forecast_ms", "must be at least 1, or absent for no forecast"));
     }
     if config.request_timeout_ms == 0 {
         return Err(error("request_timeout_ms", "must be at least 1"));

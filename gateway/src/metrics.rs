@@ -6,6 +6,7 @@
 //! the gateway, is copied whenever the registry is gathered.
 
 mod cluster;
+mod forecast;
 mod gen_ai;
 mod scraped;
 mod window;
@@ -20,6 +21,7 @@ use prometheus::{
 
 use crate::route::{self, Choice};
 use cluster::Cluster;
+use forecast::ForecastMetrics;
 use gen_ai::GenAi;
 use scraped::Scraped;
 use window::WindowMetrics;
@@ -65,6 +67,7 @@ pub struct Metrics {
     known_prefixes: IntGauge,
     cluster: Cluster,
     window: WindowMetrics,
+    forecast: ForecastMetrics,
     scraped: Scraped,
     gen_ai: GenAi,
 }
@@ -195,6 +198,7 @@ impl Metrics {
             )?,
             cluster: Cluster::new(&copied, model)?,
             window: WindowMetrics::new(&copied, &make)?,
+            forecast: ForecastMetrics::new(&make)?,
             scraped: Scraped::register(&registry, inner.clone())?,
             gen_ai: GenAi::new(&make)?,
             registry,
@@ -239,6 +243,12 @@ impl Metrics {
             .added
             .with_label_values(&[when])
             .observe(experts);
+    }
+
+    /// What the forecast says: rows of a layer expected within its horizon, those whose experts are known, and kinds of
+    /// text.
+    pub(crate) fn expects(&self, rows: f64, known: f64, kinds: usize) {
+        self.forecast.show(rows, known, kinds);
     }
 
     pub(crate) fn resumed(&self) {

@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 
 /// From the bottom up.
-const ORDER: [&str; 22] = [
+const ORDER: [&str; 23] = [
     "clock",
     "random",
     "error",
@@ -22,6 +22,7 @@ const ORDER: [&str; 22] = [
     "route",
     "metrics",
     "view",
+    "forecast",
     "upstream",
     "admission",
     "generate",

@@ -13,6 +13,7 @@ use crate::admission::Admission;
 use crate::api_keys::ApiKeys;
 use crate::clock::Clock;
 use crate::error::ApiError;
+use crate::forecast::Work;
 use crate::generate::{Answer, Generation, Job, Runner};
 use crate::metrics::{Known, Metrics};
 use crate::past::Past;
@@ -190,12 +191,15 @@ impl Gateway {
         let sequences = job.choices();
         self.note(&job, identity);
         let (began, deadline) = (job.began, job.deadline);
+        let waits = self.foresee(&job);
         let permit = tokio::select! {
             permit = self.admission.admit(sequences) => permit?,
             () = tokio::time::sleep_until(deadline) => {
                 return Err(ApiError::deadline(self.config.request_timeout_ms));
             }
         };
+        // Its sequences count themselves from here on.
+        drop(waits);
         let waited = permit.waited;
         self.metrics.queued(waited);
         let answer = self.runner.start(job, permit, identity).await?;
@@ -204,6 +208,18 @@ impl Gateway {
             .request_overhead
             .observe(overhead.as_secs_f64());
         Ok(answer)
+    }
+
+    /// Counts a request that will have to wait as work to come.
+    fn foresee(&self, job: &Job) -> Vec<Work> {
+        let admission = &self.admission;
+        if admission.queued() == 0 && admission.running() < self.config.max_in_flight {
+            return Vec::new();
+        }
+        let each = u32::try_from(job.choices() / job.prompts.len().max(1)).unwrap_or(1);
+        let upstream = &self.runner.upstream;
+        let of = |prompt: &Arc<[u32]>| upstream.foresee(prompt, job.max_tokens, each);
+        job.prompts.iter().filter_map(of).collect()
     }
 
     fn note(&self, job: &Job, identity: &Identity) {

@@ -21,7 +21,7 @@
 //! Pure: no clock, no lock, no task. The caller says what time it is and which workers have room.
 
 pub mod band;
-mod clusters;
+pub(crate) mod clusters;
 mod cost;
 mod guard;
 mod kinds;

@@ -20,6 +20,7 @@ pub use window::{Places, WIDTH};
 
 use crate::error::ApiError;
 use crate::feed::Feed;
+use crate::forecast::{Outlook, Work};
 use crate::loads::{LoadGuard, Loads};
 use crate::metrics::{Metrics, WindowState};
 use crate::route::{Candidate, Choice, Router};
@@ -44,6 +45,8 @@ pub struct Upstream {
     keys: Option<Keys>,
     channels: Mutex<BTreeMap<String, Channel>>,
     suspects: Mutex<BTreeMap<Rank, (u64, Instant)>>,
+    /// What is admitted and not yet computed, if a forecast is made of it.
+    outlook: Option<Arc<Outlook>>,
     /// Where sequences wait for their place, if the policy is that of the window.
     ahead: Option<Ahead>,
 }
@@ -68,8 +71,24 @@ impl Upstream {
             keys,
             channels: Mutex::default(),
             suspects: Mutex::default(),
+            outlook: None,
             ahead: None,
         }
+    }
+
+    /// With a count of what is admitted and not yet computed.
+    #[must_use]
+    pub fn with_outlook(mut self, outlook: Arc<Outlook>) -> Self {
+        self.outlook = Some(outlook);
+        self
+    }
+
+    /// Counts `sequences` sequences of a prompt as work to come until the guard is dropped; `None` without a forecast.
+    #[must_use]
+    pub fn foresee(&self, prompt: &[u32], max_tokens: u32, sequences: u32) -> Option<Work> {
+        let outlook = self.outlook.as_ref()?;
+        let known = self.signatures.known(prompt);
+        Some(outlook.enter(prompt, &known, max_tokens, sequences))
     }
 
     /// With `places` for sequences on all workers, for which they wait in a window for `longest` at most.

@@ -22,6 +22,7 @@ use super::Upstream;
 use super::window::{Grant, Place};
 use crate::error::ApiError;
 use crate::feed::Ended;
+use crate::forecast::Work;
 use crate::loads::LoadGuard;
 use crate::route::{self, Choice};
 use crate::signature::{Known, Signature};
@@ -82,6 +83,8 @@ pub struct Sequence {
     place: Option<Place>,
     /// What its prompt used, as measured.
     prompt: Option<Arc<Signature>>,
+    /// What is left of it, for the forecast.
+    work: Option<Work>,
 }
 
 #[derive(Debug)]
@@ -102,6 +105,10 @@ impl Sequence {
         in_turn: bool,
     ) -> Result<Self, ApiError> {
         let known = upstream.signatures.known(&request.token_ids);
+        let work = upstream.outlook.as_ref().map(|outlook| {
+            let prompt = request.token_ids.get(..request.prompt_len as usize);
+            outlook.enter(prompt.unwrap_or_default(), &known, request.max_tokens, 1)
+        });
         let mut sequence = Self {
             upstream,
             request,
@@ -119,6 +126,7 @@ impl Sequence {
             running: None,
             place: None,
             prompt: None,
+            work,
         };
         let upstream = Arc::clone(&sequence.upstream);
         let grant = match upstream.ahead.as_ref().filter(|_| in_turn) {
@@ -213,6 +221,9 @@ impl Sequence {
                     self.remember_all(&finished);
                     self.tell(&finished);
                     self.running = None;
+                    if let Some(work) = self.work.take() {
+                        work.answered(finished.generated_tokens);
+                    }
                     self.leave(&finished);
                     Ok(Some(Event::Finished(finished)))
                 }
@@ -237,6 +248,9 @@ impl Sequence {
         self.prefilled = true;
         self.cached = prefilled.cached_tokens;
         self.remember_prompt(&mut prefilled);
+        if let Some(work) = &self.work {
+            work.read(self.cached, self.prompt.clone());
+        }
         if let (Some(place), Some(running)) = (&self.place, &self.running) {
             let prompt = self.request.prompt_len as usize;
             let prompt = self.request.token_ids.get(..prompt).unwrap_or_default();
@@ -254,6 +268,9 @@ impl Sequence {
             ))));
         }
         self.received += 1;
+        if let Some(work) = &self.work {
+            work.token();
+        }
         self.request.token_ids.push(token.id);
         self.routed += token
             .routed

@@ -11,11 +11,11 @@ const TRIES: u64 = 3;
 
 /// Groups of points.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct Clusters {
+pub(crate) struct Clusters {
     /// Mean of each group.
     pub(super) centres: Vec<Vec<f32>>,
     /// Group of each point.
-    pub(super) of: Vec<usize>,
+    pub(crate) of: Vec<usize>,
     spread: f64,
 }
 
@@ -29,6 +29,28 @@ pub(super) fn balanced(points: &[Vec<f32>], m: usize, seed: u64) -> Clusters {
             of: Vec::new(),
             spread: 0.0,
         })
+}
+
+/// Groups `points` into `m` by their nearest centres, of whatever size. Same points and seed, same groups.
+pub(crate) fn nearest(points: &[Vec<f32>], m: usize, seed: u64) -> Clusters {
+    let mut clusters = Clusters {
+        centres: seeds(points, m, seed),
+        of: vec![0; points.len()],
+        spread: 0.0,
+    };
+    for _ in 0..ROUNDS {
+        let before = clusters.of.clone();
+        let costs = distances(points, &clusters.centres);
+        for (of, costs) in clusters.of.iter_mut().zip(&costs) {
+            let near = (0..costs.len()).min_by(|a, b| costs[*a].total_cmp(&costs[*b]));
+            *of = near.unwrap_or(0);
+        }
+        average(points, &mut clusters);
+        if clusters.of == before {
+            break;
+        }
+    }
+    clusters
 }
 
 fn once(points: &[Vec<f32>], m: usize, seed: u64) -> Clusters {
@@ -79,7 +101,7 @@ fn seeds(points: &[Vec<f32>], m: usize, seed: u64) -> Vec<Vec<f32>> {
 }
 
 /// One number of the generator SplitMix64 (Steele, Lea and Flood 2014).
-pub(super) const fn split_mix(state: u64) -> u64 {
+pub(crate) const fn split_mix(state: u64) -> u64 {
     let z = (state ^ (state >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
     let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
     z ^ (z >> 31)
@@ -195,6 +217,18 @@ mod tests {
             assert_eq!(found.of[at], found.of[at % 5]);
         }
         assert_eq!(found, balanced(&points, 5, 3));
+    }
+
+    #[test]
+    fn groups_of_any_size_are_those_of_the_nearest_centres() {
+        let mut points = corners(3, 2);
+        points.extend(corners(1, 30));
+        let found = nearest(&points, 3, 5);
+        for (point, of) in points.iter().zip(&found.of) {
+            let own = squared(point, &found.centres[*of]);
+            assert!(found.centres.iter().all(|centre| own <= squared(point, centre)));
+        }
+        assert!(nearest(&[], 3, 1).of.is_empty());
     }
 
     #[test]
