@@ -8,18 +8,21 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use foregate_api::forecast::Forecast;
 use foregate_harness::binary::{Foregate, Start};
 use foregate_harness::client::Client;
 use foregate_harness::faults::{alive, signal};
 use foregate_harness::manifest::ManifestFile;
 use foregate_harness::{on_path, skip};
 use foregate_store::own_etcd::OwnEtcd;
+use foregate_store::{Coord, EtcdStore};
 use serde_json::{Value, json};
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
+use tokio_util::sync::CancellationToken;
 
 const BINARY: &str = env!("CARGO_BIN_EXE_foregate");
 const PROMPTS: [&str; 6] = [
@@ -347,4 +350,73 @@ async fn children_end_with_their_parent() {
             children.iter().all(|pid| !alive(*pid))
         })
         .await;
+}
+
+/// A gateway in one process tells the operator in another, and a second gateway's word is added.
+#[tokio::test]
+async fn forecasts_reach_the_planner_from_every_gateway() {
+    if missing() {
+        return;
+    }
+    let etcd = OwnEtcd::start().await.unwrap();
+    let manifest = ManifestFile::demo(
+        "  workers:\n    count: 3\n    redundantSlots: 1\n    kvMemory: 64Mi\n  balancing:\n    windowMs: 500\n    minRows: 16\n",
+    );
+    let url = etcd.endpoints().join(",");
+    let (cluster, client) = processes(&manifest, &["--etcd", &url]).await;
+    let operator = cluster
+        .logged("the operator's status server", |log| {
+            let line = log.lines().find(|line| {
+                line.contains("status server listens") && line.contains("operator")
+            })?;
+            let address = line.split("127.0.0.1:").nth(1)?;
+            let port: String = address.chars().take_while(char::is_ascii_digit).collect();
+            Some(Client::new(&format!("http://127.0.0.1:{port}")))
+        })
+        .await;
+    let operator = &operator;
+    let shows = |name: &'static str| async move {
+        operator.metric(name, "").await.unwrap_or(0.0)
+    };
+    let mut streams = JoinSet::new();
+    let stop = CancellationToken::new();
+    for at in 0..PROMPTS.len() {
+        let (client, stop) = (client.clone(), stop.clone());
+        let running = Semaphore::new(0);
+        streams.spawn(async move {
+            while !stop.is_cancelled() {
+                tokens(&client, at, 64, &running).await;
+            }
+        });
+    }
+    client
+        .until("the gateway's forecast", Duration::from_secs(60), || async {
+            shows("foregate_operator_forecast_gateways").await > 0.5
+                && shows("foregate_operator_forecast_confidence").await > 0.9
+        })
+        .await;
+    let shown = experts(&client).await["forecasts"].clone();
+    assert_eq!(shown.as_array().map(Vec::len), Some(1), "{shown}");
+    assert_eq!(shown[0]["horizon_ms"], 500, "{shown}");
+    // Another gateway, which knows half of its work.
+    let store = Arc::new(EtcdStore::connect(etcd.endpoints()).await.unwrap());
+    let coord = Coord::new(store, "e2e");
+    let lease = coord.store().lease(Duration::from_secs(10)).await.unwrap();
+    let mut forecast = Forecast::of(500, 1e6, 0.5, &vec![vec![1.0; 32]; 4]);
+    client
+        .until("both forecasts", Duration::from_secs(60), || {
+            forecast.sequence += 1;
+            let (coord, lease, forecast) = (coord.clone(), Arc::clone(&lease), forecast.clone());
+            async move {
+                coord.publish_forecast(&forecast, lease.as_ref()).await.unwrap();
+                shows("foregate_operator_forecast_gateways").await > 1.5
+                    && shows("foregate_operator_forecast_confidence").await < 0.6
+            }
+        })
+        .await;
+    stop.cancel();
+    while let Some(ended) = streams.join_next().await {
+        ended.expect("no stream fails");
+    }
+    end(cluster, &[]).await;
 }

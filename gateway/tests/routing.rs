@@ -313,3 +313,63 @@ async fn no_policy_changes_a_token() {
     );
     assert_ne!(answers[0][0], answers[0][1], "the seed matters");
 }
+
+/// Shares of two experts of the first layer in the forecast of the one gateway, if it knows all of its work.
+fn foretold(state: &foregate_store::coord::ClusterState, experts: [usize; 2]) -> Option<[f64; 2]> {
+    let forecast = state.forecasts.values().next()?;
+    let sure = forecast.rows > 0 && forecast.confidence > 0.99;
+    let share = |expert: usize| f64::from(forecast.shares[0][expert]) / f64::from(u16::MAX);
+    sure.then(|| experts.map(share))
+}
+
+#[tokio::test]
+async fn the_planner_is_told_what_is_admitted_and_not_yet_computed() {
+    let mut config = routed_by(RoutingPolicy::LeastLoaded);
+    (config.max_in_flight, config.forecast_ms) = (2, Some(200));
+    let cluster = Cluster::start(1, "x", config).await;
+    let end = tokio_util::sync::CancellationToken::new();
+    let states = cluster.coord.watch_cluster(end.clone());
+    // Whoever waits is known by what was read before: its prefix, and the words of both kinds.
+    for at in 0..40 {
+        let body = with(prompt(1 + at % 2, at), &json!({"max_tokens": 1, "stream": false}));
+        cluster.json("/v1/completions", &body).await;
+    }
+    cluster.hold_after(1);
+    let first = cluster.post("/v1/completions", &prompt(1, 0)).await;
+    let second = cluster.post("/v1/completions", &prompt(1, 2)).await;
+    cluster
+        .eventually("a forecast of what runs", async || {
+            foretold(&states.borrow(), [1, 2]).is_some_and(|[one, two]| one > 0.9 && two < 0.1)
+        })
+        .await;
+    let mut waiting = tokio::task::JoinSet::new();
+    for tail in 0..6 {
+        let request = cluster
+            .client
+            .post(format!("{}/v1/completions", cluster.url))
+            .json(&prompt(2, tail));
+        waiting.spawn(async move { request.send().await.unwrap().text().await.unwrap() });
+    }
+    cluster.shows("foregate_gateway_admission_queue 6").await;
+    cluster
+        .eventually("a forecast of who waits", async || {
+            foretold(&states.borrow(), [1, 2]).is_some_and(|[_, two]| two > 0.5)
+        })
+        .await;
+    cluster.shows("foregate_gateway_forecast_rows{experts=\"known\"}").await;
+    cluster.hold_after(0);
+    drop((first, second));
+    while let Some(ended) = waiting.join_next().await {
+        assert!(ended.unwrap().contains("[DONE]"));
+    }
+    cluster
+        .eventually("nothing to say", async || {
+            states.borrow().forecasts.values().all(|forecast| forecast.rows == 0)
+        })
+        .await;
+    cluster.shutdown.cancel();
+    cluster
+        .eventually("its end", async || states.borrow().forecasts.is_empty())
+        .await;
+    end.cancel();
+}

@@ -5,7 +5,9 @@ mod rig;
 use std::sync::Arc;
 use std::time::Duration;
 
+use foregate_api::forecast::Forecast;
 use foregate_api::ids::{Epoch, Rank};
+use foregate_api::node::OperatorConfig;
 use foregate_api::placement::Reason;
 use foregate_explain::Past;
 use foregate_store::{Archive, Store};
@@ -81,6 +83,53 @@ async fn a_shifting_load_raises_the_epoch_and_the_balance() {
     assert_eq!(rig.active().epoch, epoch);
     assert!(operator.metric("foregate_operator_layers_kept_total", "balanced") > 0.0);
     assert!(operator.metric("foregate_operator_copies_moved_total", "") > 0.0);
+}
+
+/// The balance that a mix meets which turns every two windows, and the weight of the forecast at the end. `foretell`: what
+/// a gateway says half a window before a window of this mix.
+async fn turning(operator: OperatorConfig, foretell: fn(&Mix) -> Option<Mix>) -> (f64, f64) {
+    let mut rig = Rig::new();
+    let operator = rig.operator(operator);
+    for rank in 0..3 {
+        rig.join(rank, SLOTS).await;
+    }
+    rig.until_settled("the first placement", |plan| plan.epoch == Epoch(1))
+        .await;
+    let gateway = rig.store.lease(Duration::from_secs(5)).await.unwrap();
+    let (mut sum, mut number) = (0.0, 0.0);
+    for t in 0..60_u64 {
+        let mix = |t: u64| if t / 2 % 2 == 0 { HEAVY_LOW } else { HEAVY_HIGH };
+        rig.mix.send_replace(mix(t));
+        tokio::time::sleep(rig::WINDOW / 2).await;
+        if let Some(next) = foretell(&mix(t + 1)) {
+            let counts = vec![next.map(|rows| rows as f64).to_vec(); rig::LAYERS];
+            let mut forecast = Forecast::of(1000, 600.0, 1.0, &counts);
+            forecast.sequence = t + 1;
+            rig.coord.publish_forecast(&forecast, gateway.as_ref()).await.unwrap();
+        }
+        tokio::time::sleep(rig::WINDOW / 2).await;
+        if t >= 20 {
+            sum += balance(&rig.active(), &mix(t));
+            number += 1.0;
+        }
+    }
+    let weight = operator.metric("foregate_operator_forecast_weight", "");
+    (sum / number, weight)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_forecast_that_is_right_leads_the_plan_and_one_that_is_wrong_does_not() {
+    let (blind, weight) = turning(config(3), |_| None).await;
+    assert!(weight.abs() < 1e-9, "nobody said anything");
+    let (told, weight) = turning(config(3), |next| Some(*next)).await;
+    assert!(weight > 0.5, "{weight}");
+    assert!(told > blind + 0.02, "{blind} without, {told} with");
+    let (_, weight) = turning(config(3), |_| Some([0, 0, 0, 900, 0, 0, 0, 0])).await;
+    assert!(weight.abs() < 1e-9, "{weight}");
+    let mut deaf = config(3);
+    deaf.forecast = false;
+    let (unheard, weight) = turning(deaf, |next| Some(*next)).await;
+    assert!(weight.abs() < 1e-9 && (unheard - blind).abs() < 1e-9, "{unheard}, {blind}");
 }
 
 #[tokio::test(start_paused = true)]

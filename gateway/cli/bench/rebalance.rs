@@ -1,6 +1,6 @@
 //! `foregate bench rebalance`: the mix of texts shifts, and the plan follows.
 //!
-//! Each phase sends mostly one kind of text. Meanwhile /debug/experts is sampled; the result is a record of
+//! Each phase sends mostly one kind of text; what a client has sent already is answered in the next. Meanwhile /debug/experts is sampled; the result is a record of
 //! epoch and imbalance over time, the longest pause any stream saw, and a plot of both.
 
 use std::path::PathBuf;
@@ -11,7 +11,7 @@ use foregate_api::placement::Placement;
 use serde::Deserialize as _;
 use serde_json::Value;
 use tokio::task::{JoinError, JoinSet};
-use tokio::time::{Instant, interval};
+use tokio::time::{Instant, interval, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use super::client::{Ask, Failure, Prompt, Seen, Target};
@@ -38,6 +38,9 @@ pub(crate) struct RebalanceArgs {
     /// Seconds per kind.
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..))]
     seconds: u64,
+    /// How often all kinds come in turn.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    cycles: u32,
     /// Requests in work at a time.
     #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=4096))]
     concurrency: u32,
@@ -99,38 +102,30 @@ async fn drive(
     let stop = drain.child_token();
     let mut sampler = JoinSet::new();
     sampler.spawn(sample(target.clone(), since, stop.clone()));
-    let (mut phases, mut results) = (Vec::new(), Vec::new());
-    for kind in 0..texts.len() {
-        if drain.is_cancelled() {
-            break;
-        }
-        progress.say(&format!(
-            "mostly {} for {} s",
-            texts[kind].kind, args.seconds
-        ));
-        phases.push(Phase {
-            seconds: since.elapsed().as_secs_f64(),
-            kind: texts[kind].kind.clone(),
-        });
-        let end = Instant::now() + Duration::from_secs(args.seconds);
-        let mut clients = JoinSet::new();
-        for number in 0..args.concurrency {
-            clients.spawn(client(Client {
-                target: target.clone(),
-                model: model.to_owned(),
-                texts: Arc::clone(texts),
-                kind,
-                length: args.prompt_chars as usize,
-                max_tokens: args.max_tokens,
-                draw: Draw::new((kind as u64) << 32 | u64::from(number)),
-                end,
-                drain: drain.clone(),
-            }));
-        }
-        while let Some(done) = clients.join_next().await {
-            let lost = |error: JoinError| vec![Err(Failure::new("client", error.to_string()))];
-            results.extend(done.unwrap_or_else(lost));
-        }
+    let schedule = Schedule {
+        begins: since,
+        phase: Duration::from_secs(args.seconds),
+        kinds: texts.len(),
+        phases: texts.len() * args.cycles as usize,
+    };
+    let mut clients = JoinSet::new();
+    for number in 0..args.concurrency {
+        clients.spawn(client(Client {
+            target: target.clone(),
+            model: model.to_owned(),
+            texts: Arc::clone(texts),
+            schedule,
+            length: args.prompt_chars as usize,
+            max_tokens: args.max_tokens,
+            draw: Draw::new(u64::from(number)),
+            drain: drain.clone(),
+        }));
+    }
+    let phases = tell(schedule, texts, progress, drain).await;
+    let mut results = Vec::new();
+    while let Some(done) = clients.join_next().await {
+        let lost = |error: JoinError| vec![Err(Failure::new("client", error.to_string()))];
+        results.extend(done.unwrap_or_else(lost));
     }
     stop.cancel();
     let samples = match sampler.join_next().await {
@@ -140,25 +135,67 @@ async fn drive(
     Record::of(phases, samples, &results)
 }
 
+/// Which kind is sent when.
+#[derive(Debug, Clone, Copy)]
+struct Schedule {
+    begins: Instant,
+    phase: Duration,
+    kinds: usize,
+    phases: usize,
+}
+
+impl Schedule {
+    /// The kind of this moment; `None` after the last phase.
+    fn kind(&self, now: Instant) -> Option<usize> {
+        let past = now.saturating_duration_since(self.begins);
+        let phase = (past.as_secs_f64() / self.phase.as_secs_f64()) as usize;
+        (phase < self.phases).then_some(phase % self.kinds.max(1))
+    }
+}
+
+/// Says when which phase begins, until the last one ends.
+async fn tell(
+    schedule: Schedule,
+    texts: &[Text],
+    progress: &Progress,
+    drain: &CancellationToken,
+) -> Vec<Phase> {
+    let mut phases = Vec::new();
+    while let Some(kind) = schedule.kind(Instant::now()) {
+        let kind = &texts[kind].kind;
+        progress.say(&format!("mostly {kind} for {} s", schedule.phase.as_secs()));
+        phases.push(Phase {
+            seconds: schedule.begins.elapsed().as_secs_f64(),
+            kind: kind.clone(),
+        });
+        let next = schedule.begins + schedule.phase * phases.len() as u32;
+        tokio::select! {
+            () = sleep_until(next) => {}
+            () = drain.cancelled() => break,
+        }
+    }
+    phases
+}
+
 struct Client {
     target: Target,
     model: String,
     texts: Arc<[Text]>,
-    kind: usize,
+    schedule: Schedule,
     length: usize,
     max_tokens: u32,
     draw: Draw,
-    end: Instant,
     drain: CancellationToken,
 }
 
-/// One request after the other until the phase ends.
+/// One request after the other until the last phase ends.
 async fn client(mut it: Client) -> Vec<Result<Seen, Failure>> {
     let mut results = Vec::new();
-    while Instant::now() < it.end && !it.drain.is_cancelled() {
+    while let Some(kind) = it.schedule.kind(Instant::now()).filter(|_| !it.drain.is_cancelled())
+    {
         let kind = match it.draw.below(OTHERS) {
             0 => it.draw.below(it.texts.len()),
-            _ => it.kind,
+            _ => kind,
         };
         let ask = Ask {
             prompt: Prompt::Text(it.texts[kind].cut(it.length, &mut it.draw)),

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use axum::body::Body;
 use axum::extract::State;
 use axum::http::{HeaderValue, Response, StatusCode, header};
+use foregate_api::forecast::Forecast;
 use foregate_api::ids::Rank;
 use foregate_api::load::sum_gate;
 use foregate_api::placement::Placement;
@@ -78,6 +79,7 @@ pub(super) async fn experts(State(gateway): State<Arc<Gateway>>) -> Response<Bod
         "load": sum_gate(state.loads.values().map(AsRef::as_ref), layers, experts),
         "rank_rows": by_rank(rows.iter().map(|(rank, rows)| (*rank, json!(rows))).collect()),
         "imbalance": imbalance(&rows),
+        "forecasts": forecasts(state),
         "workers": by_rank(state.members.keys().map(|rank| (*rank, worker(state, *rank))).collect()),
     });
     json_response(StatusCode::OK, &document)
@@ -94,6 +96,19 @@ pub(super) async fn plan(
         "entries": entries.as_ref(),
     });
     Ok(json_response(StatusCode::OK, &document))
+}
+
+/// What each gateway expects, without the shares.
+fn forecasts(state: &ClusterState) -> Vec<Value> {
+    let of = |forecast: &Arc<Forecast>| {
+        json!({
+            "sequence": forecast.sequence,
+            "horizon_ms": forecast.horizon_ms,
+            "rows": forecast.rows,
+            "confidence": forecast.confidence,
+        })
+    };
+    state.forecasts.values().map(of).collect()
 }
 
 fn by_rank(entries: Vec<(Rank, Value)>) -> Value {

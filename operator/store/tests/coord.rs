@@ -10,12 +10,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use foregate_api::forecast::Forecast;
 use foregate_api::ids::{Epoch, ExpertId, Rank};
 use foregate_api::load::{EngineLoad, LoadWindow};
 use foregate_api::member::{Ack, Member, Phase};
 use foregate_api::model::{Family, ModelSpec};
 use foregate_api::placement::{LayerPlacement, Placement, Reason};
 use foregate_api::weights::{WeightFormat, WeightFormats};
+use foregate_store::coord::GATEWAYS;
 use foregate_store::own_etcd::OwnEtcdError;
 use foregate_store::{ClusterState, Coord, EtcdStore, MemoryStore, OwnEtcd, Store, StoreError};
 use tokio::sync::watch;
@@ -117,6 +119,34 @@ async fn until(
         Ok(state) => Arc::clone(&state.unwrap()),
         Err(_) => panic!("never: {what}; at first it was {last:?}"),
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_forecast_lives_as_long_as_its_gateway_and_there_are_not_too_many() {
+    let (store, coord, mut states) = memory();
+    let forecast = |sequence| {
+        let mut made = Forecast::of(2000, 40.0, 0.5, &[vec![1.0, 3.0]]);
+        made.sequence = sequence;
+        made
+    };
+    let mut leases = Vec::new();
+    for number in 0..GATEWAYS + 2 {
+        let lease = coord.store().lease(TTL).await.unwrap();
+        coord
+            .publish_forecast(&forecast(number as u64), lease.as_ref())
+            .await
+            .unwrap();
+        leases.push(lease);
+    }
+    let state = until(&mut states, "as many as may be", |s| s.forecasts.len() == GATEWAYS).await;
+    let first = leases[0].id();
+    assert_eq!(*state.forecasts[&first], forecast(0));
+    // One that is there is replaced, though there is no room for another.
+    coord.publish_forecast(&forecast(999), leases[0].as_ref()).await.unwrap();
+    let newest = |s: &ClusterState| s.forecasts.get(&first).is_some_and(|f| f.sequence == 999);
+    until(&mut states, "the newest", newest).await;
+    store.expire(first);
+    until(&mut states, "its end", |s| !s.forecasts.contains_key(&first)).await;
 }
 
 /// Who has served says what the cluster is; before that, the lowest rank.
