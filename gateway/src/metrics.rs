@@ -6,6 +6,7 @@
 //! the gateway, is copied whenever the registry is gathered.
 
 mod cluster;
+mod decode;
 mod forecast;
 mod gen_ai;
 mod scraped;
@@ -13,14 +14,17 @@ mod window;
 
 use std::time::Duration;
 
+use foregate_api::ids::Rank;
 use foregate_api::placement::Placement;
 use foregate_store::coord::ClusterState;
+use foregate_wire::generation::Steps;
 use prometheus::{
     Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
 };
 
 use crate::route::{self, Choice};
 use cluster::Cluster;
+use decode::DecodeMetrics;
 use forecast::ForecastMetrics;
 use gen_ai::GenAi;
 use scraped::Scraped;
@@ -68,6 +72,7 @@ pub struct Metrics {
     cluster: Cluster,
     window: WindowMetrics,
     forecast: ForecastMetrics,
+    decode: DecodeMetrics,
     scraped: Scraped,
     gen_ai: GenAi,
 }
@@ -199,6 +204,7 @@ impl Metrics {
             cluster: Cluster::new(&copied, model)?,
             window: WindowMetrics::new(&copied, &make)?,
             forecast: ForecastMetrics::new(&make)?,
+            decode: DecodeMetrics::new(&make)?,
             scraped: Scraped::register(&registry, inner.clone())?,
             gen_ai: GenAi::new(&make)?,
             registry,
@@ -249,6 +255,11 @@ impl Metrics {
     /// text.
     pub(crate) fn expects(&self, rows: f64, known: f64, kinds: usize) {
         self.forecast.show(rows, known, kinds);
+    }
+
+    /// A worker has said what its decode steps took so far.
+    pub(crate) fn decoded(&self, worker: Rank, steps: &Steps) {
+        self.decode.note(worker, steps);
     }
 
     pub(crate) fn resumed(&self) {

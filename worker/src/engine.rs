@@ -17,6 +17,7 @@
 
 mod handle;
 mod outlet;
+mod pace;
 mod settle;
 mod step;
 
@@ -204,6 +205,8 @@ struct Engine {
     /// Steps in a row that failed as a whole.
     failures: u32,
     counts: EngineLoad,
+    /// What decode steps take.
+    pace: pace::Pace,
 }
 
 impl Engine {
@@ -229,6 +232,7 @@ impl Engine {
             next_id: 0,
             failures: 0,
             counts: EngineLoad::default(),
+            pace: pace::Pace::default(),
         }
     }
 
@@ -322,7 +326,7 @@ impl Engine {
     fn end(&mut self, id: SequenceId, why: Finish) {
         let sequence = self.scheduler.remove(id);
         if let (Some(sequence), Some(mut outlet)) = (sequence, self.outlets.remove(&id)) {
-            outlet.finished(&sequence, why);
+            outlet.finished(&sequence, why, self.pace.report());
         }
     }
 

@@ -3,7 +3,7 @@
 use prometheus::{GaugeVec, HistogramVec};
 
 use super::Make;
-use crate::route::window::Regime;
+use crate::route::window::{Regime, StepModel};
 
 /// Experts per layer that a token adds to a batch.
 const ADDED: [f64; 12] = [
@@ -19,6 +19,8 @@ pub(crate) struct WindowState {
     pub(crate) switch_offs: u64,
     pub(crate) gain: Option<f64>,
     pub(crate) separation: Option<f64>,
+    /// Cost of a step in use, and whether workers have measured it.
+    pub(crate) step: (StepModel, bool),
 }
 
 /// Metrics of the window.
@@ -30,6 +32,8 @@ pub(super) struct WindowMetrics {
     switch_offs: GaugeVec,
     gain: GaugeVec,
     separation: GaugeVec,
+    step: GaugeVec,
+    measured: GaugeVec,
     pub(super) added: HistogramVec,
 }
 
@@ -43,6 +47,8 @@ impl WindowMetrics {
             switch_offs: copied.gauges("foregate_gateway_window_switch_offs", "How often grouping was switched off because it gained too little.", &[])?,
             gain: copied.gauges("foregate_gateway_window_gain_ratio", "What grouping saved in the last interval, as a share of a step's time.", &[])?,
             separation: copied.gauges("foregate_gateway_window_separation_ratio", "Share of the signatures' variance that lies between the kinds of requests.", &[])?,
+            step: copied.gauges("foregate_gateway_window_step_ms", "Cost of a step that the window reckons with: base, per distinct expert, per row.", &["part"])?,
+            measured: copied.gauges("foregate_gateway_window_step_measured", "1 while that cost is fitted to the workers' steps, 0 while it is assumed.", &[])?,
             added: make.histograms_by("foregate_gateway_window_added_experts", "Experts per layer that a request adds to the batch of its worker, as predicted and as measured.", &ADDED, &["when"])?,
         })
     }
@@ -63,6 +69,11 @@ impl WindowMetrics {
         self.switch_offs
             .with_label_values(&none)
             .set(state.switch_offs as f64);
+        let (step, measured) = state.step;
+        for (part, ms) in [("base", step.base), ("expert", step.expert), ("row", step.sequence)] {
+            self.step.with_label_values(&[part]).set(ms);
+        }
+        self.measured.with_label_values(&none).set(f64::from(measured));
         for (gauge, value) in [
             (&self.gain, state.gain),
             (&self.separation, state.separation),

@@ -23,6 +23,7 @@
 pub mod band;
 pub(crate) mod clusters;
 mod cost;
+mod fitted;
 mod guard;
 mod kinds;
 mod matching;
@@ -41,6 +42,7 @@ pub use regime::Regime;
 use crate::signature::Profile;
 use clusters::split_mix;
 use cost::{Running, Unused};
+use fitted::Fitted;
 
 /// Profiles of the newest requests that kinds are made from.
 const RECENT: usize = 2000;
@@ -161,6 +163,7 @@ pub struct Window {
     kinds: Option<Arc<Kinds>>,
     unused: Option<Unused>,
     regime: Regime,
+    fitted: Fitted,
     guard: Guard,
     placed: BTreeMap<u64, Placed>,
     running: BTreeMap<Rank, Running>,
@@ -178,7 +181,8 @@ impl Window {
             recent: VecDeque::new(),
             kinds: None,
             unused: None,
-            regime: Regime::by_shape(1.0, settings.experts.0, settings.experts.1),
+            regime: Regime::Group,
+            fitted: Fitted::default(),
             guard: Guard::default(),
             placed: BTreeMap::new(),
             running: BTreeMap::new(),
@@ -241,6 +245,33 @@ impl Window {
             .map_or((1.0, 0), |u| (u.batch, u.version));
         self.unused = Some(Unused::new(&kinds, batch, version + 1));
         self.kinds = Some(kinds);
+        self.look_at_prize(batch);
+    }
+
+    /// A worker's newest fit of its decode steps, and the part of their variance that it explains.
+    pub fn timed(&mut self, worker: Rank, found: StepModel, explained: f64) {
+        if let Some(model) = self.fitted.note(worker, found, explained) {
+            self.adopt_cost(model);
+        }
+    }
+
+    /// The cost of a step in use, and whether workers have measured it.
+    #[must_use]
+    pub const fn step(&self) -> (StepModel, bool) {
+        (self.settings.step, self.fitted.in_use().is_some())
+    }
+
+    /// What is worth as much as a step keeps its proportion to it: the credit of a wait, and a token of a prompt.
+    fn adopt_cost(&mut self, model: Option<StepModel>) {
+        let (experts, top_k) = self.settings.experts;
+        let assumed = Settings::new(experts, top_k);
+        let batch = self.unused.as_ref().map_or(1.0, |unused| unused.batch);
+        let step = model.unwrap_or(assumed.step);
+        let distinct = self.kinds.as_ref().map_or(top_k as f64, |kinds| kinds.distinct(batch).0);
+        let scale = step.step(distinct, batch) / assumed.step.step(distinct, batch);
+        self.settings.step = step;
+        self.settings.age_ms = assumed.age_ms * scale;
+        self.settings.prefill_ms = assumed.prefill_ms * scale;
         self.look_at_prize(batch);
     }
 
@@ -412,6 +443,9 @@ impl Window {
         let placed = &self.placed;
         let used = |rank: Rank| placed.values().any(|placed| placed.worker == rank);
         self.running.retain(|rank, _| alive(*rank) || used(*rank));
+        if let Some(model) = self.fitted.keep_only(alive) {
+            self.adopt_cost(model);
+        }
     }
 
     /// A placed request ended; `used` is what its answer really used, if that is known. Returns the experts per layer
@@ -453,7 +487,7 @@ impl Window {
     fn follow(&mut self, batch: f64) {
         let (Some(kinds), Some(unused)) = (&self.kinds, &self.unused) else {
             let (experts, top_k) = self.settings.experts;
-            self.regime = Regime::by_shape(batch, experts, top_k);
+            self.regime = self.regime.by_shape(batch, experts, top_k);
             return;
         };
         if batch > unused.batch * STALE || batch < unused.batch / STALE {

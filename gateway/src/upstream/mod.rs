@@ -11,7 +11,7 @@ use foregate_api::ids::Rank;
 use foregate_api::member::Member;
 use foregate_tls::Keys;
 use foregate_wire::connect;
-use foregate_wire::generation::GenerateRequest;
+use foregate_wire::generation::{GenerateRequest, Steps};
 use foregate_wire::tonic::transport::Channel;
 use tokio::time::Instant;
 
@@ -156,6 +156,14 @@ impl Upstream {
         view.ready()
             .all(|member| self.is_suspect(member))
             .then(|| "no ready worker can be reached".to_owned())
+    }
+
+    /// A worker has said what its decode steps take.
+    fn timed(&self, worker: Rank, steps: &Steps) {
+        self.metrics.decoded(worker, steps);
+        if let (Some(ahead), Some(fit)) = (&self.ahead, &steps.fit) {
+            ahead.timed(worker, fit);
+        }
     }
 
     /// Ready workers without those in `avoid`; suspects only if nobody else is left.

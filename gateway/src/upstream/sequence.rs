@@ -209,6 +209,7 @@ impl Sequence {
             generated_tokens: self.received,
             signature: Vec::new(),
             preemptions: 0,
+            steps: None,
         }
     }
 
@@ -218,6 +219,9 @@ impl Sequence {
             WireEvent::Token(token) => self.take_token(token).map(Some),
             WireEvent::Finished(finished) => match finished.reason() {
                 FinishReason::Stop | FinishReason::Length => {
+                    if let (Some(running), Some(steps)) = (&self.running, &finished.steps) {
+                        self.upstream.timed(running.member.rank, steps);
+                    }
                     self.remember_all(&finished);
                     self.tell(&finished);
                     self.running = None;

@@ -13,7 +13,7 @@ use std::time::Duration;
 use foregate_api::ids::Rank;
 use foregate_api::manifest::RoutingPolicy;
 use foregate_api::member::Member;
-use foregate_wire::generation::GenerateRequest;
+use foregate_wire::generation::{GenerateRequest, StepFit};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
@@ -23,7 +23,7 @@ use crate::error::ApiError;
 use crate::loads::{LoadGuard, Loads};
 use crate::metrics::WindowState;
 use crate::route::window::{
-    Kinds, LEAST_PER_WORKER, Pick, Settings, Waiting, Why, Window, Worker,
+    Kinds, LEAST_PER_WORKER, Pick, Settings, StepModel, Waiting, Why, Window, Worker,
 };
 use crate::route::{Choice, Outcome};
 use crate::signature::{Known, Profile, Signature};
@@ -130,6 +130,20 @@ impl Ahead {
         (left.as_secs_f64() * 1000.0 * PATIENCE.0).min(PATIENCE.1)
     }
 
+    /// A worker's newest fit.
+    pub(super) fn timed(&self, worker: Rank, fit: &StepFit) {
+        let found = StepModel {
+            base: fit.base_ms,
+            expert: fit.expert_ms,
+            sequence: fit.row_ms,
+        };
+        self.with(|state| {
+            if let Some(window) = &mut state.window {
+                window.timed(worker, found, fit.explained);
+            }
+        });
+    }
+
     /// For the metrics.
     pub(super) fn look(&self) -> Option<WindowState> {
         self.with(|state| {
@@ -141,6 +155,7 @@ impl Ahead {
                 switch_offs: window.guard().switch_offs(),
                 gain: window.guard().gain(),
                 separation: window.kinds().map(|kinds| kinds.separation),
+                step: window.step(),
             })
         })
     }

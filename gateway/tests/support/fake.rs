@@ -362,6 +362,7 @@ async fn finish(
         generated_tokens: generated as u32,
         signature,
         preemptions: 0,
+        steps: None,
     }))))
     .await
 }

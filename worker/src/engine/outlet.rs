@@ -5,7 +5,7 @@ use std::time::Instant;
 use foregate_wire::frame::TraceContext;
 use foregate_wire::generation::generate_event::Event;
 use foregate_wire::generation::{
-    FinishReason, Finished, Prefilled, RoutedExperts, Token, TokenInfo, TokenLogprob,
+    FinishReason, Finished, Prefilled, RoutedExperts, Steps, Token, TokenInfo, TokenLogprob,
 };
 use opentelemetry::trace::TraceContextExt;
 use tokio::sync::mpsc;
@@ -124,7 +124,8 @@ impl Outlet {
         self.send(Ok(Event::Token(event)));
     }
 
-    pub(super) fn finished(&mut self, sequence: &Sequence, why: Finish) {
+    /// `steps`: what decode steps have taken so far.
+    pub(super) fn finished(&mut self, sequence: &Sequence, why: Finish, steps: Option<Steps>) {
         let (reason, stop_token) = match why {
             Finish::Stop(token) => (FinishReason::Stop, Some(token)),
             Finish::Length => (FinishReason::Length, None),
@@ -138,6 +139,7 @@ impl Outlet {
             generated_tokens: sequence.generated() as u32,
             signature: sequence.trace.signature.clone(),
             preemptions: sequence.preemptions,
+            steps,
         };
         self.send(Ok(Event::Finished(event)));
     }

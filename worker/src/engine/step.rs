@@ -1,11 +1,12 @@
 //! A plan as one forward pass.
 
 use std::ops::Range;
+use std::time::Duration;
 
 use foregate_models::{ModelError, StepBatch, StepOutput, emptied};
 
 use super::Engine;
-use super::handle::StreamError;
+use super::handle::{self, StreamError};
 use crate::scheduler::{Plan, Scheduler};
 
 /// Whole steps that may fail in a row; with the pauses between them this is about two seconds.
@@ -70,17 +71,33 @@ impl Engine {
         let contexts = |id| self.outlets.get(id)?.context();
         let trace = plan.chunks.iter().find_map(|chunk| contexts(&chunk.id));
         let epoch = self.experts.begin_step(trace);
+        let begun = handle::now();
         let result = self.forward(plan);
+        let took = begun.elapsed();
         self.experts.end_step();
         self.shared.set_epoch(epoch);
         self.counts.steps += 1;
         match result {
             Ok(()) => {
                 self.failures = 0;
+                self.time(plan, took);
                 self.settle(plan);
             }
             Err(error) => self.lose(plan, &error),
         }
+    }
+
+    /// Notes how long a decode step took. One with late rows waited for somebody, and says nothing.
+    fn time(&mut self, plan: &Plan, took: Duration) {
+        let output = &self.buffers.output;
+        let decodes = plan.chunks.iter().all(|chunk| chunk.len == 1);
+        if !decodes || output.dead.iter().any(|dead| *dead) {
+            return;
+        }
+        let spec = self.model.spec();
+        let shape = (spec.moe_layers(), spec.experts, spec.top_k);
+        let ms = took.as_secs_f64() * 1000.0;
+        self.pace.note(&output.routes, plan.chunks.len(), shape, ms);
     }
 
     fn forward(&mut self, plan: &Plan) -> Result<(), ModelError> {

@@ -104,6 +104,32 @@ fn without_kinds_it_is_exactly_order_prefix_and_load() {
     assert_eq!(order, [0, 1, 2, 3, 4, 5, 9]);
 }
 
+/// Where a step does not take longer for more experts, there is nothing to gain, whatever kinds there are.
+#[test]
+fn grouping_follows_the_measured_cost_of_experts() {
+    let model = |expert| StepModel {
+        base: 1.0,
+        expert,
+        sequence: 0.5,
+    };
+    let mut window = filled(64, 8);
+    let busy = workers(&[3; 4]);
+    window.pick(0.0, &busy).unwrap();
+    assert!(window.is_grouping() && !window.step().1);
+    for rank in ranks() {
+        window.timed(rank, model(0.0), 0.9);
+    }
+    assert_eq!(window.step(), (model(0.0), true));
+    assert_eq!(window.regime(), Regime::Mix);
+    assert_eq!(window.pick(0.0, &busy).unwrap().why, Why::Order);
+    for rank in ranks() {
+        window.timed(rank, model(0.3), 0.9);
+    }
+    assert!(window.is_grouping());
+    window.keep_only(|_| false);
+    assert_eq!(window.step(), (StepModel::default(), false));
+}
+
 #[test]
 fn an_overdue_request_is_next_and_one_that_left_is_not() {
     let mut window = filled(64, 20);
