@@ -375,9 +375,8 @@ async fn forecasts_reach_the_planner_from_every_gateway() {
         })
         .await;
     let operator = &operator;
-    let shows = |name: &'static str| async move {
-        operator.metric(name, "").await.unwrap_or(0.0)
-    };
+    let shows =
+        |name: &'static str| async move { operator.metric(name, "").await.unwrap_or(0.0) };
     let mut streams = JoinSet::new();
     let stop = CancellationToken::new();
     for at in 0..PROMPTS.len() {
@@ -390,25 +389,33 @@ async fn forecasts_reach_the_planner_from_every_gateway() {
         });
     }
     client
-        .until("the gateway's forecast", Duration::from_secs(60), || async {
-            shows("foregate_operator_forecast_gateways").await > 0.5
-                && shows("foregate_operator_forecast_confidence").await > 0.9
-        })
+        .until(
+            "the gateway's forecast",
+            Duration::from_secs(60),
+            || async {
+                shows("foregate_operator_forecast_gateways").await > 0.5
+                    && shows("foregate_operator_forecast_confidence").await > 0.9
+            },
+        )
         .await;
     let shown = experts(&client).await["forecasts"].clone();
     assert_eq!(shown.as_array().map(Vec::len), Some(1), "{shown}");
     assert_eq!(shown[0]["horizon_ms"], 500, "{shown}");
     // Another gateway, which knows half of its work.
-    let store = Arc::new(EtcdStore::connect(etcd.endpoints()).await.unwrap());
+    let store = Arc::new(EtcdStore::connect(&etcd.endpoints()).await.unwrap());
     let coord = Coord::new(store, "e2e");
     let lease = coord.store().lease(Duration::from_secs(10)).await.unwrap();
     let mut forecast = Forecast::of(500, 1e6, 0.5, &vec![vec![1.0; 32]; 4]);
     client
         .until("both forecasts", Duration::from_secs(60), || {
             forecast.sequence += 1;
-            let (coord, lease, forecast) = (coord.clone(), Arc::clone(&lease), forecast.clone());
+            let (coord, lease, forecast) =
+                (coord.clone(), Arc::clone(&lease), forecast.clone());
             async move {
-                coord.publish_forecast(&forecast, lease.as_ref()).await.unwrap();
+                coord
+                    .publish_forecast(&forecast, lease.as_ref())
+                    .await
+                    .unwrap();
                 shows("foregate_operator_forecast_gateways").await > 1.5
                     && shows("foregate_operator_forecast_confidence").await < 0.6
             }

@@ -297,7 +297,10 @@ fn check(config: &GatewayConfig) -> Result<(), GatewayError> {
         return Err(error("max_model_len", "must be at least 1"));
     }
     if config.forecast_ms == Some(0) {
-        return Err(error("forecast_ms", "must be at least 1, or absent for no forecast"));
+        return Err(error(
+            "forecast_ms",
+            "must be at least 1, or absent for no forecast",
+        ));
     }
     if config.request_timeout_ms == 0 {
         return Err(error("request_timeout_ms", "must be at least 1"));

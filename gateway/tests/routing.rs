@@ -315,7 +315,10 @@ async fn no_policy_changes_a_token() {
 }
 
 /// Shares of two experts of the first layer in the forecast of the one gateway, if it knows all of its work.
-fn foretold(state: &foregate_store::coord::ClusterState, experts: [usize; 2]) -> Option<[f64; 2]> {
+fn foretold(
+    state: &foregate_store::coord::ClusterState,
+    experts: [usize; 2],
+) -> Option<[f64; 2]> {
     let forecast = state.forecasts.values().next()?;
     let sure = forecast.rows > 0 && forecast.confidence > 0.99;
     let share = |expert: usize| f64::from(forecast.shares[0][expert]) / f64::from(u16::MAX);
@@ -331,7 +334,10 @@ async fn the_planner_is_told_what_is_admitted_and_not_yet_computed() {
     let states = cluster.coord.watch_cluster(end.clone());
     // Whoever waits is known by what was read before: its prefix, and the words of both kinds.
     for at in 0..40 {
-        let body = with(prompt(1 + at % 2, at), &json!({"max_tokens": 1, "stream": false}));
+        let body = with(
+            prompt(1 + at % 2, at),
+            &json!({"max_tokens": 1, "stream": false}),
+        );
         cluster.json("/v1/completions", &body).await;
     }
     cluster.hold_after(1);
@@ -356,7 +362,9 @@ async fn the_planner_is_told_what_is_admitted_and_not_yet_computed() {
             foretold(&states.borrow(), [1, 2]).is_some_and(|[_, two]| two > 0.5)
         })
         .await;
-    cluster.shows("foregate_gateway_forecast_rows{experts=\"known\"}").await;
+    cluster
+        .shows("foregate_gateway_forecast_rows{experts=\"known\"}")
+        .await;
     cluster.hold_after(0);
     drop((first, second));
     while let Some(ended) = waiting.join_next().await {
@@ -364,7 +372,11 @@ async fn the_planner_is_told_what_is_admitted_and_not_yet_computed() {
     }
     cluster
         .eventually("nothing to say", async || {
-            states.borrow().forecasts.values().all(|forecast| forecast.rows == 0)
+            states
+                .borrow()
+                .forecasts
+                .values()
+                .all(|forecast| forecast.rows == 0)
         })
         .await;
     cluster.shutdown.cancel();

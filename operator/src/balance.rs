@@ -307,14 +307,17 @@ impl Balancer {
         };
         let base = demand.prediction();
         let (layers, experts) = (base.len(), base.first().map_or(0, Vec::len));
-        let combined = self.foretold.combine(&look.state.forecasts, layers, experts);
+        let combined = self
+            .foretold
+            .combine(&look.state.forecasts, layers, experts);
         if let Some(combined) = &combined
             && let Err(error) = demand.expect(combined.over(&base))
         {
             tracing::error!(%error, "forecast left out");
         }
         let weight = demand.forecast_weight();
-        self.metrics.foreseen(combined.as_ref().map(|combined| (combined, weight)));
+        self.metrics
+            .foreseen(combined.as_ref().map(|combined| (combined, weight)));
     }
 
     /// What is remembered of the model, asked once. A store that does not answer is no reason to wait.

@@ -36,7 +36,8 @@ impl Foretold {
         layers: usize,
         experts: usize,
     ) -> Option<Combined> {
-        self.seen.retain(|gateway, _| forecasts.contains_key(gateway));
+        self.seen
+            .retain(|gateway, _| forecasts.contains_key(gateway));
         let mut sum = Combined {
             rows: vec![vec![0.0; experts]; layers],
             confidence: 0.0,
@@ -44,7 +45,9 @@ impl Foretold {
         };
         let (mut known, mut all) = (0.0, 0.0);
         for (gateway, forecast) in forecasts {
-            if self.stands_still(*gateway, forecast.sequence) || !says(forecast, layers, experts) {
+            if self.stands_still(*gateway, forecast.sequence)
+                || !says(forecast, layers, experts)
+            {
                 continue;
             }
             let rows = forecast.rows as f64;
@@ -89,7 +92,10 @@ impl Combined {
                 return own.clone();
             }
             let (ours, theirs) = (self.confidence / expected, (1.0 - self.confidence) / seen);
-            own.iter().zip(base).map(|(own, base)| ours * own + theirs * base).collect()
+            own.iter()
+                .zip(base)
+                .map(|(own, base)| ours * own + theirs * base)
+                .collect()
         };
         self.rows.iter().zip(base).map(row).collect()
     }
@@ -100,7 +106,9 @@ mod tests {
     use super::*;
 
     fn all(of: &[(i64, Forecast)]) -> BTreeMap<i64, Arc<Forecast>> {
-        of.iter().map(|(id, forecast)| (*id, Arc::new(forecast.clone()))).collect()
+        of.iter()
+            .map(|(id, forecast)| (*id, Arc::new(forecast.clone())))
+            .collect()
     }
 
     fn forecast(sequence: u64, rows: f64, confidence: f64, counts: &[f64]) -> Forecast {
@@ -142,6 +150,9 @@ mod tests {
             let one = all(&[(5, forecast(sequence, 9.0, 1.0, &[1.0, 0.0]))]);
             foretold.combine(&one, 1, 2).is_some()
         };
-        assert_eq!([1, 1, 1, 1, 2].map(&mut close), [true, true, false, false, true]);
+        assert_eq!(
+            [1, 1, 1, 1, 2].map(&mut close),
+            [true, true, false, false, true]
+        );
     }
 }

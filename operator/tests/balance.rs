@@ -1,5 +1,7 @@
 //! The operator over a store in memory with scripted workers, in simulated time.
 
+#![expect(clippy::unwrap_used, reason = "part of a test")]
+
 mod rig;
 
 use std::sync::Arc;
@@ -98,14 +100,19 @@ async fn turning(operator: OperatorConfig, foretell: fn(&Mix) -> Option<Mix>) ->
     let gateway = rig.store.lease(Duration::from_secs(5)).await.unwrap();
     let (mut sum, mut number) = (0.0, 0.0);
     for t in 0..60_u64 {
-        let mix = |t: u64| if t / 2 % 2 == 0 { HEAVY_LOW } else { HEAVY_HIGH };
+        let mix = |t: u64| {
+            if t % 4 < 2 { HEAVY_LOW } else { HEAVY_HIGH }
+        };
         rig.mix.send_replace(mix(t));
         tokio::time::sleep(rig::WINDOW / 2).await;
         if let Some(next) = foretell(&mix(t + 1)) {
             let counts = vec![next.map(|rows| rows as f64).to_vec(); rig::LAYERS];
             let mut forecast = Forecast::of(1000, 600.0, 1.0, &counts);
             forecast.sequence = t + 1;
-            rig.coord.publish_forecast(&forecast, gateway.as_ref()).await.unwrap();
+            rig.coord
+                .publish_forecast(&forecast, gateway.as_ref())
+                .await
+                .unwrap();
         }
         tokio::time::sleep(rig::WINDOW / 2).await;
         if t >= 20 {
@@ -129,7 +136,10 @@ async fn a_forecast_that_is_right_leads_the_plan_and_one_that_is_wrong_does_not(
     let mut deaf = config(3);
     deaf.forecast = false;
     let (unheard, weight) = turning(deaf, |next| Some(*next)).await;
-    assert!(weight.abs() < 1e-9 && (unheard - blind).abs() < 1e-9, "{unheard}, {blind}");
+    assert!(
+        weight.abs() < 1e-9 && (unheard - blind).abs() < 1e-9,
+        "{unheard}, {blind}"
+    );
 }
 
 #[tokio::test(start_paused = true)]

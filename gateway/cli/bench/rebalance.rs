@@ -191,7 +191,10 @@ struct Client {
 /// One request after the other until the last phase ends.
 async fn client(mut it: Client) -> Vec<Result<Seen, Failure>> {
     let mut results = Vec::new();
-    while let Some(kind) = it.schedule.kind(Instant::now()).filter(|_| !it.drain.is_cancelled())
+    while let Some(kind) = it
+        .schedule
+        .kind(Instant::now())
+        .filter(|_| !it.drain.is_cancelled())
     {
         let kind = match it.draw.below(OTHERS) {
             0 => it.draw.below(it.texts.len()),

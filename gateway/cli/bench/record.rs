@@ -112,8 +112,12 @@ impl Record {
         )];
         // The first phase is planned without any load known.
         let begun = self.phases.get(1).map_or(0.0, |phase| phase.seconds);
-        let later: Vec<f64> =
-            self.samples.iter().filter(|s| s.seconds >= begun).filter_map(|s| s.imbalance).collect();
+        let later: Vec<f64> = self
+            .samples
+            .iter()
+            .filter(|s| s.seconds >= begun)
+            .filter_map(|s| s.imbalance)
+            .collect();
         if !later.is_empty() {
             let mean = later.iter().sum::<f64>() / later.len() as f64;
             lines.push(format!("imbalance after the first phase: mean {mean:.3}"));

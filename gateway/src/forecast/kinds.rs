@@ -35,7 +35,9 @@ impl Words {
         let mut counts: BTreeMap<u16, u16> = BTreeMap::new();
         for token in prompt.iter().take(TOKENS) {
             // Below BUCKETS, so it fits.
-            *counts.entry((*token as usize % BUCKETS) as u16).or_default() += 1;
+            *counts
+                .entry((*token as usize % BUCKETS) as u16)
+                .or_default() += 1;
         }
         Self(counts.into_iter().collect())
     }
@@ -123,9 +125,10 @@ impl Kinds {
     pub fn guess(&self, words: &Words) -> Vec<f32> {
         let weight = (EVIDENCE / words.len().max(1.0)).min(1.0);
         let log = |kind: &Kind| {
-            let words = words.0.iter().map(|(bucket, count)| {
-                f32::from(*count) * kind.words[usize::from(*bucket)]
-            });
+            let words = words
+                .0
+                .iter()
+                .map(|(bucket, count)| f32::from(*count) * kind.words[usize::from(*bucket)]);
             kind.prior + weight * words.sum::<f32>()
         };
         let logs: Vec<f32> = self.kinds.iter().map(log).collect();
@@ -150,7 +153,10 @@ impl Kinds {
 }
 
 impl Kind {
-    #[expect(single_use_lifetimes, reason = "anonymous lifetimes in impl Trait are unstable")]
+    #[expect(
+        single_use_lifetimes,
+        reason = "anonymous lifetimes in impl Trait are unstable"
+    )]
     fn of<'a>(own: impl Iterator<Item = &'a Example>, all: usize) -> Option<Self> {
         let mut words = vec![SMOOTHING; BUCKETS];
         let (mut sums, mut width, mut number) = (Vec::new(), 1, 0_u32);
@@ -174,7 +180,9 @@ impl Kind {
             layer.iter_mut().for_each(|share| *share /= rows.max(1.0));
         }
         let total: f32 = words.iter().sum();
-        words.iter_mut().for_each(|word| *word = (*word / total).ln());
+        words
+            .iter_mut()
+            .for_each(|word| *word = (*word / total).ln());
         Some(Self {
             prior: (number as f32 / all as f32).ln(),
             words,
@@ -218,8 +226,11 @@ pub(super) mod tests {
         let mut right = 0.0;
         for at in 0..40 {
             let (prompt, _) = example(at % 4, 10_000 + at);
-            let guess: Vec<f64> =
-                kinds.guess(&Words::of(&prompt)).into_iter().map(f64::from).collect();
+            let guess: Vec<f64> = kinds
+                .guess(&Words::of(&prompt))
+                .into_iter()
+                .map(f64::from)
+                .collect();
             assert!((guess.iter().sum::<f64>() - 1.0).abs() < 1e-5);
             let shares = kinds.shares(&guess);
             let own = 4 * (at % 4) as usize;
@@ -234,7 +245,10 @@ pub(super) mod tests {
         let kinds = Kinds::fit(&examples(96)).unwrap();
         let guess = kinds.guess(&Words::of(&[]));
         let shares = kinds.shares(&guess.iter().copied().map(f64::from).collect::<Vec<_>>());
-        assert!(shares.iter().all(|share| (0.03..0.1).contains(share)), "{shares:?}");
+        assert!(
+            shares.iter().all(|share| (0.03..0.1).contains(share)),
+            "{shares:?}"
+        );
         assert!((shares[..16].iter().sum::<f64>() - 1.0).abs() < 1e-6);
     }
 

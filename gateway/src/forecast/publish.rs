@@ -107,7 +107,8 @@ impl Publisher {
             outlook.expected(layers, experts, ms(horizon), ms(since))
         });
         let expected = expected.await.ok()?;
-        self.metrics.expects(expected.rows, expected.known, self.outlook.kinds());
+        self.metrics
+            .expects(expected.rows, expected.known, self.outlook.kinds());
         let says = expected.known >= 1.0;
         let was = std::mem::replace(&mut self.says, says);
         (says || was).then(|| self.number(&expected, experts))
@@ -116,8 +117,11 @@ impl Publisher {
     fn number(&mut self, expected: &Expected, experts: usize) -> Forecast {
         self.sequence += 1;
         let horizon = u64::try_from(self.horizon.as_millis()).unwrap_or(u64::MAX);
-        let counts: Vec<Vec<f64>> =
-            expected.counts.chunks(experts.max(1)).map(<[f64]>::to_vec).collect();
+        let counts: Vec<Vec<f64>> = expected
+            .counts
+            .chunks(experts.max(1))
+            .map(<[f64]>::to_vec)
+            .collect();
         let confidence = expected.known / expected.rows.max(f64::MIN_POSITIVE);
         let mut forecast = Forecast::of(horizon, expected.known, confidence, &counts);
         forecast.sequence = self.sequence;

@@ -36,7 +36,10 @@ impl DecodeMetrics {
                     "foregate_gateway_decode_experts_total",
                     "Distinct experts that the rows of these steps chose, mean over MoE layers.",
                 )?,
-                counter("foregate_gateway_decode_seconds_total", "Time of these steps.")?,
+                counter(
+                    "foregate_gateway_decode_seconds_total",
+                    "Time of these steps.",
+                )?,
             ],
         })
     }

@@ -29,7 +29,9 @@ impl ForecastMetrics {
 
     pub(super) fn show(&self, rows: f64, known: f64, kinds: usize) {
         self.rows.with_label_values(&["known"]).set(known);
-        self.rows.with_label_values(&["unknown"]).set((rows - known).max(0.0));
+        self.rows
+            .with_label_values(&["unknown"])
+            .set((rows - known).max(0.0));
         let none: [&str; 0] = [];
         self.kinds.with_label_values(&none).set(kinds as f64);
     }

@@ -70,10 +70,16 @@ impl WindowMetrics {
             .with_label_values(&none)
             .set(state.switch_offs as f64);
         let (step, measured) = state.step;
-        for (part, ms) in [("base", step.base), ("expert", step.expert), ("row", step.sequence)] {
+        for (part, ms) in [
+            ("base", step.base),
+            ("expert", step.expert),
+            ("row", step.sequence),
+        ] {
             self.step.with_label_values(&[part]).set(ms);
         }
-        self.measured.with_label_values(&none).set(f64::from(measured));
+        self.measured
+            .with_label_values(&none)
+            .set(f64::from(measured));
         for (gauge, value) in [
             (&self.gain, state.gain),
             (&self.separation, state.separation),

@@ -267,7 +267,10 @@ impl Window {
         let assumed = Settings::new(experts, top_k);
         let batch = self.unused.as_ref().map_or(1.0, |unused| unused.batch);
         let step = model.unwrap_or(assumed.step);
-        let distinct = self.kinds.as_ref().map_or(top_k as f64, |kinds| kinds.distinct(batch).0);
+        let distinct = self
+            .kinds
+            .as_ref()
+            .map_or(top_k as f64, |kinds| kinds.distinct(batch).0);
         let scale = step.step(distinct, batch) / assumed.step.step(distinct, batch);
         self.settings.step = step;
         self.settings.age_ms = assumed.age_ms * scale;

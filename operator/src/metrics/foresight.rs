@@ -36,9 +36,10 @@ impl Foresight {
     }
 
     pub(super) fn show(&self, said: Option<(&Combined, f64)>) {
-        let (weight, confidence, gateways) = said.map_or((0.0, 0.0, 0), |(combined, weight)| {
-            (weight, combined.confidence, combined.gateways)
-        });
+        let (weight, confidence, gateways) = said
+            .map_or((0.0, 0.0, 0), |(combined, weight)| {
+                (weight, combined.confidence, combined.gateways)
+            });
         self.weight.set(weight);
         self.confidence.set(confidence);
         self.gateways.set(gateways as f64);

@@ -339,7 +339,9 @@ mod tests {
         ] {
             let bad = text.replace(from, to);
             assert_ne!(bad, text);
-            let error = decode_forecast("/k", bad.as_bytes()).unwrap_err().to_string();
+            let error = decode_forecast("/k", bad.as_bytes())
+                .unwrap_err()
+                .to_string();
             assert!(error.contains(says), "{error}");
         }
     }

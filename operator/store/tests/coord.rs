@@ -138,15 +138,24 @@ async fn a_forecast_lives_as_long_as_its_gateway_and_there_are_not_too_many() {
             .unwrap();
         leases.push(lease);
     }
-    let state = until(&mut states, "as many as may be", |s| s.forecasts.len() == GATEWAYS).await;
+    let state = until(&mut states, "as many as may be", |s| {
+        s.forecasts.len() == GATEWAYS
+    })
+    .await;
     let first = leases[0].id();
     assert_eq!(*state.forecasts[&first], forecast(0));
     // One that is there is replaced, though there is no room for another.
-    coord.publish_forecast(&forecast(999), leases[0].as_ref()).await.unwrap();
+    coord
+        .publish_forecast(&forecast(999), leases[0].as_ref())
+        .await
+        .unwrap();
     let newest = |s: &ClusterState| s.forecasts.get(&first).is_some_and(|f| f.sequence == 999);
     until(&mut states, "the newest", newest).await;
     store.expire(first);
-    until(&mut states, "its end", |s| !s.forecasts.contains_key(&first)).await;
+    until(&mut states, "its end", |s| {
+        !s.forecasts.contains_key(&first)
+    })
+    .await;
 }
 
 /// Who has served says what the cluster is; before that, the lowest rank.

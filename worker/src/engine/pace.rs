@@ -37,7 +37,13 @@ struct Sums {
 
 impl Pace {
     /// Counts a step. `routes`: the experts of all its rows, row by row, each `layers × top_k`.
-    pub(super) fn note(&mut self, routes: &[u32], rows: usize, shape: (usize, usize, usize), ms: f64) {
+    pub(super) fn note(
+        &mut self,
+        routes: &[u32],
+        rows: usize,
+        shape: (usize, usize, usize),
+        ms: f64,
+    ) {
         let (layers, experts, top_k) = shape;
         let width = layers * top_k;
         if rows == 0 || width == 0 || routes.len() < rows * width || !ms.is_finite() {
@@ -100,12 +106,19 @@ impl Sums {
         }
         let subsets = (1..8_usize).filter_map(|subset| {
             let found = self.solve(subset)?;
-            found.iter().all(|x| *x >= 0.0).then(|| (self.error(&found), found))
+            found
+                .iter()
+                .all(|x| *x >= 0.0)
+                .then(|| (self.error(&found), found))
         });
         let (error, found) = subsets.min_by(|a, b| a.0.total_cmp(&b.0))?;
         let mean = self.products[0] / number;
         let around = self.time - number * mean * mean;
-        let explained = if around > 0.0 { 1.0 - error / around } else { 0.0 };
+        let explained = if around > 0.0 {
+            1.0 - error / around
+        } else {
+            0.0
+        };
         let [base, expert, row] = found;
         Some(StepFit {
             base_ms: base,

@@ -226,7 +226,12 @@ mod tests {
         let found = nearest(&points, 3, 5);
         for (point, of) in points.iter().zip(&found.of) {
             let own = squared(point, &found.centres[*of]);
-            assert!(found.centres.iter().all(|centre| own <= squared(point, centre)));
+            assert!(
+                found
+                    .centres
+                    .iter()
+                    .all(|centre| own <= squared(point, centre))
+            );
         }
         assert!(nearest(&[], 3, 1).of.is_empty());
     }

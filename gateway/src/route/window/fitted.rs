@@ -43,7 +43,10 @@ impl Fitted {
     }
 
     /// Forgets workers that are gone.
-    pub(super) fn keep_only(&mut self, alive: impl Fn(Rank) -> bool) -> Option<Option<StepModel>> {
+    pub(super) fn keep_only(
+        &mut self,
+        alive: impl Fn(Rank) -> bool,
+    ) -> Option<Option<StepModel>> {
         self.by_worker.retain(|rank, _| alive(*rank));
         self.settle()
     }
@@ -81,9 +84,7 @@ impl Fitted {
 
 fn is_near(old: &StepModel, new: &StepModel) -> bool {
     let near = |old: f64, new: f64| (new - old).abs() <= STEADY * old.max(1e-6);
-    near(old.base, new.base)
-        && near(old.expert, new.expert)
-        && near(old.sequence, new.sequence)
+    near(old.base, new.base) && near(old.expert, new.expert) && near(old.sequence, new.sequence)
 }
 
 #[cfg(test)]
@@ -101,13 +102,23 @@ mod tests {
     #[test]
     fn the_mean_of_believed_fits_is_used_and_stays_while_it_is_near() {
         let mut fitted = Fitted::default();
-        assert_eq!(fitted.note(Rank(0), model(0.2), 0.4), None, "explains too little");
-        assert_eq!(fitted.note(Rank(0), model(0.2), 0.9), Some(Some(model(0.2))));
+        assert_eq!(
+            fitted.note(Rank(0), model(0.2), 0.4),
+            None,
+            "explains too little"
+        );
+        assert_eq!(
+            fitted.note(Rank(0), model(0.2), 0.9),
+            Some(Some(model(0.2)))
+        );
         assert_eq!(fitted.note(Rank(1), model(0.22), 0.9), None);
         let changed = fitted.note(Rank(1), model(0.6), 0.9).flatten().unwrap();
         assert!((changed.expert - 0.4).abs() < 1e-9);
         assert_eq!(fitted.in_use(), Some(changed));
-        assert_eq!(fitted.keep_only(|rank| rank == Rank(0)), Some(Some(model(0.2))));
+        assert_eq!(
+            fitted.keep_only(|rank| rank == Rank(0)),
+            Some(Some(model(0.2)))
+        );
         assert_eq!(fitted.note(Rank(0), model(0.2), 0.1), Some(None));
         assert_eq!(fitted.in_use(), None);
     }
