@@ -88,8 +88,9 @@ async fn a_shifting_load_raises_the_epoch_and_the_balance() {
 }
 
 /// The balance that a mix meets which turns every two windows, and the weight of the forecast at the end. `foretell`: what
-/// a gateway says half a window before a window of this mix.
+/// a gateway says just before the mix is this one.
 async fn turning(operator: OperatorConfig, foretell: fn(&Mix) -> Option<Mix>) -> (f64, f64) {
+    const LEAD: Duration = Duration::from_millis(50);
     let mut rig = Rig::new();
     let operator = rig.operator(operator);
     for rank in 0..3 {
@@ -100,12 +101,8 @@ async fn turning(operator: OperatorConfig, foretell: fn(&Mix) -> Option<Mix>) ->
     let gateway = rig.store.lease(Duration::from_secs(5)).await.unwrap();
     let (mut sum, mut number) = (0.0, 0.0);
     for t in 0..60_u64 {
-        let mix = |t: u64| {
-            if t % 4 < 2 { HEAVY_LOW } else { HEAVY_HIGH }
-        };
-        rig.mix.send_replace(mix(t));
-        tokio::time::sleep(rig::WINDOW / 2).await;
-        if let Some(next) = foretell(&mix(t + 1)) {
+        let mix = if t % 4 < 2 { HEAVY_LOW } else { HEAVY_HIGH };
+        if let Some(next) = foretell(&mix) {
             let counts = vec![next.map(|rows| rows as f64).to_vec(); rig::LAYERS];
             let mut forecast = Forecast::of(1000, 600.0, 1.0, &counts);
             forecast.sequence = t + 1;
@@ -114,9 +111,11 @@ async fn turning(operator: OperatorConfig, foretell: fn(&Mix) -> Option<Mix>) ->
                 .await
                 .unwrap();
         }
-        tokio::time::sleep(rig::WINDOW / 2).await;
+        tokio::time::sleep(LEAD).await;
+        rig.mix.send_replace(mix);
+        tokio::time::sleep(rig::WINDOW - LEAD).await;
         if t >= 20 {
-            sum += balance(&rig.active(), &mix(t));
+            sum += balance(&rig.active(), &mix);
             number += 1.0;
         }
     }

@@ -13,7 +13,7 @@ use crate::signature::{Known, Signature};
 const EXAMPLES: usize = 512;
 /// Bytes of their histograms; with large models it is this bound that holds.
 const EXAMPLE_BYTES: usize = 16 << 20;
-/// New examples after which kinds are made anew.
+/// New examples after which kinds are made anew; sooner while that doubles their number.
 const REFIT: usize = 64;
 /// Tokens of an answer before any has ended, and the weight of a new one.
 const ANSWER: (f64, f64) = (120.0, 1.0 / 32.0);
@@ -155,8 +155,8 @@ impl Outlook {
     /// Makes kinds anew if there are enough new examples. Takes long; to be called where nobody waits.
     pub fn refit(&self) {
         let due = self.with(|state| {
-            let first = self.kinds.load().is_none() && !state.examples.is_empty();
-            if state.unfitted < REFIT && !first {
+            let known = state.examples.len().saturating_sub(state.unfitted);
+            if state.unfitted < REFIT.min(known.max(1)) {
                 return None;
             }
             state.unfitted = 0;
@@ -477,6 +477,28 @@ mod tests {
         assert!((expected.known - expected.rows).abs() < 1e-9);
         let own: f64 = expected.counts[8..12].iter().sum();
         assert!(own > 0.6 * expected.rows, "{own} of {}", expected.rows);
+    }
+
+    #[test]
+    fn kinds_follow_the_first_examples_soon() {
+        let outlook = outlook();
+        let mut kinds = Vec::new();
+        for at in 0..24 {
+            let (prompt, example) = example(at % 2, at);
+            outlook
+                .enter(&prompt, &Known::default(), 1, 1)
+                .read(0, Some(example.signature));
+            outlook.refit();
+            kinds.push(outlook.kinds());
+        }
+        assert_eq!((kinds[0], kinds[22], kinds[23]), (1, 1, 1));
+        let (_, more) = example(0, 99);
+        for _ in 0..8 {
+            let work = outlook.enter(&[1; 8], &Known::default(), 1, 1);
+            work.read(0, Some(Arc::clone(&more.signature)));
+        }
+        outlook.refit();
+        assert_eq!(outlook.kinds(), 2, "32 are twice the 16 of the last fit");
     }
 
     #[test]
