@@ -1,5 +1,9 @@
 //! `foregate up` as a user starts it: answers equal the reference's in every form, text is text, ends are clean.
-#![expect(clippy::unwrap_used, reason = "a failure here is the test's failure")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a failure here is the test's failure"
+)]
 
 use foregate_harness::binary::{Foregate, Start};
 use foregate_harness::client::Client;
@@ -8,6 +12,7 @@ use foregate_harness::manifest::ManifestFile;
 use foregate_harness::{on_path, repository, skip};
 use serde_json::{Value, json};
 use tokio::sync::Notify;
+use tokio::task::JoinSet;
 
 const BINARY: &str = env!("CARGO_BIN_EXE_foregate");
 const FAMILIES: [&str; 4] = ["qwen3_moe", "qwen2_moe", "mixtral", "olmoe"];
@@ -255,4 +260,89 @@ async fn a_drain_finishes_what_runs() {
     assert!(status.success(), "{status}\n{stderr}");
     let usage = &events.last().expect("events").data["usage"];
     assert_eq!(usage["completion_tokens"], 200, "{usage}");
+}
+
+/// What every policy is asked: prompts that share prefixes and prompts that do not, greedy and drawn.
+const TURNS: [(&str, f64); 8] = [
+    (
+        "def read(self, size):\n    \"\"\"Read up to size bytes",
+        0.0,
+    ),
+    (
+        "def read(self, size):\n    \"\"\"Read up to size bytes",
+        0.8,
+    ),
+    ("And the LORD spake unto Moses, saying, Speak unto", 0.0),
+    ("impl Iterator for Lines {\n    type Item =", 0.0),
+    (
+        "def read(self, size):\n    \"\"\"Read up to size bytes and return",
+        0.0,
+    ),
+    ("# Usage\n\nTo install the package", 0.9),
+    (
+        "And the LORD spake unto Moses, saying, Speak unto the children",
+        0.7,
+    ),
+    ("import os\nimport sys\n\nclass", 0.0),
+];
+const ROUNDS: usize = 3;
+
+/// The tokens of all turns, several rounds at once so that batches differ.
+async fn tokens_under(policy: &str) -> Vec<Vec<u64>> {
+    let manifest = ManifestFile::demo(&format!(
+        "  workers:\n    count: 3\n    kvMemory: 64Mi\n    maxNumSeqs: 4\n  gateway:\n    routing: {policy}\n    maxInFlight: 9\n"
+    ));
+    let cluster = Start::up(BINARY, &["-f", manifest.argument()])
+        .ready()
+        .await;
+    let client = Client::new(&cluster.url);
+    let mut streams = JoinSet::new();
+    for at in 0..ROUNDS * TURNS.len() {
+        let client = client.clone();
+        streams.spawn(async move {
+            let (prompt, temperature) = TURNS[at % TURNS.len()];
+            let body = json!({
+                "prompt": prompt, "temperature": temperature, "seed": 11 + at, "max_tokens": 32, "ignore_eos": true,
+                "stream": true, "return_token_ids": true,
+            });
+            let events = client.stream("/v1/completions", &body).await;
+            let ids = events
+                .iter()
+                .filter_map(|event| event.data["choices"][0]["token_ids"].as_array())
+                .flatten()
+                .map(|id| id.as_u64().expect("an id"))
+                .collect::<Vec<u64>>();
+            (at, ids)
+        });
+    }
+    let mut all = vec![Vec::new(); ROUNDS * TURNS.len()];
+    while let Some(stream) = streams.join_next().await {
+        let (at, ids) = stream.expect("no stream fails");
+        all[at] = ids;
+    }
+    let decided = client
+        .metric(
+            "foregate_gateway_route_decisions_total",
+            &format!("policy=\"{policy}\""),
+        )
+        .await;
+    assert_eq!(decided, Some(all.len() as f64), "{policy} decided");
+    let (status, stderr) = cluster.stop().await;
+    assert!(status.success(), "{status}\n{stderr}");
+    all
+}
+
+#[tokio::test]
+async fn no_routing_policy_changes_a_token() {
+    let expected = tokens_under("round_robin").await;
+    assert!(expected.iter().all(|ids| ids.len() == 32), "{expected:?}");
+    assert_eq!(
+        expected[0],
+        expected[TURNS.len()],
+        "greedy, whatever the seed"
+    );
+    assert_ne!(expected[1], expected[1 + TURNS.len()], "the seed matters");
+    for policy in ["least_loaded", "signature", "window"] {
+        assert_eq!(tokens_under(policy).await, expected, "{policy}");
+    }
 }
