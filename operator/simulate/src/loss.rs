@@ -11,6 +11,7 @@ use crate::judge;
 use crate::policy::{EVERY, Seen, problem};
 use crate::run::{Case, SimulateError, Watch};
 use crate::shape::Shape;
+use crate::source::Window;
 use crate::sums::mean;
 
 /// Decode batches that a placement is judged on.
@@ -132,7 +133,7 @@ pub fn lose(
     let mut seen = Seen::nothing(shape);
     for _ in 0..EVERY {
         load.advance();
-        seen.window(load.window())?;
+        seen.window(Window::of(&mut load))?;
     }
     let mut history = History::default();
     let first = plan(
@@ -205,7 +206,7 @@ impl Start<'_> {
             let split = split(&in_force, &batches)?;
             found.after.push(After { copies, split });
             load.advance();
-            seen.window(load.window())?;
+            seen.window(Window::of(&mut load))?;
         }
         Ok(found)
     }

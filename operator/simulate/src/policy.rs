@@ -13,6 +13,7 @@ use crate::generator::{Counts, Rows};
 use crate::homes::{self, Moved, moved};
 use crate::run::{SimulateError, Watch};
 use crate::shape::Shape;
+use crate::source::Window;
 
 /// Windows before the first step, and between two plans of the policies that plan now and then.
 pub(crate) const EVERY: usize = 10;
@@ -122,6 +123,8 @@ impl Forecast {
 #[derive(Debug, Clone)]
 pub(crate) struct Seen {
     pub(crate) windows: Vec<Counts>,
+    /// Steps that engines have made.
+    steps: u64,
     pub(crate) demand: Demand,
 }
 
@@ -129,6 +132,7 @@ impl Seen {
     pub(crate) fn nothing(shape: &Shape) -> Self {
         Self {
             windows: Vec::new(),
+            steps: 0,
             demand: Demand::new(shape.layers, shape.experts),
         }
     }
@@ -142,16 +146,20 @@ impl Seen {
     }
 
     /// Takes in a window as the operator does.
-    pub(crate) fn window(&mut self, counts: Counts) -> Result<(), SimulateError> {
-        let layers = counts.len();
+    pub(crate) fn window(&mut self, window: Window) -> Result<(), SimulateError> {
+        let layers = window.rows.len();
+        self.steps += window.steps;
         let window = LoadWindow {
             rank: Rank(0),
             epoch: Epoch(1),
             sequence: self.windows.len() as u64 + 1,
             span_ms: 1000,
-            gate: counts,
+            gate: window.rows,
             served: vec![0; layers],
-            engine: EngineLoad::default(),
+            engine: EngineLoad {
+                steps: self.steps,
+                ..EngineLoad::default()
+            },
         };
         self.demand.observe(&window)?;
         self.demand.close(1);

@@ -6,16 +6,15 @@ use foregate_api::ids::Rank;
 use foregate_api::load::{LoadWindow, sum_gate};
 use foregate_planner::redundancy;
 
-use crate::generator::Counts;
 use crate::policy::EVERY;
 use crate::run::{Case, Outcome, SimulateError, Watch, simulate};
 use crate::shape::Shape;
-use crate::source::Source;
+use crate::source::{Source, Window};
 
 /// Windows of a cluster, oldest first: the rows of all ranks together.
 #[derive(Debug, Clone)]
 pub struct Recording {
-    windows: Vec<Counts>,
+    windows: Vec<Window>,
     ranks: usize,
 }
 
@@ -51,10 +50,19 @@ impl Recording {
             of.entry(window.sequence).or_default().push(window);
         }
         let ranks: BTreeSet<Rank> = windows.iter().map(|window| window.rank).collect();
-        let sum =
-            |windows: &Vec<&LoadWindow>| sum_gate(windows.iter().copied(), layers, experts);
+        let mut before = 0;
+        let together = |windows: &Vec<&LoadWindow>| {
+            // Engines count from their start; the one that is furthest stands for all.
+            let made = windows.iter().map(|window| window.engine.steps).max();
+            let made = made.unwrap_or(0).max(before);
+            let steps = made - std::mem::replace(&mut before, made);
+            Window {
+                rows: sum_gate(windows.iter().copied(), layers, experts),
+                steps,
+            }
+        };
         Ok(Self {
-            windows: of.values().map(sum).collect(),
+            windows: of.values().map(together).collect(),
             ranks: ranks.len(),
         })
     }
@@ -81,11 +89,11 @@ impl Recording {
     /// expert weigh is not recorded.
     #[must_use]
     pub fn shape(&self) -> Shape {
-        let experts = self.windows[0][0].len();
+        let experts = self.windows[0].rows[0].len();
         let slots = redundancy::slots_to_link(experts, self.ranks);
         Shape {
             name: "replay",
-            layers: self.windows[0].len(),
+            layers: self.windows[0].rows.len(),
             experts,
             top_k: 0,
             ranks: self.ranks,
@@ -143,7 +151,10 @@ mod tests {
             span_ms: 1000,
             gate: vec![rows.to_vec()],
             served: vec![0],
-            engine: EngineLoad::default(),
+            engine: EngineLoad {
+                steps: 10 * sequence,
+                ..EngineLoad::default()
+            },
         }
     }
 
@@ -155,7 +166,10 @@ mod tests {
             window(1, 1, &[3, 4]),
         ];
         let recording = Recording::new(&both).unwrap();
-        assert_eq!(recording.windows, [vec![vec![4, 6]], vec![vec![5, 5]]]);
+        let rows: Vec<_> = recording.windows.iter().map(|w| w.rows.clone()).collect();
+        assert_eq!(rows, [vec![vec![4, 6]], vec![vec![5, 5]]]);
+        let steps: Vec<u64> = recording.windows.iter().map(|w| w.steps).collect();
+        assert_eq!(steps, [10, 10], "20 by the second, as rank 0 counts them");
         let shape = recording.shape();
         assert_eq!((shape.ranks, shape.experts, shape.slots()), (2, 2, 2));
     }

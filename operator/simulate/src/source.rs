@@ -6,6 +6,27 @@ use crate::policy::Forecast;
 /// Decode batches that a placement is judged on in a step.
 const DECODE_BATCHES: usize = 2;
 
+/// Batches of a generated window: its tokens are those of so many decode batches.
+const WINDOW_BATCHES: u64 = 50;
+
+/// A window of the load statistic, over all ranks.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Window {
+    pub(crate) rows: Counts,
+    /// Steps that engines made in it; 0 if that is not known.
+    pub(crate) steps: u64,
+}
+
+impl Window {
+    /// The window of a generator's step.
+    pub(crate) fn of(load: &mut Generator) -> Self {
+        Self {
+            rows: load.window(),
+            steps: WINDOW_BATCHES,
+        }
+    }
+}
+
 /// Generated, or recorded.
 #[derive(Debug)]
 pub(crate) enum Source<'a> {
@@ -16,7 +37,7 @@ pub(crate) enum Source<'a> {
         steps: usize,
     },
     /// Every step is judged, on its window: single batches are not recorded.
-    Recorded(std::slice::Iter<'a, Counts>),
+    Recorded(std::slice::Iter<'a, Window>),
 }
 
 /// One step.
@@ -29,16 +50,16 @@ pub(crate) struct Step {
     pub(crate) prefill: Option<Counts>,
     /// What its window is a draw of.
     pub(crate) expected: Rows,
-    pub(crate) window: Counts,
+    pub(crate) window: Window,
 }
 
 impl Source<'_> {
     /// A window of the warm-up; none at the end of a recording.
-    pub(crate) fn warm_up(&mut self) -> Option<Counts> {
+    pub(crate) fn warm_up(&mut self) -> Option<Window> {
         match self {
             Self::Generated { load, .. } => {
                 load.advance();
-                Some(load.window())
+                Some(Window::of(load))
             }
             Self::Recorded(windows) => windows.next().cloned(),
         }
@@ -54,9 +75,9 @@ impl Source<'_> {
             } => (t < *steps).then(|| generated(load, *forecast, t)),
             Self::Recorded(windows) => windows.next().map(|window| Step {
                 forecast: None,
-                decode: vec![window.clone()],
+                decode: vec![window.rows.clone()],
                 prefill: None,
-                expected: window.iter().map(|row| real(row)).collect(),
+                expected: window.rows.iter().map(|row| real(row)).collect(),
                 window: window.clone(),
             }),
         }
@@ -76,7 +97,7 @@ fn generated(load: &mut Generator, forecast: Forecast, t: usize) -> Step {
         decode: (0..batches).map(|_| load.decode()).collect(),
         prefill: judged.then(|| load.prefill()),
         expected: load.expected(),
-        window: load.window(),
+        window: Window::of(load),
     }
 }
 
