@@ -114,6 +114,19 @@ fn a_lost_rank_is_repaired_first_and_balance_comes_back() {
 }
 
 #[test]
+fn a_lost_node_takes_no_expert_with_it_if_all_are_covered() {
+    let lost = |cover: &str| {
+        let setting = ["--setting", "qwen3-32g", "--slots", "8", "--seeds", "0"];
+        let rest = ["--steps", "2", "--lose", "node:1", "--cover", cover];
+        let found = document(&[&setting[..], &rest[..]].concat());
+        assert_eq!(found["cover"], cover);
+        found["orphans_per_layer"].as_f64().unwrap()
+    };
+    assert!(lost("none") > lost("spread") && lost("spread") > 0.0);
+    assert!(lost("all") < 1e-9);
+}
+
+#[test]
 fn bytes_between_nodes_are_counted_for_planners_that_place_once() {
     let found = document(&["--setting", "qwen3-32g", "--internode", "--seeds", "0"]);
     let policies = found["policies"].as_array().unwrap();
@@ -180,7 +193,7 @@ fn recorded_windows_are_judged_like_generated_ones() {
 
 #[test]
 fn what_makes_no_sense_is_refused_by_name() {
-    let table: [(&[&str], &str); 14] = [
+    let table: [(&[&str], &str); 16] = [
         (&["--setting", "dsv4"], "dsv3-64g"),
         (&["--regime", "wild"], "moderate"),
         (&["--policy", "eplb"], "eplb-10"),
@@ -197,7 +210,12 @@ fn what_makes_no_sense_is_refused_by_name() {
         (&["--lose", "rank:1", "--policy", "eplb-10"], "--policy"),
         (&["--internode"], "one node"),
         (&["--internode", "--lose", "rank:1"], "--lose"),
-        (&["--cover", "all"], "--cover"),
+        (&["--cover", "half"], "spread"),
+        (&["--cover", "all"], "1 nodes is not possible"),
+        (
+            &["--setting", "qwen3-32g", "--cover", "all"],
+            "takes 8 slots",
+        ),
     ];
     for (arguments, named) in table {
         let setting: &[&str] = if arguments[0] == "--setting" {

@@ -6,7 +6,7 @@ mod recording;
 
 use std::path::{Path, PathBuf};
 
-use foregate_planner::Settings;
+use foregate_planner::{Cover, Settings};
 use foregate_simulate::{
     Case, DEVICES, Device, Document, Forecast, Lose, Policy, Recording, Regime, SETTINGS,
     Shape, SimulateError, Watch, document, internode, internode_document, internode_policies,
@@ -53,6 +53,10 @@ pub(crate) struct PlacementArgs {
     /// default), topics (the topics of 500 of its requests), noisy (its load with an error of 15 % for each expert).
     #[arg(long, value_parser = forecast)]
     forecast: Option<Forecast>,
+    /// What the copies of the operator's planner shall span, where a node is a failure domain: none, spread (the
+    /// default: experts that have several copies have them on two nodes), all (every expert has copies on two nodes).
+    #[arg(long, value_parser = cover)]
+    cover: Option<Cover>,
     /// Loses ranks after the first plan, and tells how balance comes back: rank:N, node:N, rank:each or node:each (each
     /// in turn, each from the same start). Only the operator's planner, beside EPLB afresh.
     #[arg(long, value_parser = lost)]
@@ -237,6 +241,7 @@ fn case(args: &PlacementArgs, setting: Shape) -> Case {
         steps: args.steps.unwrap_or(STEPS),
         policies,
         settings,
+        cover: args.cover.unwrap_or_default(),
         forecast: args.forecast.unwrap_or(Forecast::Off),
         device: args.device.unwrap_or(DEVICES[0]),
     }
@@ -247,6 +252,7 @@ fn refused(error: &SimulateError) -> CliError {
     match error {
         SimulateError::Steps { .. }
         | SimulateError::Slots { .. }
+        | SimulateError::Cover { .. }
         | SimulateError::Lose { .. }
         | SimulateError::OneNode { .. }
         | SimulateError::NoWindows
@@ -310,6 +316,11 @@ fn forecast(name: &str) -> Result<Forecast, String> {
         .into_iter()
         .find(|forecast| forecast.name() == name);
     found.ok_or_else(|| known(Forecast::ALL.into_iter().map(Forecast::name)))
+}
+
+fn cover(name: &str) -> Result<Cover, String> {
+    let found = Cover::ALL.into_iter().find(|cover| cover.name() == name);
+    found.ok_or_else(|| known(Cover::ALL.into_iter().map(Cover::name)))
 }
 
 fn lost(text: &str) -> Result<Lose, String> {

@@ -26,6 +26,37 @@ pub struct LayerPlacement {
     pub copies: Vec<Vec<Copy>>,
 }
 
+/// What copies are asked to span: what the loss of a failure domain may cost.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize,
+)]
+#[serde(rename_all = "snake_case")]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+pub enum Cover {
+    /// Nothing.
+    None,
+    /// Experts that have several copies have them in at least two failure domains. No copy is added for it.
+    #[default]
+    Spread,
+    /// Every expert has copies in at least two failure domains.
+    All,
+}
+
+impl Cover {
+    /// All, the least demanding first.
+    pub const ALL: [Self; 3] = [Self::None, Self::Spread, Self::All];
+
+    /// As manifests and command lines have it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Spread => "spread",
+            Self::All => "all",
+        }
+    }
+}
+
 /// Why a placement was made; a machine-readable reason that condition, log line and metric share.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

@@ -1,23 +1,9 @@
 //! What an operator may set.
 
+pub use foregate_api::placement::Cover;
 use serde::{Deserialize, Serialize};
 
 use crate::problem::PlanError;
-
-/// What copies are asked to span.
-#[derive(
-    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize,
-)]
-#[serde(rename_all = "snake_case")]
-pub enum Cover {
-    /// Nothing.
-    None,
-    /// Experts that have several copies have them in at least two failure domains. No copy is added for it.
-    #[default]
-    Spread,
-    /// Every expert has copies in at least two failure domains.
-    All,
-}
 
 /// What an operator may set.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]

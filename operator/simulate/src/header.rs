@@ -22,6 +22,8 @@ pub struct Header {
     redundancy: Redundancy,
     /// Most copies that our planner may move per layer and step.
     limit: usize,
+    /// What its copies shall span.
+    cover: &'static str,
 }
 
 /// How the load was made.
@@ -96,6 +98,7 @@ impl Header {
                 ),
             },
             limit: case.settings.max_moves_per_layer,
+            cover: case.cover.name(),
         }
     }
 

@@ -4,7 +4,7 @@
 
 use foregate_api::placement::{LayerPlacement, Placement};
 use foregate_planner::split::balance;
-use foregate_planner::{History, Problem, Settings, plan};
+use foregate_planner::{History, Problem, plan};
 
 use crate::dice::Dice;
 use crate::homes::even_loads;
@@ -105,7 +105,7 @@ pub fn internode(
     {
         let placement = match policy {
             Policy::EplbHierarchical10 => anchor(&shape, &load, true),
-            Policy::ConnectedOnce => ours(&shape, &load, &case.settings)?,
+            Policy::ConnectedOnce => ours(&shape, &load, case)?,
             _ => anchor(&shape, &load, false),
         };
         policies.push(judge(policy, &shape, &placement, &tokens, &mut dice)?);
@@ -118,13 +118,14 @@ pub fn internode(
 fn ours(
     shape: &Shape,
     load: &[Vec<f64>],
-    settings: &Settings,
+    case: &Case,
 ) -> Result<Placement, SimulateError> {
     let problem = Problem {
         demand: load.to_vec(),
+        cover: case.cover,
         ..Problem::uniform(ranks_with_slots(shape), shape.layers, shape.experts)
     };
-    let first = plan(&problem, None, settings, &mut History::default())?;
+    let first = plan(&problem, None, &case.settings, &mut History::default())?;
     first.placement().cloned().ok_or(SimulateError::NoPlan)
 }
 

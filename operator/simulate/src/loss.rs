@@ -137,7 +137,7 @@ pub fn lose(
     }
     let mut history = History::default();
     let first = plan(
-        &problem(shape, &seen, &[]),
+        &problem(case, &seen, &[]),
         None,
         &case.settings,
         &mut history,
@@ -192,7 +192,7 @@ impl Start<'_> {
         };
         let (mut in_force, mut copies) = (self.placement.clone(), 0);
         for step in 0..=self.case.steps {
-            let problem = problem(shape, &seen, lost);
+            let problem = problem(self.case, &seen, lost);
             let decided = plan(&problem, Some(&in_force), &self.case.settings, &mut history)?;
             if let Some(next) = decided.placement() {
                 copies += moved(&in_force, next, shape).copies;

@@ -5,13 +5,13 @@ use foregate_api::load::{EngineLoad, LoadWindow};
 use foregate_api::placement::Placement;
 use foregate_planner::demand::Demand;
 use foregate_planner::split::{SOLVE_GAP, SOLVE_SWEEPS, SplitTable, solve};
-use foregate_planner::{History, Problem, RankSlots, Settings, plan};
+use foregate_planner::{History, Problem, RankSlots, plan};
 
 use crate::eplb::{Cluster, eplb};
 use crate::flash::flash;
 use crate::generator::{Counts, Rows};
 use crate::homes::{self, Moved, moved};
-use crate::run::{SimulateError, Watch};
+use crate::run::{Case, SimulateError, Watch};
 use crate::shape::Shape;
 use crate::source::Window;
 
@@ -196,7 +196,6 @@ pub(crate) struct Arm {
     pub(crate) policy: Policy,
     /// In force; its shares are the published ones.
     pub(crate) placement: Placement,
-    settings: Settings,
     history: History,
     /// By step.
     pub(crate) moves: Vec<Moved>,
@@ -207,10 +206,10 @@ impl Arm {
     /// The policy with its first placement.
     pub(crate) fn new(
         policy: Policy,
-        shape: &Shape,
-        settings: Settings,
+        case: &Case,
         seen: &Seen,
     ) -> Result<Self, SimulateError> {
+        let shape = &case.shape;
         let mut history = History::default();
         let placement = match policy {
             Policy::InOrder => in_order(shape),
@@ -220,8 +219,8 @@ impl Arm {
             }
             Policy::FlashLike10 => flash(seen.last(EVERY), None, shape),
             Policy::ConnectedOnce | Policy::ConnectedLazy => {
-                let problem = problem(shape, seen, &[]);
-                let first = plan(&problem, None, &settings, &mut history)?;
+                let problem = problem(case, seen, &[]);
+                let first = plan(&problem, None, &case.settings, &mut history)?;
                 let placed = first.placement().cloned();
                 placed.ok_or(SimulateError::NoPlan)?
             }
@@ -229,7 +228,6 @@ impl Arm {
         Ok(Self {
             policy,
             placement,
-            settings,
             history,
             moves: Vec::new(),
             plan_ms: Vec::new(),
@@ -240,10 +238,11 @@ impl Arm {
     pub(crate) fn step(
         &mut self,
         t: usize,
-        shape: &Shape,
+        case: &Case,
         seen: &Seen,
         watch: &dyn Watch,
     ) -> Result<(), SimulateError> {
+        let shape = &case.shape;
         let again = t > 0 && t.is_multiple_of(EVERY);
         let began = watch.micros();
         let next = match self.policy {
@@ -258,9 +257,9 @@ impl Arm {
             }
             Policy::EplbStep => Some(anchor(shape, &seen.sum(1), false)),
             Policy::ConnectedLazy => {
-                let problem = problem(shape, seen, &[]);
+                let problem = problem(case, seen, &[]);
                 let before = Some(&self.placement);
-                plan(&problem, before, &self.settings, &mut self.history)?
+                plan(&problem, before, &case.settings, &mut self.history)?
                     .placement()
                     .cloned()
             }
@@ -328,19 +327,38 @@ pub(crate) fn anchor(shape: &Shape, load: &[Vec<f64>], hierarchical: bool) -> Pl
 }
 
 /// The operator's problem: what it plans from, without the ranks that are lost.
-pub(crate) fn problem(shape: &Shape, seen: &Seen, lost: &[Rank]) -> Problem {
+pub(crate) fn problem(case: &Case, seen: &Seen, lost: &[Rank]) -> Problem {
+    let shape = &case.shape;
     let mut ranks = ranks_with_slots(shape);
     ranks.retain(|rank| !lost.contains(&rank.rank));
-    // Batches of decoding, as the ranks that are left share them.
-    let batch = shape.decode_tokens() * shape.top_k as f64;
+    // Ranks that are left go on with batches of their size.
     let left = ranks.len() as f64 / shape.ranks as f64;
     Problem {
         demand: seen.demand.prediction(),
         evidence: seen.demand.evidence(),
-        batch_rows: batch * left,
+        batch_rows: seen.demand.batch_rows() * left,
         expert_bytes: shape.expert_bytes() as u64,
+        cover: case.cover,
         ..Problem::uniform(ranks, shape.layers, shape.experts)
     }
+}
+
+/// Largest part of the rows whose experts have all their copies on one node: what its loss would leave without a
+/// copy. Mean over layers.
+pub(crate) fn orphaned_by_a_node(placement: &Placement, shape: &Shape, rows: &Rows) -> f64 {
+    let mut alone = vec![0.0; shape.nodes];
+    for (layer, rows) in placement.layers.iter().zip(rows) {
+        let total: f64 = rows.iter().sum();
+        for (copies, rows) in layer.copies.iter().zip(rows) {
+            let mut nodes = copies.iter().map(|copy| shape.node(copy.rank.index()));
+            if let Some(first) = nodes.next()
+                && nodes.all(|node| node == first)
+            {
+                alone[first] += rows / total / placement.layers.len() as f64;
+            }
+        }
+    }
+    alone.into_iter().fold(0.0, f64::max)
 }
 
 /// Every rank with its slots; its node is its failure domain.
@@ -351,4 +369,28 @@ pub(crate) fn ranks_with_slots(shape: &Shape) -> Vec<RankSlots> {
         domain: format!("node-{}", shape.node(rank)),
     };
     (0..shape.ranks).map(rank).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_node_alone_holds_by_hand() {
+        // Four ranks on two nodes, two experts each.
+        let shape = Shape {
+            layers: 1,
+            experts: 4,
+            ranks: 4,
+            nodes: 2,
+            copies: 8,
+            ..crate::shape::SETTINGS[0]
+        };
+        let layer = vec![vec![0, 1], vec![0, 2], vec![2, 3], vec![1, 3]];
+        let placement = homes::placement(homes::ranks(4), &[layer], 4);
+        // Expert 0 is on node 0 alone, 3 on node 1 alone, 1 and 2 on both.
+        let alone = |rows: [f64; 4]| orphaned_by_a_node(&placement, &shape, &vec![rows.into()]);
+        assert!((alone([1.0, 5.0, 1.0, 3.0]) - 0.3).abs() < 1e-12);
+        assert!((alone([4.0, 5.0, 1.0, 0.0]) - 0.4).abs() < 1e-12);
+    }
 }

@@ -141,7 +141,7 @@ mod tests {
     use crate::shape::DEVICES;
     use foregate_api::ids::Epoch;
     use foregate_api::load::EngineLoad;
-    use foregate_planner::Settings;
+    use foregate_planner::{Cover, Settings};
 
     fn window(rank: u32, sequence: u64, rows: &[u64]) -> LoadWindow {
         LoadWindow {
@@ -192,6 +192,7 @@ mod tests {
             steps: recording.steps().unwrap(),
             policies: vec![Policy::InOrder, Policy::ConnectedLazy],
             settings: Settings::default(),
+            cover: Cover::default(),
             forecast: Forecast::Off,
             device: DEVICES[0],
         };

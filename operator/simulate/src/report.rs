@@ -107,6 +107,9 @@ pub struct Figures {
     pub bytes_per_10_steps: Option<f64>,
     /// Most copies that one rank loaded in one step.
     pub most_copies_to_one_rank_in_a_step: f64,
+    /// Largest part of the expected rows whose experts have all their copies on one node: what its loss would leave
+    /// without a copy. Mean over layers and steps.
+    pub orphaned_by_a_node: f64,
     /// Share of the loaded copies of which the node had one.
     pub copies_from_same_node: f64,
     /// Time of a plan of all layers, where one was made.
@@ -207,6 +210,7 @@ fn policy(case: &Case, runs: &[(u64, &ArmOutcome)]) -> OfPolicy {
         copies_share: rounded(copies / (shape.layers * shape.copies) as f64, 5),
         bytes_per_10_steps: known.then(|| (copies * shape.expert_bytes()).round()),
         most_copies_to_one_rank_in_a_step: rounded(most, 1),
+        orphaned_by_a_node: rounded(over(&|run| run.orphaned_by_a_node), 4),
         copies_from_same_node: rounded(near / over(&|run| loaded(run) as f64).max(1.0), 4),
         plan_ms: time(|run| &run.arm.plan_ms),
         split_us_per_layer: time(|run| &run.judged.solve_us),

@@ -3,13 +3,13 @@
 use foregate_api::ids::Rank;
 use foregate_planner::demand::WindowShape;
 use foregate_planner::split::SplitError;
-use foregate_planner::{PlanError, Settings, bound};
+use foregate_planner::{Cover, PlanError, Settings, bound, redundancy};
 
 use crate::generator::{Generator, Regime, Rows};
 use crate::homes::{components, doubled};
 use crate::judge::{self, Judge, Judged};
 use crate::loss::Lose;
-use crate::policy::{Arm, EVERY, Forecast, Policy, Seen};
+use crate::policy::{Arm, EVERY, Forecast, Policy, Seen, orphaned_by_a_node};
 use crate::shape::{Device, Shape};
 use crate::source::Source;
 use crate::sums::{mean, spread};
@@ -27,6 +27,8 @@ pub struct Case {
     pub policies: Vec<Policy>,
     /// What the operator's planner may do.
     pub settings: Settings,
+    /// What its copies shall span; a node is a failure domain.
+    pub cover: Cover,
     /// What our planner is told of the step to come.
     pub forecast: Forecast,
     /// What the modelled times are of.
@@ -64,6 +66,22 @@ pub enum SimulateError {
         experts: usize,
         /// The least.
         least: usize,
+    },
+    /// Not every expert can be on two nodes.
+    #[error(
+        "cover all in setting {setting}: every expert on two of {nodes} nodes {}, {slots} slots on each rank are \
+         given; take more slots, or cover spread or none",
+        needs(.least)
+    )]
+    Cover {
+        /// The setting.
+        setting: &'static str,
+        /// Its nodes.
+        nodes: usize,
+        /// Slots of a rank.
+        slots: usize,
+        /// The fewest that do; `None`: none do.
+        least: Option<usize>,
     },
     /// No windows were recorded.
     #[error("there is no load window in the recording")]
@@ -167,6 +185,13 @@ pub enum SimulateError {
     },
 }
 
+fn needs(least: &Option<usize>) -> String {
+    match least {
+        Some(least) => format!("takes {least} slots on each rank"),
+        None => "is not possible".to_owned(),
+    }
+}
+
 /// What one seed gave.
 #[derive(Debug)]
 pub struct Outcome {
@@ -191,6 +216,8 @@ pub(crate) struct ArmOutcome {
     pub(crate) components: f64,
     /// At the end, over all layers.
     pub(crate) doubled: usize,
+    /// Largest part of the rows that the loss of one node would leave without a copy, mean over steps.
+    pub(crate) orphaned_by_a_node: f64,
 }
 
 impl Case {
@@ -211,7 +238,23 @@ impl Case {
                 least: shape.experts.div_ceil(shape.ranks),
             });
         }
+        self.can_cover()?;
         self.policies.iter().try_for_each(|p| p.fits(shape))
+    }
+
+    fn can_cover(&self) -> Result<(), SimulateError> {
+        let shape = &self.shape;
+        let ranks = vec![shape.ranks / shape.nodes; shape.nodes];
+        let slots: Vec<usize> = ranks.iter().map(|ranks| ranks * shape.slots()).collect();
+        if self.cover != Cover::All || redundancy::can_cover(shape.experts, &slots) {
+            return Ok(());
+        }
+        Err(SimulateError::Cover {
+            setting: shape.name,
+            nodes: shape.nodes,
+            slots: shape.slots(),
+            least: redundancy::slots_to_cover(shape.experts, &ranks),
+        })
     }
 
     /// How often [`Watch::step`] is called in a run.
@@ -249,8 +292,8 @@ pub(crate) fn simulate(
     }
     let mut arms = Vec::with_capacity(case.policies.len());
     for policy in &case.policies {
-        let arm = Arm::new(*policy, shape, case.settings, &seen)?;
-        arms.push((arm, Judged::default()));
+        let arm = Arm::new(*policy, case, &seen)?;
+        arms.push((arm, Judged::default(), Vec::new()));
         watch.step();
     }
     let mut judge = Judge::new(shape, case.device);
@@ -260,11 +303,12 @@ pub(crate) fn simulate(
         let t = bounds.len();
         seen.foretell(step.forecast.clone())?;
         bounds.push(any_placement(&step.expected, shape));
-        for (arm, into) in &mut arms {
-            arm.step(t, shape, &seen, watch)?;
+        for (arm, into, orphaned) in &mut arms {
+            arm.step(t, case, &seen, watch)?;
             if !step.decode.is_empty() {
                 arm.solve_shares(&seen)?;
                 judge::expected(&arm.placement, &step.expected, &mut into.expected);
+                orphaned.push(orphaned_by_a_node(&arm.placement, shape, &step.expected));
             }
             for batch in &step.decode {
                 judge.decode(&arm.placement, batch, watch, into)?;
@@ -288,12 +332,12 @@ pub(crate) fn simulate(
         bound: mean(&bounds),
         arms: arms
             .into_iter()
-            .map(|(arm, judged)| ended(arm, judged))
+            .map(|(arm, judged, orphaned)| ended(arm, judged, &orphaned))
             .collect(),
     })
 }
 
-fn ended(arm: Arm, judged: Judged) -> ArmOutcome {
+fn ended(arm: Arm, judged: Judged, orphaned: &[f64]) -> ArmOutcome {
     let placement = &arm.placement;
     let count = |layer| components(layer, &placement.ranks) as f64;
     ArmOutcome {
@@ -301,6 +345,7 @@ fn ended(arm: Arm, judged: Judged) -> ArmOutcome {
         judged,
         components: mean(&placement.layers.iter().map(count).collect::<Vec<_>>()),
         doubled: placement.layers.iter().map(doubled).sum(),
+        orphaned_by_a_node: mean(orphaned),
         arm,
     }
 }

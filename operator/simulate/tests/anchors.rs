@@ -3,7 +3,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use foregate_planner::Settings;
+use foregate_planner::{Cover, Settings};
 use foregate_simulate::{
     Case, Device, Document, Figures, Forecast, Policy, Regime, Shape, Watch, document, run,
 };
@@ -25,6 +25,7 @@ fn simulate(setting: &str, regime: Regime, policies: &[Policy], seeds: u64) -> D
         steps: 20,
         policies: policies.to_vec(),
         settings: Settings::default(),
+        cover: Cover::default(),
         forecast: Forecast::Off,
         device: Device::named("h200").unwrap(),
     };
