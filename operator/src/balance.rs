@@ -24,7 +24,7 @@ use foregate_planner::demand::Demand;
 use foregate_planner::rollover::coordinator::{
     Action, ClusterView, Until, highest_epoch, next,
 };
-use foregate_planner::{Decision, History, PlanError, Report, Settings};
+use foregate_planner::{Decision, Economy, History, PlanError, Report, Settings};
 use foregate_store::{ClusterState, Coord, StoreError};
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior};
@@ -539,7 +539,8 @@ impl Balancer {
         let (model, demand) = self.demand.as_ref()?;
         let above = highest_epoch(&look.view());
         let (expert_bytes, dense_bytes) = Inputs::sizes(model);
-        let mut problem = problem(&self.eligible(look), model, demand, above);
+        let cover = self.config.cover;
+        let mut problem = problem(&self.eligible(look), model, demand, cover, above);
         let memory = self.memory.as_ref().filter(|_| demand.rows() == 0);
         let remembered =
             memory.and_then(|memory| memory.recall(problem.layers, problem.experts));
@@ -549,7 +550,7 @@ impl Balancer {
         }
         Some(Inputs {
             problem,
-            settings: self.limits(),
+            settings: self.limits(expert_bytes),
             history: self.history.clone(),
             trigger: Trigger::First {
                 remembered: is_remembered,
@@ -595,14 +596,27 @@ impl Balancer {
         eligible(&look.state, &look.alive, &self.config.leaving)
     }
 
-    fn limits(&self) -> Settings {
+    fn limits(&self, expert_bytes: u64) -> Settings {
         Settings {
             threshold: self.config.threshold,
             max_moves_per_layer: self.config.max_moves_per_layer as usize,
-            max_bytes: None,
-            economy: None,
+            max_bytes: self.config.max_move_bytes,
+            economy: self.economy(expert_bytes),
             threads: threads(),
         }
+    }
+
+    /// What decides whether a move pays; `None` also while nobody knows how fast a worker loads experts.
+    fn economy(&self, expert_bytes: u64) -> Option<Economy> {
+        let economy = self.config.economy.as_ref()?;
+        let given = economy.bandwidth.map(|bytes| bytes as f64);
+        let measured = || self.recorder.copies_per_second().map(|n| n * expert_bytes as f64);
+        Some(Economy {
+            busy: f64::from(economy.experts_percent) / 100.0,
+            horizon_s: f64::from(economy.horizon_seconds),
+            link_bytes_per_s: given.or_else(measured)?,
+            slowdown: f64::from(economy.slowdown_percent) / 100.0,
+        })
     }
 }
 

@@ -1,5 +1,7 @@
 //! Validated cluster + what the model is → instances with their `NodeConfig`. Pure: for `up`, and for pods.
 
+use std::collections::BTreeMap;
+
 use foregate_api::cpu::{Pinning, Seat};
 use foregate_api::ids::Rank;
 use foregate_api::member::Duty;
@@ -8,6 +10,7 @@ use foregate_api::node::{
     FabricKind, GatewayConfig, NodeConfig, OperatorConfig, RoleConfig, StoreConfig,
     WorkerConfig,
 };
+use foregate_api::placement::Cover;
 use foregate_api::tls::{StoreTls, TlsConfig, TlsRole};
 use foregate_planner::redundancy::Needs;
 
@@ -184,6 +187,21 @@ pub enum LaunchError {
         /// What the machine has.
         memory: u64,
     },
+    /// Too few slots for what the manifest insists on.
+    #[error(
+        "spec.balancing.strict: {slots} expert slots per worker and layer are too few: {sum}; raise \
+         spec.workers.redundantSlots to {redundant} ({bytes} bytes more per worker), or set strict to false"
+    )]
+    Strict {
+        /// Slots of a worker.
+        slots: u32,
+        /// How many are wanted, and why.
+        sum: String,
+        /// Redundant slots that are enough.
+        redundant: u32,
+        /// What those that are missing take.
+        bytes: u128,
+    },
     /// A worker needs more memory than its pod may have.
     #[error(
         "a worker needs spec.workers.kvMemory {kv_bytes} bytes + experts {expert_bytes} bytes + other weights \
@@ -202,6 +220,20 @@ pub enum LaunchError {
         /// What the pod may have.
         memory: u64,
     },
+}
+
+/// A sum that shows how many slots are wanted.
+fn sum(needs: &Needs, experts: u32, workers: u32) -> String {
+    let linked = format!(
+        "linking {workers} workers that hold experts takes 1 + ⌈({experts} − 1)/{workers}⌉ = {}",
+        needs.linked
+    );
+    match needs.covered {
+        Some(covered) => {
+            format!("{linked}, copies of all experts in two failure domains take {covered}")
+        }
+        None => linked,
+    }
 }
 
 /// Everything the instances share.
@@ -232,7 +264,7 @@ pub fn launch(
     let shared = Shared {
         cluster,
         place,
-        slots: slots(cluster, model, &mut notes),
+        slots: slots(cluster, model, &mut notes)?,
         threads: threads(cluster, place, &mut notes),
         max_model_len: max_model_len(cluster, model, &mut notes)?,
     };
@@ -346,28 +378,61 @@ fn fits(shared: &Shared<'_>, model: &ModelFacts) -> Result<(), LaunchError> {
     }
 }
 
-/// Slots per layer of a rank that holds experts: enough for every expert once, and the redundant ones.
-fn slots(cluster: &ValidatedCluster, model: &ModelFacts, notes: &mut Vec<String>) -> u32 {
-    let count = cluster.workers.count - cluster.workers.attention_only;
+/// Slots per layer of a rank that holds experts: enough for every expert once, and the redundant ones. Too few to link all ranks, or for the
+/// cover asked for, are told of, or refused.
+fn slots(
+    cluster: &ValidatedCluster,
+    model: &ModelFacts,
+    notes: &mut Vec<String>,
+) -> Result<u32, LaunchError> {
+    let holders = cluster.workers.holders();
+    let count = holders.len() as u32;
     let once = model.experts.div_ceil(count);
-    let needs = Needs::of(model.experts as usize, &vec![1; count as usize], 1, false);
-    let linked = u32::try_from(needs.linked).unwrap_or(model.experts);
+    let cover = cluster.balancing.cover == Cover::All;
+    let domains = domains(holders);
+    let needs = Needs::of(model.experts as usize, &domains, 1, cover);
+    let needed = needs.linked.max(needs.covered.unwrap_or(0));
+    let needed = u32::try_from(needed).unwrap_or(model.experts);
     let wanted = match cluster.workers.redundancy {
-        Redundancy::Linked => once.max(linked),
+        Redundancy::Linked => once.max(needed),
         Redundancy::Slots(redundant) => once.saturating_add(redundant),
     };
     let slots = wanted.min(model.experts);
-    if slots < linked {
-        notes.push(format!(
-            "{slots} expert slots per worker and layer cannot link all {count} workers that hold experts (that takes {linked}, and {} to \
-             link them after one is lost): load can be balanced less well; raise spec.workers.redundantSlots to {}; each \
-             slot takes {} bytes per worker",
-            needs.after_loss,
-            linked - once,
-            model.slot_bytes
-        ));
+    if slots >= needed {
+        return Ok(slots);
     }
-    slots
+    let (sum, redundant) = (sum(&needs, model.experts, count), needed - once);
+    if cluster.balancing.strict {
+        return Err(LaunchError::Strict {
+            slots,
+            sum,
+            redundant,
+            bytes: expert_bytes(needed - slots, model),
+        });
+    }
+    notes.push(format!(
+        "{slots} expert slots per worker and layer are few: {sum}, and {} to link them after one is lost. Load can be \
+         balanced, or losses be covered, less well; raise spec.workers.redundantSlots to {redundant}; each slot takes {} \
+         bytes per worker",
+        needs.after_loss, model.slot_bytes
+    ));
+    Ok(slots)
+}
+
+/// Workers in each failure domain; one without a name is a domain of its own, as the planner has it.
+fn domains(names: &[String]) -> Vec<usize> {
+    let mut named: BTreeMap<&String, usize> = BTreeMap::new();
+    let mut alone = 0;
+    for name in names {
+        match name.is_empty() {
+            true => alone += 1,
+            false => *named.entry(name).or_default() += 1,
+        }
+    }
+    named
+        .into_values()
+        .chain(std::iter::repeat_n(1, alone))
+        .collect()
 }
 
 /// Most bytes of one page of the KV cache, as the kernels lay it out: keys come in blocks of [`KEY_BLOCK`]
@@ -480,6 +545,9 @@ impl Shared<'_> {
             max_moves_per_layer: balancing.max_moves_per_layer,
             min_rows: balancing.min_rows,
             forecast: balancing.forecast,
+            cover: balancing.cover,
+            max_move_bytes: balancing.max_move_bytes,
+            economy: balancing.economy,
             leaving: Vec::new(),
         })
     }

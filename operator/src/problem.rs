@@ -38,6 +38,7 @@ pub(crate) fn problem(
     members: &[&Arc<Member>],
     model: &ModelSpec,
     demand: &Demand,
+    cover: Cover,
     above: Epoch,
 ) -> Problem {
     Problem {
@@ -56,7 +57,7 @@ pub(crate) fn problem(
         evidence: demand.evidence(),
         batch_rows: demand.batch_rows(),
         expert_bytes: model.expert_bytes() as u64,
-        cover: Cover::Spread,
+        cover,
         above,
     }
 }

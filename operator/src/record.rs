@@ -75,6 +75,8 @@ struct Open {
 struct Costs {
     /// Seconds per copy that the busiest rank loaded.
     seconds_per_copy: VecDeque<f64>,
+    /// Copies that the busiest rank loaded in a second, of changes that moved some.
+    copies_per_second: VecDeque<f64>,
     stall_us: VecDeque<f64>,
 }
 
@@ -168,6 +170,11 @@ impl Recorder {
     /// Keeps what is remembered of a model's load.
     pub(crate) fn remember(&self, model: String, memory: &Memory) {
         self.write(Write::Load(model, memory.clone()));
+    }
+
+    /// Copies that a rank loads in a second, as the last moves were seen; `None` before the first.
+    pub(crate) fn copies_per_second(&self) -> Option<f64> {
+        median(&self.costs.copies_per_second)
     }
 
     /// Milliseconds since 1970.
@@ -310,6 +317,9 @@ impl Costs {
         let most = record.predicted.cost.most_to_one_rank;
         if let Some(seconds) = record.measured.seconds {
             push(&mut self.seconds_per_copy, seconds / most.max(1) as f64);
+            if most > 0 && seconds > 0.0 {
+                push(&mut self.copies_per_second, most as f64 / seconds);
+            }
         }
         if let Some(stall) = record.measured.stall_us {
             push(&mut self.stall_us, stall as f64);

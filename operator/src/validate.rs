@@ -10,13 +10,14 @@ use foregate_api::cpu::{CpuPath, Pinning};
 use foregate_api::ids::Rank;
 use foregate_api::limits;
 use foregate_api::manifest::{
-    API_VERSION, AutoscalingSpec, BalancingSpec, GatewaySpec, KIND, Manifest, ModelSource,
+    API_VERSION, AutoscalingSpec, BalancingSpec, EconomySpec, GatewaySpec, KIND, Manifest, ModelSource,
     PodsSpec, Quantity, ResourcesSpec, RoutingPolicy, WorkersSpec,
 };
 use foregate_api::member::Duty;
+use foregate_api::node::EconomyConfig;
+use foregate_api::placement::Cover;
 use foregate_api::weights::WeightSettings;
 
-use crate::quantity::parse_bytes;
 pub use security::{Certificates, ValidatedSecurity};
 
 use checks::{Checks, cluster_name, dns_label, model_uri, object_name, short_name};
@@ -127,6 +128,13 @@ impl ValidatedWorkers {
     pub const fn duty(&self, rank: Rank) -> Duty {
         Duty::of(rank, self.attention_only, self.expert_only)
     }
+
+    /// Failure domains of the ranks that hold experts, in their order.
+    #[must_use]
+    pub fn holders(&self) -> &[String] {
+        let first = self.attention_only as usize;
+        self.domains.get(first..).unwrap_or_default()
+    }
 }
 
 /// What a container asks for.
@@ -192,6 +200,14 @@ pub struct ValidatedBalancing {
     pub min_rows: u64,
     /// Whether gateways forecast the load.
     pub forecast: bool,
+    /// What copies shall span.
+    pub cover: Cover,
+    /// Most bytes of experts to move per window.
+    pub max_move_bytes: Option<u64>,
+    /// What decides whether a move pays.
+    pub economy: Option<EconomyConfig>,
+    /// Whether too few slots are refused.
+    pub strict: bool,
 }
 
 /// One thing that is wrong.
@@ -250,10 +266,11 @@ pub fn validate(manifest: Manifest) -> Result<ValidatedCluster, Findings> {
         model: model(&mut checks, spec.model),
         workers: workers(&mut checks, spec.workers),
         gateway: gateway(&mut checks, spec.gateway),
-        balancing: balancing(&mut checks, &spec.balancing),
+        balancing: balancing(&mut checks, spec.balancing),
         security: security::security(&mut checks, spec.security),
         pods: spec.pods,
     };
+    checks.coverable(cluster.balancing.cover, cluster.workers.holders());
     for (field, keys) in [
         ("spec.pods.labels", &cluster.pods.labels),
         ("spec.pods.annotations", &cluster.pods.annotations),
@@ -333,8 +350,7 @@ fn workers(checks: &mut Checks, spec: WorkersSpec) -> ValidatedWorkers {
         None => Threads::Shared,
         some => Threads::Fixed(checks.range(&limits::THREADS, some)),
     };
-    let kv_memory = kv_memory.unwrap_or_else(|| limits::KV_MEMORY.default.to_owned());
-    let kv_bytes = checks.kv_memory(&kv_memory, parse_bytes(&kv_memory));
+    let kv_bytes = checks.bytes(&limits::KV_MEMORY, kv_memory.as_deref());
     let resources = checks.resources("spec.workers.resources", resources);
     if let Some(memory) = resources.memory {
         checks.room_for_weights(kv_bytes, memory);
@@ -410,7 +426,7 @@ fn gateways(
     }
 }
 
-fn balancing(checks: &mut Checks, spec: &BalancingSpec) -> ValidatedBalancing {
+fn balancing(checks: &mut Checks, spec: BalancingSpec) -> ValidatedBalancing {
     let BalancingSpec {
         enabled,
         window_ms,
@@ -418,7 +434,11 @@ fn balancing(checks: &mut Checks, spec: &BalancingSpec) -> ValidatedBalancing {
         max_moves_per_layer,
         min_rows,
         forecast,
-    } = *spec;
+        cover,
+        max_move_bytes,
+        economy,
+        strict,
+    } = spec;
     ValidatedBalancing {
         enabled: enabled.unwrap_or(true),
         window_ms: checks.range(&limits::WINDOW_MS, window_ms),
@@ -426,6 +446,28 @@ fn balancing(checks: &mut Checks, spec: &BalancingSpec) -> ValidatedBalancing {
         max_moves_per_layer: checks.range(&limits::MAX_MOVES_PER_LAYER, max_moves_per_layer),
         min_rows: checks.range(&limits::MIN_ROWS, min_rows),
         forecast: forecast.unwrap_or(true),
+        cover: cover.unwrap_or_default(),
+        max_move_bytes: max_move_bytes
+            .map(|text| checks.bytes(&limits::MAX_MOVE_BYTES, Some(&text))),
+        economy: economy.map(|spec| economics(checks, &spec)),
+        strict: strict.unwrap_or(false),
+    }
+}
+
+fn economics(checks: &mut Checks, spec: &EconomySpec) -> EconomyConfig {
+    let EconomySpec {
+        horizon_seconds,
+        bandwidth,
+        experts_percent,
+        slowdown_percent,
+    } = spec;
+    EconomyConfig {
+        horizon_seconds: checks.range(&limits::HORIZON_SECONDS, *horizon_seconds),
+        bandwidth: bandwidth
+            .as_deref()
+            .map(|text| checks.bytes(&limits::BANDWIDTH, Some(text))),
+        experts_percent: checks.range(&limits::EXPERTS_PERCENT, *experts_percent),
+        slowdown_percent: checks.range(&limits::SLOWDOWN_PERCENT, *slowdown_percent),
     }
 }
 

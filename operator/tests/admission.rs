@@ -118,6 +118,32 @@ fn a_plan_that_cannot_fit_is_refused_with_the_sum() {
     assert_eq!(admit(&schema, object, None), Ok(()));
 }
 
+/// The same of slots, where the manifest insists that they link all workers.
+#[test]
+fn too_few_slots_are_refused_with_the_sum_where_that_is_asked_for() {
+    let schema = schema();
+    let mut object = table::object(|object| {
+        table::put(object, "/spec/workers/redundantSlots", 0.into());
+        table::put(object, "/spec/workers/count", 4.into());
+    });
+    let facts = serde_json::json!({
+        "experts": 32, "maxPositions": 1024, "kvBytesPerToken": 4096, "slotBytes": 1, "denseBytes": 1,
+    });
+    let status = serde_json::json!({ "model": { "source": "x", "facts": facts } });
+    table::put(&mut object, "/status", status);
+    assert_eq!(admit(&schema, object.clone(), None), Ok(()));
+    table::put(&mut object, "/spec/balancing/strict", true.into());
+    let text = admit(&schema, object.clone(), None).expect_err("8 slots, 9 link");
+    let sum = "8 + 0 expert slots per worker do not link 4 workers, which takes 1 + ceil((32 - 1) / 4) = 9";
+    assert!(text.contains(sum), "{text}");
+    table::put(&mut object, "/spec/workers/redundantSlots", 1.into());
+    assert_eq!(admit(&schema, object.clone(), None), Ok(()));
+    // One worker holds everything and has nobody to be linked to.
+    table::put(&mut object, "/spec/workers/redundantSlots", 0.into());
+    table::put(&mut object, "/spec/workers/count", 1.into());
+    assert_eq!(admit(&schema, object, None), Ok(()));
+}
+
 #[test]
 fn a_manifest_and_its_object_are_the_same_document() {
     let object = table::object(|_| {});
@@ -188,6 +214,9 @@ mod openapi {
             {
                 say("is no number".to_owned());
             }
+        }
+        if schema.get("type").is_some_and(|t| t == "boolean") && !value.is_boolean() {
+            wrong.push(format!("{path}: {value} is neither true nor false"));
         }
         if let Some(values) = value.as_array() {
             if of("maxItems").is_some_and(|n| values.len() as f64 > n) {

@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use foregate_api::forecast::Forecast;
 use foregate_api::ids::{Epoch, Rank};
-use foregate_api::node::OperatorConfig;
-use foregate_api::placement::Reason;
+use foregate_api::node::{EconomyConfig, OperatorConfig};
+use foregate_api::placement::{Cover, Placement, Reason};
 use foregate_explain::Past;
 use foregate_store::{Archive, Store};
 
@@ -162,6 +162,130 @@ async fn a_balancer_that_is_switched_off_repairs_and_nothing_more() {
         (plan.reason, &plan.ranks),
         (Reason::Repair, &ranks(&[0, 2]))
     );
+}
+
+/// Experts of a layer whose copies are all in one domain, where ranks 0 and 1 are in one and 2 and 3 in another.
+fn in_one_domain(plan: &Placement) -> usize {
+    let of = |copies: &Vec<foregate_api::placement::Copy>| {
+        let first = copies.iter().filter(|copy| copy.rank.0 < 2).count();
+        first == 0 || first == copies.len()
+    };
+    let layers = plan.layers.iter();
+    layers
+        .map(|layer| layer.copies.iter().filter(|copies| of(copies)).count())
+        .sum()
+}
+
+#[tokio::test(start_paused = true)]
+async fn cover_is_followed_as_soon_as_it_is_asked_for() {
+    let mut rig = Rig::new();
+    let mut settings = config(4);
+    settings.cover = Cover::None;
+    let operator = rig.operator(settings);
+    // 20 slots: enough for two copies of all eight, and four more.
+    for rank in 0..4 {
+        let domain = if rank < 2 { "a" } else { "b" };
+        rig.join_in(rank, 5, Habit::Sound, domain).await;
+    }
+    rig.mix.send_replace(HEAVY_LOW);
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    let plan = rig.until_settled("without cover", |_| true).await;
+    assert!(in_one_domain(&plan) > 0, "{plan:?}");
+    operator.config.send_modify(|config| config.cover = Cover::All);
+    let plan = rig
+        .until_settled("all covered", |plan| in_one_domain(plan) == 0)
+        .await;
+    assert!(is_complete(&plan));
+    rig.mix.send_replace(HEAVY_HIGH);
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    let plan = rig.until_settled("another mix", |_| true).await;
+    assert_eq!(in_one_domain(&plan), 0);
+    assert!(balance(&plan, &HEAVY_HIGH) > 0.9);
+}
+
+/// Nothing moves after the first placement while it holds, and it does once it is lifted.
+async fn holds_back(hold: fn(&mut OperatorConfig), because: &str) {
+    let mut rig = Rig::new();
+    let mut settings = config(3);
+    hold(&mut settings);
+    let operator = rig.operator(settings);
+    for rank in 0..3 {
+        rig.join(rank, SLOTS).await;
+    }
+    rig.until_settled("the first placement", |_| true).await;
+    let moved = || operator.metric("foregate_operator_copies_moved_total", "");
+    let first = moved();
+    rig.mix.send_replace(HEAVY_LOW);
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert!((moved() - first).abs() < 0.5, "{} copies", moved() - first);
+    assert!(operator.metric("foregate_operator_layers_kept_total", because) > 0.5);
+    operator.config.send_modify(|config| {
+        (config.max_move_bytes, config.economy) = (None, None);
+    });
+    let plan = rig
+        .until_settled("it moves", |plan| balance(plan, &HEAVY_LOW) > 0.95)
+        .await;
+    assert!(moved() > first + 0.5 && is_complete(&plan));
+}
+
+/// An expert of the rig has 3 matrices of 8 × 8 numbers of 4 bytes.
+const EXPERT_BYTES: u64 = 768;
+
+#[tokio::test(start_paused = true)]
+async fn bytes_to_move_are_kept_to() {
+    holds_back(
+        |config| config.max_move_bytes = Some(EXPERT_BYTES - 1),
+        "budget",
+    )
+    .await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_move_that_does_not_pay_is_not_made() {
+    holds_back(
+        |config| {
+            config.economy = Some(EconomyConfig {
+                horizon_seconds: 1,
+                bandwidth: Some(1),
+                experts_percent: 50,
+                slowdown_percent: 10,
+            });
+        },
+        "not_worth",
+    )
+    .await;
+}
+
+/// The first move tells how fast a worker loads experts; it takes 30 ms a copy, so the ones after it pay easily.
+#[tokio::test(start_paused = true)]
+async fn a_bandwidth_that_nobody_gave_is_measured() {
+    let mut rig = Rig::new();
+    let mut settings = config(3);
+    settings.economy = Some(EconomyConfig {
+        horizon_seconds: 300,
+        bandwidth: None,
+        experts_percent: 50,
+        slowdown_percent: 10,
+    });
+    let _operator = rig.operator(settings);
+    for rank in 0..3 {
+        rig.join(rank, SLOTS).await;
+    }
+    let archive = Archive::new(Arc::new(rig.store.clone()), "test");
+    for mix in [HEAVY_LOW, HEAVY_HIGH] {
+        rig.mix.send_replace(mix);
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        let plan = rig.until_settled("a placement", |_| true).await;
+        assert!(balance(&plan, &mix) > 0.95);
+    }
+    let past = past(&archive.all().await.unwrap());
+    let told = past.records.values().map(|record| record.settings.economy);
+    let rates: Vec<f64> = told.flatten().map(|e| e.link_bytes_per_s).collect();
+    assert!(!rates.is_empty() && past.records.len() > rates.len());
+    for rate in rates {
+        let per_copy = EXPERT_BYTES as f64 / rate;
+        assert!((0.01..1.0).contains(&per_copy), "{per_copy} s a copy");
+    }
 }
 
 #[tokio::test(start_paused = true)]

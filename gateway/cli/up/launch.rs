@@ -85,6 +85,7 @@ impl Launch {
             LaunchError::TooLong { .. }
             | LaunchError::KvMemory { .. }
             | LaunchError::MachineMemory { .. }
+            | LaunchError::Strict { .. }
             | LaunchError::PodMemory { .. } => CliError::Usage(error.to_string()),
         })?;
         for note in &plan.notes {

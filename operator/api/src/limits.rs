@@ -19,8 +19,8 @@ pub struct Limit<T> {
 pub struct QuantityLimit {
     /// Path of the field.
     pub field: &'static str,
-    /// What it is when the manifest does not say.
-    pub default: &'static str,
+    /// What it is when the manifest does not say; `None` where its absence has a meaning of its own.
+    pub default: Option<&'static str>,
     /// Smallest value.
     pub low: &'static str,
     /// Largest value.
@@ -92,14 +92,34 @@ limits! {
     MAX_MOVES_PER_LAYER: u32 = "spec.balancing.maxMovesPerLayer", Some(4), 0, 4096;
     /// Rows per layer below which a window says too little.
     MIN_ROWS: u64 = "spec.balancing.minRows", Some(256), 0, 1 << 40;
+    /// Seconds until drift has eaten the advantage of a move.
+    HORIZON_SECONDS: u32 = "spec.balancing.economy.horizonSeconds", Some(300), 1, 86_400;
+    /// Part of a step's time that goes into balanced experts.
+    EXPERTS_PERCENT: u32 = "spec.balancing.economy.expertsPercent", Some(50), 0, 100;
+    /// Part of the speed that is lost while copies are on their way.
+    SLOWDOWN_PERCENT: u32 = "spec.balancing.economy.slowdownPercent", Some(10), 0, 100;
 }
 
 /// Memory of the KV cache of a worker.
 pub const KV_MEMORY: QuantityLimit = QuantityLimit {
     field: "spec.workers.kvMemory",
-    default: "512Mi",
+    default: Some("512Mi"),
     low: "64Ki",
     high: "16Ti",
+};
+/// Bytes of experts to move per window; absent: no limit.
+pub const MAX_MOVE_BYTES: QuantityLimit = QuantityLimit {
+    field: "spec.balancing.maxMoveBytes",
+    default: None,
+    low: "1Ki",
+    high: "1Pi",
+};
+/// Bytes per second that a worker loads experts with; absent: as measured.
+pub const BANDWIDTH: QuantityLimit = QuantityLimit {
+    field: "spec.balancing.economy.bandwidth",
+    default: None,
+    low: "1Ki",
+    high: "1Pi",
 };
 /// `spec.balancing.threshold`: what it is when the manifest does not say. It is above 0 and at most 1.
 pub const THRESHOLD: f64 = 0.97;

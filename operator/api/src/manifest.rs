@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::cpu::{CpuPath, Pinning};
+use crate::placement::Cover;
 use crate::security::SecuritySpec;
 use crate::weights::{PlainFormat, Quantization};
 
@@ -329,6 +330,43 @@ pub struct BalancingSpec {
     /// used only while it predicts the load better than the last windows do.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub forecast: Option<bool>,
+    /// What the copies of experts shall span, so that the loss of a failure domain takes none with it: `none`, `spread`
+    /// (experts that have several copies have them in two failure domains), `all` (every expert has copies in two, which
+    /// takes twice as many slots as there are experts). Default `spread`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cover: Option<Cover>,
+    /// Most bytes of experts to move per window, over all layers, in Kubernetes' notation (`2Gi`); they are spent where
+    /// they gain most. Default: no limit. What repair and new workers need is not counted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_move_bytes: Option<String>,
+    /// Makes copies move only if that saves more time than it costs. Default: they move if it gains at all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub economy: Option<EconomySpec>,
+    /// Refuses a cluster whose workers have too few slots to be linked, or for the cover asked for, in place of a note.
+    /// Default false.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub strict: Option<bool>,
+}
+
+/// What decides whether a move of copies pays.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+pub struct EconomySpec {
+    /// Seconds until drift has eaten the advantage of a move, default 300.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub horizon_seconds: Option<u32>,
+    /// Bytes per second that a worker loads experts with: its link, times the share of it that moves get; in Kubernetes'
+    /// notation (`125M`). It is what costs are reckoned with, and slows no transfer. Default: as measured at this
+    /// cluster's last moves; the moves before it is known are made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bandwidth: Option<String>,
+    /// Part of a step's time that goes into experts, were they balanced, in percent, default 50.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub experts_percent: Option<u32>,
+    /// Part of the speed that is lost while copies are on their way, in percent, default 10.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub slowdown_percent: Option<u32>,
 }
 
 /// What all pods of a cluster have in common.

@@ -6,6 +6,7 @@ use crate::cpu::{CpuPath, Pinning, Seat};
 use crate::ids::Rank;
 use crate::manifest::RoutingPolicy;
 use crate::member::Duty;
+use crate::placement::Cover;
 use crate::tls::{StoreTls, TlsConfig};
 use crate::weights::WeightSettings;
 
@@ -73,8 +74,31 @@ pub struct OperatorConfig {
     pub min_rows: u64,
     /// Whether gateways' forecasts take part in the prediction of the load.
     pub forecast: bool,
+    /// What copies shall span.
+    pub cover: Cover,
+    /// Most bytes of experts to move per window; absent: no limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_move_bytes: Option<u64>,
+    /// What decides whether a move pays; absent: it is made if it gains at all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub economy: Option<EconomyConfig>,
     /// Ranks that shall hold no experts, because they are about to leave or to be started anew. Ascending.
     pub leaving: Vec<Rank>,
+}
+
+/// What decides whether a move of copies pays.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EconomyConfig {
+    /// Seconds until drift has eaten the advantage of a move, above 0.
+    pub horizon_seconds: u32,
+    /// Bytes per second that a worker loads experts with, above 0; absent: as measured at the last moves.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bandwidth: Option<u64>,
+    /// Part of a step's time that goes into balanced experts, in percent.
+    pub experts_percent: u32,
+    /// Part of the speed that is lost while copies are on their way, in percent.
+    pub slowdown_percent: u32,
 }
 
 /// Settings of a gateway.

@@ -3,7 +3,8 @@
 //! `foregate_operator::validate` says the same, for manifests that never meet an API server, and with all findings at
 //! once; a test holds both together. Only here: what may not be changed, since validation sees one manifest alone.
 
-use foregate_api::limits::{self, KV_MEMORY, Limit};
+use foregate_api::limits::{self, BANDWIDTH, KV_MEMORY, Limit, MAX_MOVE_BYTES, QuantityLimit};
+use foregate_api::placement::Cover;
 use serde_json::{Map, Value, json};
 
 use crate::schema::{SchemaError, field};
@@ -60,6 +61,45 @@ const RULES: &[Rule] = &[
              quantity(string(self.spec.workers.resources.limits['memory'])).asInteger()])",
             "spec.workers: KV cache and weights are more than resources.limits.memory",
         ),
+    },
+    // The same of slots, where they are to be enough: those of a manifest that says none are.
+    Rule {
+        at: "",
+        rule: "!self.spec.balancing.strict || self.spec.workers.attentionOnly >= self.spec.workers.count || \
+               !has(self.status) || !has(self.status.model) || !has(self.spec.workers.redundantSlots) || \
+               (self.status.model.facts.experts + (self.spec.workers.count - self.spec.workers.attentionOnly) - 1) / (self.spec.workers.count - self.spec.workers.attentionOnly) + self.spec.workers.redundantSlots >= \
+               self.status.model.facts.experts || \
+               (self.status.model.facts.experts + (self.spec.workers.count - self.spec.workers.attentionOnly) - 1) / (self.spec.workers.count - self.spec.workers.attentionOnly) + self.spec.workers.redundantSlots >= \
+               1 + (self.status.model.facts.experts + (self.spec.workers.count - self.spec.workers.attentionOnly) - 2) / (self.spec.workers.count - self.spec.workers.attentionOnly)",
+        says: Says::Expression(
+            "'spec.workers.redundantSlots: %d + %d expert slots per worker do not link %d workers, which takes 1 + ceil((%d - \
+             1) / %d) = %d: raise it, or set spec.balancing.strict to false'.format([\
+             (self.status.model.facts.experts + (self.spec.workers.count - self.spec.workers.attentionOnly) - 1) / (self.spec.workers.count - self.spec.workers.attentionOnly), self.spec.workers.redundantSlots, (self.spec.workers.count - self.spec.workers.attentionOnly), \
+             self.status.model.facts.experts, (self.spec.workers.count - self.spec.workers.attentionOnly), 1 + (self.status.model.facts.experts + (self.spec.workers.count - self.spec.workers.attentionOnly) - 2) / (self.spec.workers.count - self.spec.workers.attentionOnly)])",
+            "spec.workers.redundantSlots: too few to link all workers; raise it, or set spec.balancing.strict to false",
+        ),
+    },
+    Rule {
+        at: "spec",
+        rule: "self.balancing.cover != 'all' || (self.workers.count - self.workers.attentionOnly > 1 && \
+               (!has(self.workers.domains) || size(self.workers.domains) == 0 || \
+               self.workers.domains.exists(domain, domain != self.workers.domains[0])))",
+        says: Says::Text(
+            "balancing.cover is all, and there is one failure domain: give two workers or more, in two workers.domains, or \
+             cover spread",
+        ),
+    },
+    Rule {
+        at: "spec.balancing.maxMoveBytes",
+        rule: "!isQuantity(self) || (quantity(self).compareTo(quantity('1Ki')) >= 0 && \
+               quantity(self).compareTo(quantity('1Pi')) <= 0)",
+        says: Says::Expression("'is ' + self + '; give 1Ki to 1Pi'", "give 1Ki to 1Pi"),
+    },
+    Rule {
+        at: "spec.balancing.economy.bandwidth",
+        rule: "!isQuantity(self) || (quantity(self).compareTo(quantity('1Ki')) >= 0 && \
+               quantity(self).compareTo(quantity('1Pi')) <= 0)",
+        says: Says::Expression("'is ' + self + '; give 1Ki to 1Pi'", "give 1Ki to 1Pi"),
     },
     Rule {
         at: "spec.model.uri",
@@ -220,16 +260,10 @@ pub(crate) fn constrain(object: &mut Value) -> Result<(), SchemaError> {
     quantities(object)?;
     enumerations(object)?;
     threshold(object, "spec.balancing.threshold")?;
-    set(
-        object,
-        "spec.balancing.enabled",
-        &[("default", json!(true))],
-    )?;
-    set(
-        object,
-        "spec.balancing.forecast",
-        &[("default", json!(true))],
-    )?;
+    for (field, default) in [("enabled", true), ("forecast", true), ("strict", false)] {
+        let field = format!("spec.balancing.{field}");
+        set(object, &field, &[("default", json!(default))])?;
+    }
     set(object, "spec.security.mtls", &[("default", json!(true))])?;
     // Without an object there are no defaults of its fields.
     for group in [
@@ -262,6 +296,8 @@ pub(crate) fn constrain_balancing(object: &mut Value) -> Result<(), SchemaError>
             number(object, limit.field, &limit)?;
         }
     }
+    bytes(object, &MAX_MOVE_BYTES)?;
+    bytes(object, &BANDWIDTH)?;
     threshold(object, "spec.balancing.threshold")
 }
 
@@ -376,15 +412,9 @@ fn texts(object: &mut Value) -> Result<(), SchemaError> {
 }
 
 fn quantities(object: &mut Value) -> Result<(), SchemaError> {
-    set(
-        object,
-        KV_MEMORY.field,
-        &[
-            ("default", json!(KV_MEMORY.default)),
-            ("maxLength", json!(32)),
-            ("pattern", json!(BYTES)),
-        ],
-    )?;
+    for limit in [&KV_MEMORY, &MAX_MOVE_BYTES, &BANDWIDTH] {
+        bytes(object, limit)?;
+    }
     for resources in ["spec.workers.resources", "spec.gateway.resources"] {
         for map in ["requests", "limits"] {
             let values = json!({
@@ -413,6 +443,15 @@ fn quantities(object: &mut Value) -> Result<(), SchemaError> {
     Ok(())
 }
 
+fn bytes(object: &mut Value, limit: &QuantityLimit) -> Result<(), SchemaError> {
+    let form = [("maxLength", json!(32)), ("pattern", json!(BYTES))];
+    set(object, limit.field, &form)?;
+    match limit.default {
+        Some(default) => set(object, limit.field, &[("default", json!(default))]),
+        None => Ok(()),
+    }
+}
+
 fn enumerations(object: &mut Value) -> Result<(), SchemaError> {
     let powers: Vec<u32> = (0..=8).map(|bit| 1 << bit).collect();
     set(
@@ -427,6 +466,7 @@ fn enumerations(object: &mut Value) -> Result<(), SchemaError> {
         ("spec.workers.device", "cpu"),
         ("spec.workers.pinning", "none"),
         ("spec.gateway.routing", "signature"),
+        ("spec.balancing.cover", Cover::default().name()),
         ("spec.security.certManager.kind", "Issuer"),
     ] {
         set(object, path, &[("default", json!(default))])?;

@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use foregate_api::manifest::BalancingSpec;
+use foregate_api::manifest::{BalancingSpec, EconomySpec};
+use foregate_api::node::EconomyConfig;
 use foregate_crd::{ExpertPlacement, ExpertPlacementSpec};
 use k8s_openapi::api::networking::v1::{
     NetworkPolicy, NetworkPolicyIngressRule, NetworkPolicyPeer, NetworkPolicyPort,
@@ -126,8 +127,27 @@ fn placement(inputs: &Inputs<'_>) -> ExpertPlacement {
                 max_moves_per_layer: Some(balancing.max_moves_per_layer),
                 min_rows: Some(balancing.min_rows),
                 forecast: Some(balancing.forecast),
+                cover: Some(balancing.cover),
+                max_move_bytes: balancing.max_move_bytes.map(|bytes| bytes.to_string()),
+                economy: balancing.economy.map(economy),
+                strict: Some(balancing.strict),
             },
         },
         status: None,
+    }
+}
+
+fn economy(config: EconomyConfig) -> EconomySpec {
+    let EconomyConfig {
+        horizon_seconds,
+        bandwidth,
+        experts_percent,
+        slowdown_percent,
+    } = config;
+    EconomySpec {
+        horizon_seconds: Some(horizon_seconds),
+        bandwidth: bandwidth.map(|bytes| bytes.to_string()),
+        experts_percent: Some(experts_percent),
+        slowdown_percent: Some(slowdown_percent),
     }
 }

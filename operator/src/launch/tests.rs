@@ -1,4 +1,4 @@
-use foregate_api::manifest::{Manifest, Quantity};
+use foregate_api::manifest::{EconomySpec, Manifest, Quantity};
 use foregate_api::weights::{PlainFormat, Quantization, WeightSettings};
 
 use super::*;
@@ -172,6 +172,59 @@ fn divided_duties_share_experts_among_those_that_hold_them() {
         ),
         "{error}"
     );
+}
+
+#[test]
+fn a_cover_of_all_takes_slots_for_two_copies_in_two_domains() {
+    let with = |cover, domains: &[&str], redundant, strict| {
+        let cluster = cluster(|m| {
+            m.spec.workers.count = Some(4);
+            m.spec.workers.domains = domains.iter().map(|d| (*d).to_owned()).collect();
+            m.spec.workers.redundant_slots = redundant;
+            m.spec.balancing.cover = Some(cover);
+            m.spec.balancing.strict = Some(strict);
+        });
+        launch(&cluster, &DEMO, &place(Form::InProcess))
+    };
+    let slots = |cover, domains, redundant, strict| {
+        let plan = with(cover, domains, redundant, strict).unwrap();
+        (workers(&plan)[0].slots, plan.notes.len())
+    };
+    assert_eq!(slots(Cover::Spread, &[], None, false), (9, 0));
+    // ⌈2·32/4⌉ where all domains are alike; the one worker of b must hold all of 32.
+    assert_eq!(slots(Cover::All, &[], None, true), (16, 0));
+    assert_eq!(slots(Cover::All, &["a", "a", "a", "b"], None, true), (32, 0));
+    assert_eq!(slots(Cover::All, &[], Some(8), true), (16, 0));
+    assert_eq!(slots(Cover::All, &[], Some(7), false), (15, 1));
+    let error = with(Cover::All, &[], Some(7), true).unwrap_err();
+    let text = error.to_string();
+    for part in [
+        "spec.balancing.strict: 15 expert slots",
+        "linking 4 workers takes 1 + ⌈(32 − 1)/4⌉ = 9",
+        "two failure domains take 16",
+        "redundantSlots to 8 (1048576 bytes more",
+    ] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+    assert!(with(Cover::Spread, &[], Some(0), true).is_err());
+    assert_eq!(slots(Cover::Spread, &[], Some(1), true), (9, 0));
+}
+
+#[test]
+fn the_operator_is_told_what_balancing_says() {
+    let cluster = cluster(|m| {
+        m.spec.balancing.cover = Some(Cover::None);
+        m.spec.balancing.max_move_bytes = Some("3Mi".to_owned());
+        m.spec.balancing.economy = Some(EconomySpec::default());
+    });
+    let plan = launch(&cluster, &DEMO, &place(Form::InProcess)).unwrap();
+    let RoleConfig::Operator(told) = &plan.instances[0].node.role else {
+        panic!("the operator comes first");
+    };
+    assert_eq!(told.cover, Cover::None);
+    assert_eq!(told.max_move_bytes, Some(3 << 20));
+    assert_eq!(told.economy, cluster.balancing.economy);
+    assert!(told.economy.is_some_and(|e| e.horizon_seconds == 300));
 }
 
 #[test]

@@ -2,23 +2,21 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
-use std::ops::RangeInclusive;
 
 use foregate_api::limits::{
     KV_MEMORY, Limit, MAX_DOMAIN, MAX_NAME, MAX_SERVED_NAME, MAX_SERVED_NAMES, MAX_URI,
-    PAGE_TOKENS,
+    PAGE_TOKENS, QuantityLimit,
 };
 use foregate_api::manifest::DeviceClass;
+use foregate_api::placement::Cover;
 
-use crate::quantity::{QuantityError, parse_bytes, parse_milli};
+use crate::quantity::{parse_bytes, parse_milli};
 use crate::validate::{
     Finding, Findings, Quantity, Resources, ResourcesSpec, ValidatedCluster,
 };
 
 /// Most resources that a container may ask for.
 const MAX_RESOURCES: usize = 32;
-/// Smallest and largest KV cache of a worker; a test holds them to [`KV_MEMORY`].
-pub(super) const KV_BYTES: RangeInclusive<u64> = (64 << 10)..=(16 << 40);
 
 /// What was found so far.
 #[derive(Debug, Default)]
@@ -147,19 +145,44 @@ impl Checks {
         right
     }
 
-    pub(super) fn kv_memory(&mut self, text: &str, parsed: Result<u64, QuantityError>) -> u64 {
-        const FIELD: &str = KV_MEMORY.field;
-        match parsed {
-            Ok(bytes) if KV_BYTES.contains(&bytes) => bytes,
+    /// Bytes or their default, within limits. Wrong ones are answered by the least, for the checks after it.
+    pub(super) fn bytes(&mut self, limit: &QuantityLimit, text: Option<&str>) -> u64 {
+        let QuantityLimit {
+            field,
+            default,
+            low,
+            high,
+        } = *limit;
+        let text = text.unwrap_or(default.unwrap_or(low));
+        let least = parse_bytes(low).unwrap_or(0);
+        match parse_bytes(text) {
+            Ok(bytes) if bytes >= least && parse_bytes(high).is_ok_and(|most| bytes <= most) => {
+                bytes
+            }
             Ok(_) => {
-                let range = format!("give {} to {}", KV_MEMORY.low, KV_MEMORY.high);
-                self.add(FIELD, format!("is {text}"), range);
-                *KV_BYTES.start()
+                let range = format!("give {low} to {high}");
+                self.add(field, format!("is {text}"), range);
+                least
             }
             Err(error) => {
-                self.add(FIELD, error.to_string(), "give bytes, such as 512Mi");
-                *KV_BYTES.start()
+                self.add(field, error.to_string(), "give bytes, such as 512Mi");
+                least
             }
+        }
+    }
+
+    /// Copies in two failure domains, where there is one: workers without a name are domains of their own.
+    pub(super) fn coverable(&mut self, cover: Cover, domains: &[String]) {
+        let one = domains.len() < 2
+            || domains
+                .iter()
+                .all(|d| !d.is_empty() && d == &domains[0]);
+        if cover == Cover::All && one {
+            self.add(
+                "spec.balancing.cover",
+                "is all, and there is one failure domain".to_owned(),
+                "give two workers or more, in two spec.workers.domains, or cover spread",
+            );
         }
     }
 

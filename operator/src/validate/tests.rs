@@ -3,6 +3,7 @@ use foregate_api::security::{ApiKeysSpec, CertManagerSpec};
 use proptest::prelude::*;
 
 use super::*;
+use crate::quantity::parse_bytes;
 
 fn manifest() -> Manifest {
     Manifest {
@@ -73,6 +74,10 @@ fn what_is_left_open_gets_the_documented_defaults() {
                 max_moves_per_layer: 4,
                 min_rows: 256,
                 forecast: true,
+                cover: Cover::Spread,
+                max_move_bytes: None,
+                economy: None,
+                strict: false,
             },
             security: ValidatedSecurity {
                 certificates: Certificates::Operator,
@@ -190,6 +195,44 @@ const WRONG: &[Wrong] = &[
     ("spec.balancing.minRows", |m| {
         m.spec.balancing.min_rows = Some(u64::MAX)
     }),
+    ("spec.balancing.cover", |m| {
+        m.spec.balancing.cover = Some(Cover::All);
+        m.spec.workers.count = Some(1);
+    }),
+    ("spec.balancing.cover", |m| {
+        m.spec.balancing.cover = Some(Cover::All);
+        m.spec.workers.domains = vec!["a".into(), "a".into()];
+    }),
+    ("spec.balancing.maxMoveBytes", |m| {
+        m.spec.balancing.max_move_bytes = Some("2GiB".into())
+    }),
+    ("spec.balancing.maxMoveBytes", |m| {
+        m.spec.balancing.max_move_bytes = Some("0".into())
+    }),
+    ("spec.balancing.economy.horizonSeconds", |m| {
+        m.spec.balancing.economy = Some(EconomySpec {
+            horizon_seconds: Some(0),
+            ..EconomySpec::default()
+        });
+    }),
+    ("spec.balancing.economy.bandwidth", |m| {
+        m.spec.balancing.economy = Some(EconomySpec {
+            bandwidth: Some("fast".into()),
+            ..EconomySpec::default()
+        });
+    }),
+    ("spec.balancing.economy.expertsPercent", |m| {
+        m.spec.balancing.economy = Some(EconomySpec {
+            experts_percent: Some(101),
+            ..EconomySpec::default()
+        });
+    }),
+    ("spec.balancing.economy.slowdownPercent", |m| {
+        m.spec.balancing.economy = Some(EconomySpec {
+            slowdown_percent: Some(101),
+            ..EconomySpec::default()
+        });
+    }),
     ("spec.model.uri", |m| m.spec.model.uri = "pvc:///x".into()),
     ("spec.model.cacheClaim", |m| {
         m.spec.model.cache_claim = Some("A".into())
@@ -247,9 +290,41 @@ fn amounts(pairs: &[(&str, &str)]) -> BTreeMap<String, Quantity> {
 
 #[test]
 fn limits_of_memory_are_those_of_the_vocabulary() {
-    let limit = limits::KV_MEMORY;
-    assert_eq!(parse_bytes(limit.low), Ok(*checks::KV_BYTES.start()));
-    assert_eq!(parse_bytes(limit.high), Ok(*checks::KV_BYTES.end()));
+    for limit in [
+        limits::KV_MEMORY,
+        limits::MAX_MOVE_BYTES,
+        limits::BANDWIDTH,
+    ] {
+        let [low, high] = [limit.low, limit.high].map(|text| parse_bytes(text).unwrap());
+        let default = parse_bytes(limit.default.unwrap_or(limit.low)).unwrap();
+        assert!(low <= default && default < high, "{}", limit.field);
+    }
+}
+
+#[test]
+fn what_balancing_says_is_heard() {
+    let mut manifest = manifest();
+    manifest.spec.balancing = BalancingSpec {
+        cover: Some(Cover::All),
+        max_move_bytes: Some("2Gi".into()),
+        economy: Some(EconomySpec {
+            bandwidth: Some("125M".into()),
+            ..EconomySpec::default()
+        }),
+        strict: Some(true),
+        ..BalancingSpec::default()
+    };
+    let balancing = validate(manifest).unwrap().balancing;
+    assert_eq!(balancing.cover, Cover::All);
+    assert_eq!(balancing.max_move_bytes, Some(2 << 30));
+    assert!(balancing.strict);
+    let wanted = EconomyConfig {
+        horizon_seconds: 300,
+        bandwidth: Some(125_000_000),
+        experts_percent: 50,
+        slowdown_percent: 10,
+    };
+    assert_eq!(balancing.economy, Some(wanted));
 }
 
 #[test]

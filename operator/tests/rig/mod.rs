@@ -18,7 +18,7 @@ use foregate_api::load::{EngineLoad, LoadWindow};
 use foregate_api::member::{Ack, Member, Phase};
 use foregate_api::model::{Family, ModelSpec};
 use foregate_api::node::OperatorConfig;
-use foregate_api::placement::{LayerPlacement, Placement};
+use foregate_api::placement::{Cover, LayerPlacement, Placement};
 use foregate_api::weights::{WeightFormat, WeightFormats};
 use foregate_operator::Deps;
 use foregate_planner::rollover::member::{Member as Machine, MemberView};
@@ -89,10 +89,15 @@ impl Rig {
     }
 
     pub async fn join_as(&mut self, rank: u32, slots: u32, habit: Habit) {
+        self.join_in(rank, slots, habit, "").await;
+    }
+
+    pub async fn join_in(&mut self, rank: u32, slots: u32, habit: Habit, domain: &str) {
         self.incarnation += 1;
         let lease = self.store.lease(LEASE).await.unwrap();
         let phase = watch::channel(Phase::Ready).0;
         let mut member = member(Rank(rank), self.incarnation, slots);
+        domain.clone_into(&mut member.domain);
         if habit == Habit::SumsOtherwise {
             "amx".clone_into(&mut member.cpu_path);
         }
@@ -254,6 +259,9 @@ pub fn config(workers: u32) -> OperatorConfig {
         max_moves_per_layer: 4,
         min_rows: 10,
         forecast: true,
+        cover: Cover::Spread,
+        max_move_bytes: None,
+        economy: None,
         leaving: Vec::new(),
     }
 }
