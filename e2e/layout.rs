@@ -124,6 +124,7 @@ const FOR_TESTS: &[&str] = &[
     "cargo_metadata",
     "criterion",
     "http",
+    "microlp",
     "opentelemetry-proto",
     "proptest",
     "regex",

@@ -124,7 +124,7 @@ pub struct WorkersSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expert_only: Option<u32>,
     /// Expert slots per MoE layer and worker that holds experts, beyond ⌈experts / such workers⌉. Default: enough to link all ranks
-    /// (`S = 1 + ⌈(N−1)/G⌉` slots in all, for N experts on G such workers).
+    /// (`S = 1 + ⌈(N−1)/G⌉` slots in all, for N experts on G such workers), and for `balancing.cover: all` enough for that.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub redundant_slots: Option<u32>,
     /// Compute threads; default: the machine's cores divided by the workers on it, at least 1.
