@@ -6,6 +6,7 @@ mod kernels;
 mod migrate;
 mod model;
 mod perplexity;
+mod planners;
 mod plot;
 mod rebalance;
 mod record;
@@ -34,6 +35,8 @@ enum What {
     Serve(serve::ServeArgs),
     /// Shift the mix of texts under a running gateway and record how the plan follows.
     Rebalance(rebalance::RebalanceArgs),
+    /// The operator's planner, EPLB and a placement that stays, each on a cluster of its own under the same shifting mix.
+    Planners(planners::PlannersArgs),
     /// What a live migration adds to the time between two tokens, in this process.
     Migrate(migrate::MigrateArgs),
     /// Decode and prefill speed of the engine alone, in this process.
@@ -61,6 +64,7 @@ pub(crate) async fn run(
     match args.what {
         What::Serve(args) => Box::pin(serve::run(&args, progress, drain)).await,
         What::Rebalance(args) => Box::pin(rebalance::run(&args, progress, drain)).await,
+        What::Planners(args) => Box::pin(planners::run(&args, progress, drain)).await,
         What::Migrate(args) => Box::pin(migrate::run(&args, progress, &drain)).await,
         What::Engine(args) => Box::pin(engine::run(&args, progress)).await,
         What::Kernels(args) => kernels::run(&args, progress),

@@ -610,7 +610,11 @@ impl Balancer {
     fn economy(&self, expert_bytes: u64) -> Option<Economy> {
         let economy = self.config.economy.as_ref()?;
         let given = economy.bandwidth.map(|bytes| bytes as f64);
-        let measured = || self.recorder.copies_per_second().map(|n| n * expert_bytes as f64);
+        let measured = || {
+            self.recorder
+                .copies_per_second()
+                .map(|n| n * expert_bytes as f64)
+        };
         Some(Economy {
             busy: f64::from(economy.experts_percent) / 100.0,
             horizon_s: f64::from(economy.horizon_seconds),

@@ -10,8 +10,8 @@ use foregate_api::cpu::{CpuPath, Pinning};
 use foregate_api::ids::Rank;
 use foregate_api::limits;
 use foregate_api::manifest::{
-    API_VERSION, AutoscalingSpec, BalancingSpec, EconomySpec, GatewaySpec, KIND, Manifest, ModelSource,
-    PodsSpec, Quantity, ResourcesSpec, RoutingPolicy, WorkersSpec,
+    API_VERSION, AutoscalingSpec, BalancingSpec, EconomySpec, GatewaySpec, KIND, Manifest,
+    ModelSource, PodsSpec, Quantity, ResourcesSpec, RoutingPolicy, WorkersSpec,
 };
 use foregate_api::member::Duty;
 use foregate_api::node::EconomyConfig;

@@ -216,7 +216,7 @@ mod openapi {
             }
         }
         if schema.get("type").is_some_and(|t| t == "boolean") && !value.is_boolean() {
-            wrong.push(format!("{path}: {value} is neither true nor false"));
+            say(format!("{value} is neither true nor false"));
         }
         if let Some(values) = value.as_array() {
             if of("maxItems").is_some_and(|n| values.len() as f64 > n) {

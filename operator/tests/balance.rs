@@ -191,7 +191,9 @@ async fn cover_is_followed_as_soon_as_it_is_asked_for() {
     tokio::time::sleep(Duration::from_secs(60)).await;
     let plan = rig.until_settled("without cover", |_| true).await;
     assert!(in_one_domain(&plan) > 0, "{plan:?}");
-    operator.config.send_modify(|config| config.cover = Cover::All);
+    operator
+        .config
+        .send_modify(|config| config.cover = Cover::All);
     let plan = rig
         .until_settled("all covered", |plan| in_one_domain(plan) == 0)
         .await;

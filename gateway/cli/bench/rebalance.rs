@@ -32,24 +32,8 @@ pub(crate) struct RebalanceArgs {
     /// URL of the gateway.
     #[arg(long, default_value = "http://127.0.0.1:8000")]
     url: String,
-    /// Files, one per kind of text; default: the demonstration model's held-out texts.
-    #[arg(long, num_args = 1..)]
-    prompts: Vec<PathBuf>,
-    /// Seconds per kind.
-    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..))]
-    seconds: u64,
-    /// How often all kinds come in turn.
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=10_000))]
-    cycles: u32,
-    /// Requests in work at a time.
-    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=4096))]
-    concurrency: u32,
-    /// Characters per prompt.
-    #[arg(long, default_value_t = 400, value_parser = clap::value_parser!(u32).range(1..))]
-    prompt_chars: u32,
-    /// Tokens per answer.
-    #[arg(long, default_value_t = 48, value_parser = clap::value_parser!(u32).range(1..))]
-    max_tokens: u32,
+    #[command(flatten)]
+    load: LoadArgs,
     /// Write the record as JSON to this file.
     #[arg(long)]
     json: Option<PathBuf>,
@@ -61,25 +45,52 @@ pub(crate) struct RebalanceArgs {
     svg: Option<PathBuf>,
 }
 
+/// A mix of texts that shifts: what a run asks for.
+#[derive(Debug, Clone, clap::Args)]
+pub(super) struct LoadArgs {
+    /// Files, one per kind of text; default: the demonstration model's held-out texts.
+    #[arg(long, num_args = 1..)]
+    prompts: Vec<PathBuf>,
+    /// Seconds per kind.
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..))]
+    pub(super) seconds: u64,
+    /// How often all kinds come in turn.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    cycles: u32,
+    /// Requests in work at a time.
+    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub(super) concurrency: u32,
+    /// Characters per prompt.
+    #[arg(long, default_value_t = 400, value_parser = clap::value_parser!(u32).range(1..))]
+    prompt_chars: u32,
+    /// Tokens per answer.
+    #[arg(long, default_value_t = 48, value_parser = clap::value_parser!(u32).range(1..))]
+    max_tokens: u32,
+}
+
+impl LoadArgs {
+    /// Reads the texts.
+    pub(super) fn texts(&self) -> Result<Arc<[Text]>, CliError> {
+        let files = if self.prompts.is_empty() {
+            heldout()?
+        } else {
+            self.prompts.clone()
+        };
+        files.iter().map(|file| Text::read(file)).collect()
+    }
+}
+
 /// Runs all phases, prints a summary and writes the files.
 pub(super) async fn run(
     args: &RebalanceArgs,
     progress: &Progress,
     drain: CancellationToken,
 ) -> Result<(), CliError> {
-    let files = if args.prompts.is_empty() {
-        heldout()?
-    } else {
-        args.prompts.clone()
-    };
-    let texts: Arc<[Text]> = files
-        .iter()
-        .map(|file| Text::read(file))
-        .collect::<Result<_, _>>()?;
+    let texts = args.load.texts()?;
     let baseline = args.baseline.as_ref().map(Record::read).transpose()?;
     let target = Target::new(&args.url)?;
     let model = target.model().await?;
-    let record = Box::pin(drive(args, &texts, &target, &model, progress, &drain)).await;
+    let record = Box::pin(drive(&args.load, &texts, &target, &model, progress, &drain)).await;
     print(&record.text());
     if let Some(path) = &args.json {
         write_json(path, &record)?;
@@ -90,8 +101,9 @@ pub(super) async fn run(
     Ok(())
 }
 
-async fn drive(
-    args: &RebalanceArgs,
+/// All phases against a gateway.
+pub(super) async fn drive(
+    args: &LoadArgs,
     texts: &Arc<[Text]>,
     target: &Target,
     model: &str,

@@ -31,24 +31,24 @@ pub(super) struct Phase {
 }
 
 /// All of it.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct Record {
     /// Phases in order.
     pub(super) phases: Vec<Phase>,
     /// Samples in order.
     pub(super) samples: Vec<Sample>,
-    requests: usize,
-    failed: usize,
+    pub(super) requests: usize,
+    pub(super) failed: usize,
     errors: Vec<String>,
     first_epoch: u64,
-    last_epoch: u64,
-    longest_pause_ms: f64,
+    pub(super) last_epoch: u64,
+    pub(super) longest_pause_ms: f64,
     /// Time between two tokens of a stream: median and 99th percentile, in milliseconds.
     #[serde(default)]
-    between_tokens_p50_ms: f64,
+    pub(super) between_tokens_p50_ms: f64,
     #[serde(default)]
-    between_tokens_p99_ms: f64,
-    tokens: u64,
+    pub(super) between_tokens_p99_ms: f64,
+    pub(super) tokens: u64,
 }
 
 impl Record {
@@ -95,6 +95,26 @@ impl Record {
         }
     }
 
+    /// How far out of balance each phase was; `None` where no window was seen.
+    pub(super) fn imbalance(&self) -> Vec<Option<Imbalance>> {
+        let ends = self.phases.iter().skip(1).map(|next| next.seconds);
+        let phases = self.phases.iter().zip(ends.chain([f64::INFINITY]));
+        phases
+            .map(|(phase, end)| {
+                let inside = self
+                    .samples
+                    .iter()
+                    .filter(|s| s.seconds >= phase.seconds && s.seconds < end);
+                Imbalance::of(&inside.filter_map(|s| s.imbalance).collect::<Vec<_>>())
+            })
+            .collect()
+    }
+
+    /// Copies of experts that were moved.
+    pub(super) fn copies(&self) -> u64 {
+        self.samples.last().map_or(0, |sample| sample.copies)
+    }
+
     /// A summary for people.
     pub(super) fn text(&self) -> String {
         let mut lines = vec![format!(
@@ -105,7 +125,7 @@ impl Record {
             self.tokens,
             self.first_epoch,
             self.last_epoch,
-            self.samples.last().map_or(0, |sample| sample.copies),
+            self.copies(),
             self.between_tokens_p50_ms,
             self.between_tokens_p99_ms,
             self.longest_pause_ms
@@ -122,29 +142,39 @@ impl Record {
             let mean = later.iter().sum::<f64>() / later.len() as f64;
             lines.push(format!("imbalance after the first phase: mean {mean:.3}"));
         }
-        for (at, phase) in self.phases.iter().enumerate() {
-            let end = self
-                .phases
-                .get(at + 1)
-                .map_or(f64::INFINITY, |next| next.seconds);
-            let inside: Vec<f64> = self
-                .samples
-                .iter()
-                .filter(|s| s.seconds >= phase.seconds && s.seconds < end)
-                .filter_map(|s| s.imbalance)
-                .collect();
-            if let Some(worst) = inside.iter().copied().reduce(f64::max) {
-                // One sample is one load window and says little; the second half shows what the plan settled at.
-                let settled = &inside[inside.len() / 2..];
-                let mean = settled.iter().sum::<f64>() / settled.len() as f64;
+        for (phase, seen) in self.phases.iter().zip(self.imbalance()) {
+            if let Some(Imbalance { worst, settled, .. }) = seen {
                 lines.push(format!(
-                    "{:<10} imbalance at worst {worst:.2}, mean of the second half {mean:.2}",
+                    "{:<10} imbalance at worst {worst:.2}, mean of the second half {settled:.2}",
                     phase.kind
                 ));
             }
         }
         lines.extend(self.errors.iter().map(|error| format!("error: {error}")));
         lines.join("\n")
+    }
+}
+
+/// How far out of balance a phase was.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Imbalance {
+    /// The largest sample.
+    pub(super) worst: f64,
+    /// Mean over the phase, the shift included.
+    pub(super) mean: f64,
+    /// Mean of its second half: one sample is one load window and says little, and this is what the plan settled at.
+    pub(super) settled: f64,
+}
+
+impl Imbalance {
+    fn of(samples: &[f64]) -> Option<Self> {
+        let mean = |of: &[f64]| of.iter().sum::<f64>() / of.len() as f64;
+        let worst = samples.iter().copied().reduce(f64::max)?;
+        Some(Self {
+            worst,
+            mean: mean(samples),
+            settled: mean(&samples[samples.len() / 2..]),
+        })
     }
 }
 

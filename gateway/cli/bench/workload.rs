@@ -110,14 +110,26 @@ impl Text {
     }
 }
 
-/// The demonstration model's held-out texts above the working directory.
-pub(super) fn heldout() -> Result<Vec<PathBuf>, CliError> {
+/// The demonstration model above the working directory.
+pub(super) fn demonstration() -> Result<PathBuf, CliError> {
+    const WHERE: &str = "e2e/models/demo";
+    above(WHERE)?.ok_or_else(|| {
+        CliError::Usage(format!(
+            "no {WHERE} above the working directory; pass --model DIR"
+        ))
+    })
+}
+
+fn above(path: &str) -> Result<Option<PathBuf>, CliError> {
     let here =
         std::env::current_dir().map_err(|e| CliError::runtime("working directory", &e))?;
-    let directory = here
-        .ancestors()
-        .map(|directory| directory.join("e2e/models/demo/heldout"))
-        .find(|directory| directory.is_dir())
+    let mut found = here.ancestors().map(|directory| directory.join(path));
+    Ok(found.find(|directory| directory.is_dir()))
+}
+
+/// The demonstration model's held-out texts above the working directory.
+pub(super) fn heldout() -> Result<Vec<PathBuf>, CliError> {
+    let directory = above("e2e/models/demo/heldout")?
         .ok_or_else(|| {
             CliError::Usage(
                 "no e2e/models/demo/heldout above the working directory; pass --prompts FILE… or, for random token ids, --prompt-tokens N"

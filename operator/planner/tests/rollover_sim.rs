@@ -271,7 +271,10 @@ impl World {
             );
             self.assert_ready(seen, &target);
             self.activated.push(epoch);
-            let held = target.ranks.iter().map(|rank| (*rank, target.held_by(*rank)));
+            let held = target
+                .ranks
+                .iter()
+                .map(|rank| (*rank, target.held_by(*rank)));
             let held = held.collect();
             self.known.insert(epoch, Known { held });
             self.write(|now| now.active = Some(target));

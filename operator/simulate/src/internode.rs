@@ -115,11 +115,7 @@ pub fn internode(
 }
 
 /// The operator's first plan. It knows nodes as failure domains; it does not know which experts are used together.
-fn ours(
-    shape: &Shape,
-    load: &[Vec<f64>],
-    case: &Case,
-) -> Result<Placement, SimulateError> {
+fn ours(shape: &Shape, load: &[Vec<f64>], case: &Case) -> Result<Placement, SimulateError> {
     let problem = Problem {
         demand: load.to_vec(),
         cover: case.cover,

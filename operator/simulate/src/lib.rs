@@ -40,7 +40,7 @@ pub use crate::internode::{InternodeOutcome, internode, internode_policies};
 pub use crate::internode_report::{InternodeDocument, InternodePolicy, internode_document};
 pub use crate::loss::{Lose, LossOutcome, lose};
 pub use crate::loss_report::{LossDocument, Orphaned, Step, loss_document};
-pub use crate::policy::{Forecast, Policy};
+pub use crate::policy::{Forecast, Policy, eplb_layers};
 pub use crate::recording::{Recording, replay};
 pub use crate::report::{
     Document, Figures, OfPolicy, OfSeed, Replayed, document, replay_document,

@@ -2,7 +2,7 @@
 
 use foregate_api::ids::{Epoch, ExpertId, LayerId, Rank};
 use foregate_api::load::{EngineLoad, LoadWindow};
-use foregate_api::placement::Placement;
+use foregate_api::placement::{LayerPlacement, Placement};
 use foregate_planner::demand::Demand;
 use foregate_planner::split::{SOLVE_GAP, SOLVE_SWEEPS, SplitTable, solve};
 use foregate_planner::{History, Problem, RankSlots, plan};
@@ -204,11 +204,7 @@ pub(crate) struct Arm {
 
 impl Arm {
     /// The policy with its first placement.
-    pub(crate) fn new(
-        policy: Policy,
-        case: &Case,
-        seen: &Seen,
-    ) -> Result<Self, SimulateError> {
+    pub(crate) fn new(policy: Policy, case: &Case, seen: &Seen) -> Result<Self, SimulateError> {
         let shape = &case.shape;
         let mut history = History::default();
         let placement = match policy {
@@ -324,6 +320,26 @@ pub(crate) fn anchor(shape: &Shape, load: &[Vec<f64>], hierarchical: bool) -> Pl
     };
     let ranks = homes::ranks(shape.ranks);
     homes::placement(ranks, &eplb(load, cluster), shape.experts)
+}
+
+/// EPLB's homes for a load (`[layer][expert]`), as an operator can propose them: on these ranks of `slots` slots each,
+/// with even shares. A rank that EPLB gives an expert twice has it once, and an empty slot.
+#[must_use]
+pub fn eplb_layers(load: &Rows, ranks: &[Rank], slots: usize) -> Vec<LayerPlacement> {
+    let cluster = Cluster {
+        copies: slots * ranks.len(),
+        ranks: ranks.len(),
+        nodes: 1,
+        groups: 1,
+    };
+    let layer = |(load, mut slots): (&Vec<f64>, Vec<Vec<usize>>)| {
+        for held in &mut slots {
+            held.sort_unstable();
+            held.dedup();
+        }
+        homes::layer_of(ranks, &slots, load.len())
+    };
+    load.iter().zip(eplb(load, cluster)).map(layer).collect()
 }
 
 /// The operator's problem: what it plans from, without the ranks that are lost.

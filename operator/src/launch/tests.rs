@@ -193,7 +193,10 @@ fn a_cover_of_all_takes_slots_for_two_copies_in_two_domains() {
     assert_eq!(slots(Cover::Spread, &[], None, false), (9, 0));
     // ⌈2·32/4⌉ where all domains are alike; the one worker of b must hold all of 32.
     assert_eq!(slots(Cover::All, &[], None, true), (16, 0));
-    assert_eq!(slots(Cover::All, &["a", "a", "a", "b"], None, true), (32, 0));
+    assert_eq!(
+        slots(Cover::All, &["a", "a", "a", "b"], None, true),
+        (32, 0)
+    );
     assert_eq!(slots(Cover::All, &[], Some(8), true), (16, 0));
     assert_eq!(slots(Cover::All, &[], Some(7), false), (15, 1));
     let error = with(Cover::All, &[], Some(7), true).unwrap_err();

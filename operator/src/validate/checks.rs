@@ -156,7 +156,9 @@ impl Checks {
         let text = text.unwrap_or(default.unwrap_or(low));
         let least = parse_bytes(low).unwrap_or(0);
         match parse_bytes(text) {
-            Ok(bytes) if bytes >= least && parse_bytes(high).is_ok_and(|most| bytes <= most) => {
+            Ok(bytes)
+                if bytes >= least && parse_bytes(high).is_ok_and(|most| bytes <= most) =>
+            {
                 bytes
             }
             Ok(_) => {
@@ -173,10 +175,8 @@ impl Checks {
 
     /// Copies in two failure domains, where there is one: workers without a name are domains of their own.
     pub(super) fn coverable(&mut self, cover: Cover, domains: &[String]) {
-        let one = domains.len() < 2
-            || domains
-                .iter()
-                .all(|d| !d.is_empty() && d == &domains[0]);
+        let one =
+            domains.len() < 2 || domains.iter().all(|d| !d.is_empty() && d == &domains[0]);
         if cover == Cover::All && one {
             self.add(
                 "spec.balancing.cover",

@@ -290,11 +290,7 @@ fn amounts(pairs: &[(&str, &str)]) -> BTreeMap<String, Quantity> {
 
 #[test]
 fn limits_of_memory_are_those_of_the_vocabulary() {
-    for limit in [
-        limits::KV_MEMORY,
-        limits::MAX_MOVE_BYTES,
-        limits::BANDWIDTH,
-    ] {
+    for limit in [limits::KV_MEMORY, limits::MAX_MOVE_BYTES, limits::BANDWIDTH] {
         let [low, high] = [limit.low, limit.high].map(|text| parse_bytes(text).unwrap());
         let default = parse_bytes(limit.default.unwrap_or(limit.low)).unwrap();
         assert!(low <= default && default < high, "{}", limit.field);
