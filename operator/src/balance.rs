@@ -22,7 +22,7 @@ use foregate_api::placement::Placement;
 use foregate_explain::record::{Trigger, rounded};
 use foregate_planner::demand::Demand;
 use foregate_planner::rollover::coordinator::{
-    Action, ClusterView, Until, highest_epoch, next,
+    Action, ClusterView, Until, anew, highest_epoch, next,
 };
 use foregate_planner::{Decision, Economy, History, PlanError, Report, Settings};
 use foregate_store::{ClusterState, Coord, StoreError};
@@ -511,7 +511,7 @@ impl Balancer {
         let Some(mut plan) = decision.placement().cloned() else {
             tracing::debug!(epoch = report.parent.0, "{report}");
             self.recorder.kept(inputs, report, parent, look.now);
-            return Ok(());
+            return self.replace(look).await;
         };
         name_reason(&mut plan, &look.state, &report.lost, &self.config.leaving);
         let seen = look.revision(Key::Target);
@@ -530,6 +530,26 @@ impl Balancer {
             balance_after = report.balance_after,
             copies = report.copies_moved,
             "placement proposed: {report}"
+        );
+        Ok(())
+    }
+
+    /// Puts the placement in force, under a new number, in the place of a target that can never be activated.
+    async fn replace(&mut self, look: &Look) -> Result<(), StoreError> {
+        let Some(plan) = anew(&look.view()) else {
+            return Ok(());
+        };
+        let seen = look.revision(Key::Target);
+        if !self.coord.propose(&plan, seen).await? {
+            self.stale("replacement", look);
+            return Ok(());
+        }
+        self.outdated.insert((Key::Target, seen));
+        self.proposed_at = Some((plan.epoch, look.now));
+        self.metrics.proposed(plan.reason, 0);
+        tracing::info!(
+            epoch = plan.epoch.0,
+            "the target can never be activated; the placement in force is proposed anew"
         );
         Ok(())
     }

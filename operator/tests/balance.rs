@@ -258,7 +258,7 @@ async fn a_move_that_does_not_pay_is_not_made() {
     .await;
 }
 
-/// The first move tells how fast a worker loads experts; it takes 30 ms a copy, so the ones after it pay easily.
+/// The first move tells how fast a worker loads experts; a copy takes 30 ms, so the moves after it pay easily.
 #[tokio::test(start_paused = true)]
 async fn a_bandwidth_that_nobody_gave_is_measured() {
     let mut rig = Rig::new();
@@ -286,7 +286,8 @@ async fn a_bandwidth_that_nobody_gave_is_measured() {
     assert!(!rates.is_empty() && past.records.len() > rates.len());
     for rate in rates {
         let per_copy = EXPERT_BYTES as f64 / rate;
-        assert!((0.01..1.0).contains(&per_copy), "{per_copy} s a copy");
+        // Several arrive side by side.
+        assert!((0.001..1.0).contains(&per_copy), "{per_copy} s a copy");
     }
 }
 
@@ -430,6 +431,28 @@ async fn a_worker_that_never_prepares_is_done_without() {
     rig.kill(2);
     rig.join(2, SLOTS).await;
     rig.until_settled("a new process", |plan| plan.ranks == ranks(&[0, 1, 2]))
+        .await;
+}
+
+/// The placement that counts on it can never be activated, and without it there is nothing to change.
+#[tokio::test(start_paused = true)]
+async fn a_worker_that_goes_before_it_is_ready_leaves_nothing_pending() {
+    let (mut rig, _operator) = started().await;
+    rig.join_as(3, SLOTS, Habit::Stuck).await;
+    rig.until("a placement that counts on it", |state| {
+        let target = state.target.as_ref();
+        target.is_some_and(|(plan, _)| plan.ranks.contains(&Rank(3)))
+    })
+    .await;
+    rig.kill(3);
+    let plan = rig
+        .until_settled("all is as before, under a new number", |plan| {
+            plan.epoch > Epoch(2)
+        })
+        .await;
+    assert_eq!(plan.ranks, ranks(&[0, 1, 2]));
+    rig.mix.send_replace(HEAVY_LOW);
+    rig.until_settled("it balances on", |plan| balance(plan, &HEAVY_LOW) > 0.95)
         .await;
 }
 

@@ -243,9 +243,12 @@ impl World {
         let decision = plan(&problem, view.active, &settings, &mut self.planner);
         let placement = match decision {
             Ok(Decision::Move { placement, .. } | Decision::Reweigh { placement, .. }) => {
-                placement
+                *placement
             }
-            Ok(Decision::Keep { .. }) => return,
+            Ok(Decision::Keep { .. }) => match coordinator::anew(view) {
+                Some(placement) => placement,
+                None => return,
+            },
             // Too few are left: nothing can be planned until somebody returns.
             Err(PlanError::TooFewSlots { .. } | PlanError::NoRanks) => return,
             Err(other) => panic!("{other}"),
@@ -254,7 +257,7 @@ impl World {
             a.as_ref().map(|p| p.epoch) == b.as_ref().map(|p| p.epoch)
         };
         if !self.away && same(&self.now().target, &store.target) {
-            self.write(|now| now.target = Some(Arc::new(*placement)));
+            self.write(|now| now.target = Some(Arc::new(placement)));
         }
     }
 
@@ -624,14 +627,14 @@ fn crashes_restarts_lost_leases_and_outages_keep_every_promise() {
     assert!(told.activations > 70 * 3, "{told:?}");
 }
 
-/// Breadth in place of length: most schedules are through with a rollover or two.
+/// Breadth in place of length: about 70 seconds of one processor.
 #[test]
 fn a_hundred_thousand_schedules_keep_every_promise() {
     let planned = schedules(10_000..40_000, 500, false);
-    let faulty = schedules(40_000..110_000, 500, true);
+    let faulty = schedules(40_000..110_000, 800, true);
     println!("planned {planned:?}, with faults {faulty:?}");
     assert_eq!(planned.schedules + faulty.schedules, 100_000);
     for told in [planned, faulty] {
-        assert!(told.rollovers * 2 > told.schedules, "{told:?}");
+        assert!(told.rollovers * 4 > told.schedules, "{told:?}");
     }
 }

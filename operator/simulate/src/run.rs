@@ -71,7 +71,7 @@ pub enum SimulateError {
     #[error(
         "cover all in setting {setting}: every expert on two of {nodes} nodes {}, {slots} slots on each rank are \
          given; take more slots, or cover spread or none",
-        needs(.least)
+        needs(.least.as_ref())
     )]
     Cover {
         /// The setting.
@@ -185,7 +185,7 @@ pub enum SimulateError {
     },
 }
 
-fn needs(least: &Option<usize>) -> String {
+fn needs(least: Option<&usize>) -> String {
     match least {
         Some(least) => format!("takes {least} slots on each rank"),
         None => "is not possible".to_owned(),

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use foregate_api::ids::{Epoch, Rank};
 use foregate_api::member::Ack;
-use foregate_api::placement::Placement;
+use foregate_api::placement::{Placement, Reason};
 
 /// What the operator knows at a moment.
 #[derive(Debug, Clone, Copy)]
@@ -83,6 +83,21 @@ pub fn highest_epoch(view: &ClusterView<'_>) -> Epoch {
     placements.chain(acks).max().unwrap_or_default()
 }
 
+/// The placement in force under a new number, for when [`Action::Replan`] finds nothing to change: the target is pending
+/// and can never be activated, so something else must take its place. Everybody is prepared for this. `None` if nothing
+/// is pending.
+#[must_use]
+pub fn anew(view: &ClusterView<'_>) -> Option<Placement> {
+    let (active, target) = (view.active?, view.target?);
+    (target.epoch > active.epoch).then(|| Placement {
+        epoch: highest_epoch(view).next(),
+        parent: active.epoch,
+        reason: Reason::Reweigh,
+        balance_before: active.balance_after,
+        ..active.clone()
+    })
+}
+
 fn prepare(view: &ClusterView<'_>, target: &Placement) -> Action {
     let unprepared = target.ranks.iter().filter(|rank| {
         view.acks
@@ -138,8 +153,6 @@ impl ClusterView<'_> {
 
 #[cfg(test)]
 mod tests {
-    use foregate_api::placement::Reason;
-
     use super::*;
 
     fn plan(epoch: u64, parent: u64, ranks: &[u32]) -> Placement {
@@ -276,6 +289,33 @@ mod tests {
             case.next(),
             Action::Replan {
                 without: BTreeSet::new()
+            }
+        );
+    }
+
+    #[test]
+    fn a_target_that_cannot_be_is_replaced_by_the_active_placement_anew() {
+        let case =
+            Case::new(&[(0, ack(3, 2, 1)), (1, ack(3, 2, 1))]).active(plan(2, 1, &[0, 1]));
+        let view = |case: &Case| {
+            anew(&ClusterView {
+                alive: &case.alive,
+                acks: &case.acks,
+                target: case.target.as_ref(),
+                active: case.active.as_ref(),
+            })
+        };
+        assert_eq!(view(&case), None);
+        // Planned from a placement that is in force no more.
+        let case = case.target(plan(3, 1, &[0, 1]));
+        assert!(matches!(case.next(), Action::Replan { .. }));
+        let next = view(&case).unwrap();
+        assert_eq!((next.epoch, next.parent), (Epoch(4), Epoch(2)));
+        assert_eq!(
+            case.target(next).next(),
+            Action::Wait {
+                on: [Rank(0), Rank(1)].into(),
+                until: Until::Prepared
             }
         );
     }
