@@ -134,7 +134,7 @@ fn bytes_between_nodes_are_counted_for_planners_that_place_once() {
         .iter()
         .map(|own| own["name"].as_str().unwrap())
         .collect();
-    assert_eq!(names, ["eplb", "connected"]);
+    assert_eq!(names, ["eplb", "connected", "node-aware"]);
     for own in policies {
         let visits = own["remote_nodes_local_first"].as_f64().unwrap();
         assert!(visits < own["remote_nodes_random"].as_f64().unwrap());

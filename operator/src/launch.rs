@@ -407,7 +407,7 @@ fn slots(
             slots,
             sum,
             redundant,
-            bytes: expert_bytes(needed - slots, model),
+            bytes: u128::from(needed - slots) * u128::from(model.slot_bytes),
         });
     }
     notes.push(format!(

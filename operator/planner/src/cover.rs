@@ -49,8 +49,15 @@ pub(crate) fn open(room: &Room, layer: &Layer) -> impl Iterator<Item = usize> {
     (0..layer.experts()).filter(move |e| lacks(room, layer, *e) > 0)
 }
 
-/// Whether no expert lacks more after an operation than before.
+/// Whether no expert lacks more after an operation than before, and, where copies are to stay, none leaves its domain.
 pub(crate) fn allows(room: &Room, layer: &Layer, op: Operation) -> bool {
+    if room.stay {
+        let domain = |at: (usize, usize)| room.domain[at.0];
+        return match op {
+            Operation::Swap { from, to } => domain(from) == domain(to),
+            Operation::Overwrite { .. } => false,
+        };
+    }
     if room.cover == Cover::None {
         return true;
     }

@@ -13,6 +13,7 @@
 
 #![forbid(unsafe_code)]
 
+mod affinity;
 mod backtest;
 mod batch;
 pub mod bound;
@@ -45,7 +46,7 @@ mod steps;
 mod table;
 mod trigger;
 
-pub use crate::plan::{Decision, initial, plan};
+pub use crate::plan::{Decision, initial, initial_near, plan};
 pub use crate::problem::{PlanError, Problem, RankSlots};
 pub use crate::relabel::assign;
 pub use crate::report::Report;

@@ -37,6 +37,28 @@ pub(crate) fn pack(w: &[f64], counts: &[usize], room: &Room) -> Packed {
     Packed { layer, deferred }
 }
 
+/// Packs the experts of each node (a failure domain), every one once, onto its ranks.
+pub(crate) fn pack_into(w: &[f64], nodes: &[Vec<usize>], room: &Room) -> Layer {
+    let mut counts = vec![0_u32; w.len()];
+    nodes.iter().flatten().for_each(|e| counts[*e] += 1);
+    let per_copy = |e: usize| w[e] / f64::from(counts[e]);
+    let mut layer = Layer::empty(room.slots.len(), w.len());
+    let mut loads = vec![0.0; room.slots.len()];
+    for (d, held) in nodes.iter().enumerate() {
+        let mut order = held.clone();
+        order.sort_by(|a, b| per_copy(*b).total_cmp(&per_copy(*a)).then(a.cmp(b)));
+        for e in order {
+            let here = |g: usize| room.domain[g] == d;
+            if let Some(g) = roomiest(&layer, &room.slots, &loads, e, here) {
+                layer.add(g, e);
+                loads[g] += per_copy(e);
+            }
+        }
+    }
+    fill(&mut layer, w, room);
+    layer
+}
+
 /// The least loaded rank that has a free slot, lacks e and is `fit`.
 pub(crate) fn roomiest(
     layer: &Layer,

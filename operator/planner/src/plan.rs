@@ -69,7 +69,11 @@ pub fn initial(
     problem: &Problem,
     settings: &Settings,
 ) -> Result<(Placement, Report), PlanError> {
-    match plan(problem, None, settings, &mut History::default())? {
+    first(plan(problem, None, settings, &mut History::default())?)
+}
+
+fn first(decision: Decision) -> Result<(Placement, Report), PlanError> {
+    match decision {
         Decision::Move { placement, report } | Decision::Reweigh { placement, report } => {
             Ok((*placement, *report))
         }
@@ -78,6 +82,32 @@ pub fn initial(
             findings: Vec::new(),
         }),
     }
+}
+
+/// The first placement of a cluster where tokens shall visit few nodes: `tokens[l]` are the experts of sampled tokens
+/// of layer l, and a failure domain is a node. Experts that are used together come to one node, at loads of nodes that
+/// stay level; inside nodes all is as in [`initial`], and copies leave a node only to link it.
+///
+/// # Errors
+/// What is wrong with the problem, and its remedy.
+pub fn initial_near(
+    problem: &Problem,
+    settings: &Settings,
+    tokens: &[Vec<Vec<usize>>],
+) -> Result<(Placement, Report), PlanError> {
+    problem.validate()?;
+    settings.validate()?;
+    problem.validate_tokens(tokens)?;
+    let planner = Planner {
+        tokens: Some(tokens),
+        ..Planner::new(problem, None, settings)
+    };
+    let mut history = History::default();
+    history.fit(problem.layers);
+    let layers = side_by_side(problem.layers, settings.threads, |l| {
+        planner.layer(l, false)
+    });
+    first(planner.decide(layers, &mut history)?)
 }
 
 /// Decides what a window's demand asks for. Call it once per window: `history` counts the windows a layer rests.
@@ -177,6 +207,8 @@ struct Planner<'a> {
     adopted: Vec<Layer>,
     demand: Vec<Vec<f64>>,
     draws: Draws,
+    /// Experts of sampled tokens, by layer, where few nodes shall be visited.
+    tokens: Option<&'a [Vec<Vec<usize>>]>,
     lost: Vec<Rank>,
     joined: Vec<Rank>,
     /// Ranks, or slots of a rank, came or went.
@@ -211,6 +243,7 @@ impl<'a> Planner<'a> {
             joined: outside(&room.ranks, old),
             reshaped: old != room.ranks || !adopted.iter().all(full),
             adopted,
+            tokens: None,
             demand: problem.demand.iter().map(floored).collect(),
             draws: Draws::new(problem.experts),
             problem,
@@ -224,7 +257,10 @@ impl<'a> Planner<'a> {
         let loads = self.draws.loads(&self.demand[l], self.problem.batch_rows);
         let Some(previous) = self.previous else {
             let empty = Layer::empty(self.room.ranks.len(), self.problem.experts);
-            let homes = steps::from_scratch(&self.room, &loads, self.settings, None);
+            let homes = match self.tokens {
+                None => steps::from_scratch(&self.room, &loads, self.settings, None),
+                Some(of) => steps::near(&self.room, &loads, self.settings, &of[l]),
+            };
             return self.moved(l, &empty, homes, Was::default());
         };
         let old = &self.adopted[l];

@@ -137,6 +137,14 @@ pub enum PlanError {
         /// What was found.
         value: f64,
     },
+    /// Sampled tokens are not of this model.
+    #[error("sampled tokens must be of {layers} layers, and of {experts} experts each")]
+    Tokens {
+        /// Layers of the problem.
+        layers: usize,
+        /// Experts per layer.
+        experts: usize,
+    },
     /// The previous placement belongs to another model.
     #[error(
         "placement {epoch} is for {found_layers} layers of {found_experts} experts, the model has {layers} of \
@@ -259,6 +267,19 @@ impl Problem {
         Ok(())
     }
 
+    pub(crate) fn validate_tokens(&self, tokens: &[Vec<Vec<usize>>]) -> Result<(), PlanError> {
+        let beyond = |e: &&usize| **e >= self.experts;
+        if tokens.len() == self.layers
+            && tokens.iter().flatten().flatten().find(beyond).is_none()
+        {
+            return Ok(());
+        }
+        Err(PlanError::Tokens {
+            layers: self.layers,
+            experts: self.experts,
+        })
+    }
+
     pub(crate) fn validate_previous(&self, previous: &Placement) -> Result<(), PlanError> {
         let odd = previous
             .layers
@@ -293,6 +314,8 @@ pub(crate) struct Room {
     pub(crate) domains: usize,
     /// What copies are to span: what was asked for, or [`Cover::Spread`] if slots do not allow all.
     pub(crate) cover: Cover,
+    /// Whether every copy stays in its failure domain.
+    pub(crate) stay: bool,
 }
 
 impl Room {
@@ -328,6 +351,7 @@ impl Room {
             domains,
             names,
             cover,
+            stay: false,
         }
     }
 
@@ -345,6 +369,7 @@ impl Room {
             domain: (0..slots.len()).collect(),
             domains: slots.len(),
             cover: Cover::None,
+            stay: false,
         }
     }
 }

@@ -4,13 +4,14 @@
 
 use std::borrow::Cow;
 
+use crate::affinity;
 use crate::bound;
 use crate::connect::connect;
 use crate::cover;
 use crate::flow::Flow;
 use crate::improve::improve;
 use crate::layer::Layer;
-use crate::pack::{fill, pack};
+use crate::pack::{fill, pack, pack_into};
 use crate::problem::Room;
 use crate::relabel::relabel;
 use crate::repair::repair;
@@ -74,8 +75,7 @@ pub(crate) fn from_scratch<'a>(
     old: Option<&Layer>,
 ) -> Homes<'a> {
     let w = &loads[0];
-    let floor = usize::from(room.cover == Cover::All && room.domains > 1) + 1;
-    let counts = counts(w, room.total(), room.ranks.len(), floor);
+    let counts = counts(w, room.total(), room.ranks.len(), floor(room));
     let packed = pack(w, &counts, room);
     let most_copies = counts.iter().copied().max().unwrap_or(0);
     let mut steps = vec![Step::Pack {
@@ -96,6 +96,17 @@ pub(crate) fn from_scratch<'a>(
         layer = named;
         steps.push(Step::Relabel { kept });
     }
+    polish(layer, steps, room, loads, settings)
+}
+
+/// Lazy steps until none helps.
+fn polish<'a>(
+    layer: Layer,
+    steps: Vec<Step>,
+    room: &Room,
+    loads: &'a [Vec<f64>],
+    settings: &Settings,
+) -> Homes<'a> {
     let mut homes = Homes {
         splits: Splits::of(&layer, loads),
         layer: Cow::Owned(layer),
@@ -115,6 +126,42 @@ pub(crate) fn from_scratch<'a>(
         homes = better;
     }
     homes
+}
+
+/// Copies that every expert must have.
+fn floor(room: &Room) -> usize {
+    usize::from(room.cover == Cover::All && room.domains > 1) + 1
+}
+
+/// Experts to nodes by what `tokens` use together, then to ranks inside of nodes; improve and lazy steps inside of nodes;
+/// links inside of nodes first.
+pub(crate) fn near<'a>(
+    room: &Room,
+    loads: &'a [Vec<f64>],
+    settings: &Settings,
+    tokens: &[Vec<usize>],
+) -> Homes<'a> {
+    let w = &loads[0];
+    let counts = counts(w, room.total(), room.domains, floor(room));
+    let nodes = affinity::assign(w, &counts, room, tokens);
+    let mut layer = pack_into(w, &nodes, room);
+    let scratch = layer.clone();
+    let mut steps = vec![Step::Pack {
+        most_copies: (0..w.len()).map(|e| layer.count(e)).max().unwrap_or(0),
+        deferred: 0,
+    }];
+    let inside = Room {
+        stay: true,
+        ..room.clone()
+    };
+    improve(&mut layer, &scratch, w, &inside, target(&scratch, w), ALL);
+    steps.push(Step::Improve {
+        copies: layer.moved_from(&scratch),
+    });
+    for room in [&inside, room] {
+        link(&mut layer, &scratch, w, room, ALL, &mut steps);
+    }
+    polish(layer, steps, &inside, loads, settings)
 }
 
 /// What survived of an earlier placement, with every expert placed and every slot used again, and as many gaps in

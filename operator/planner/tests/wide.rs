@@ -4,7 +4,7 @@
 
 use std::collections::BTreeSet;
 
-use foregate_api::ids::{LayerId, Rank};
+use foregate_api::ids::{ExpertId, LayerId, Rank};
 use foregate_api::placement::Placement;
 use foregate_planner::check::{Finding, check, refused};
 use foregate_planner::split::{SplitTable, solve};
@@ -305,4 +305,163 @@ fn first_plans_are_near_the_best_of_all_placements() {
             "{experts} {ranks} {slots}: {ratio} {worst}"
         );
     }
+}
+
+/// A drawn order of `n` things.
+fn shuffled(n: usize, dice: &mut Dice) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..n).collect();
+    for i in (1..n).rev() {
+        order.swap(i, (dice.uniform() * (i + 1) as f64) as usize);
+    }
+    order
+}
+
+/// Names for the same things: expert e becomes `experts[e]`, the i-th rank the `ranks[i]`-th.
+struct Names {
+    experts: Vec<usize>,
+    ranks: Vec<usize>,
+}
+
+impl Names {
+    fn draw(problem: &Problem, dice: &mut Dice) -> Self {
+        Self {
+            experts: shuffled(problem.experts, dice),
+            ranks: shuffled(problem.ranks.len(), dice),
+        }
+    }
+
+    fn demand(&self, demand: &[Vec<f64>]) -> Vec<Vec<f64>> {
+        let row = |row: &Vec<f64>| {
+            let mut named = vec![0.0; row.len()];
+            (0..row.len()).for_each(|e| named[self.experts[e]] = row[e]);
+            named
+        };
+        demand.iter().map(row).collect()
+    }
+
+    fn problem(&self, problem: &Problem) -> Problem {
+        let mut ranks = problem.ranks.clone();
+        for (rank, at) in problem.ranks.iter().zip(&self.ranks) {
+            ranks[*at].slots = rank.slots;
+            ranks[*at].domain.clone_from(&rank.domain);
+        }
+        Problem {
+            ranks,
+            demand: self.demand(&problem.demand),
+            ..problem.clone()
+        }
+    }
+
+    fn placement(&self, placement: &Placement) -> Placement {
+        let mut named = placement.clone();
+        let rank = |rank: Rank| {
+            let at = placement.ranks.binary_search(&rank).unwrap();
+            placement.ranks[self.ranks[at]]
+        };
+        for (layer, old) in named.layers.iter_mut().zip(&placement.layers) {
+            for (held, at) in old.slots.iter().zip(&self.ranks) {
+                let held = held
+                    .iter()
+                    .map(|e| ExpertId(self.experts[e.index()] as u32));
+                layer.slots[*at] = held.collect();
+                layer.slots[*at].sort_unstable();
+            }
+            for (copies, e) in old.copies.iter().zip(&self.experts) {
+                layer.copies[*e].clone_from(copies);
+                layer.copies[*e]
+                    .iter_mut()
+                    .for_each(|copy| copy.rank = rank(copy.rank));
+                layer.copies[*e].sort_by_key(|copy| copy.rank);
+            }
+        }
+        named
+    }
+}
+
+/// Balance before and after so many windows that a load stays, and the copies that were moved.
+fn followed(
+    problem: &Problem,
+    mut placement: Placement,
+    settings: &Settings,
+) -> (f64, f64, usize) {
+    const WINDOWS: usize = 16;
+    let mut history = History::default();
+    let (mut balances, mut copies) = (Vec::new(), 0);
+    for _ in 0..WINDOWS {
+        let decision = plan(problem, Some(&placement), settings, &mut history).unwrap();
+        let report = decision.report();
+        balances.extend([report.balance_before, report.balance_after]);
+        copies += report.copies_moved;
+        if let Some(next) = decision.placement() {
+            placement = next.clone();
+        }
+    }
+    (balances[0], balances[2 * WINDOWS - 1], copies)
+}
+
+/// Numbers of experts and ranks are names: with others a plan is as good and costs as much, but for what ties decide.
+#[test]
+fn names_do_not_matter() {
+    const CASES: u64 = 24;
+    let mut dice = Dice(11);
+    let (mut first, mut later, mut bias, mut copies) = (0.0_f64, 0.0_f64, 0.0, [0; 2]);
+    for _ in 0..CASES {
+        let mut problem = problem((3, 48, 12), 3, &mut dice);
+        // Batches are drawn by number.
+        problem.batch_rows = 0.0;
+        let names = Names::draw(&problem, &mut dice);
+        let settings = Settings {
+            threshold: 0.999,
+            ..Settings::default()
+        };
+        let (placement, report) = initial(&problem, &settings).unwrap();
+        let (_, other) = initial(&names.problem(&problem), &settings).unwrap();
+        first = first.max((report.balance_after - other.balance_after).abs());
+        problem.demand = dice.demand(3, 48);
+        let one = followed(&problem, placement.clone(), &settings);
+        let names_of = (names.problem(&problem), names.placement(&placement));
+        let other = followed(&names_of.0, names_of.1, &settings);
+        // The same state, so the same question.
+        assert!((one.0 - other.0).abs() < 1e-6);
+        later = later.max((one.1 - other.1).abs());
+        bias += (one.1 - other.1) / CASES as f64;
+        copies[0] += one.2;
+        copies[1] += other.2;
+    }
+    println!("first {first:.4}, later {later:.4}, on average {bias:.4}; copies {copies:?}");
+    assert!(
+        first < 0.005 && later < 0.03 && bias.abs() < 0.005,
+        "{first} {later} {bias}"
+    );
+    let [one, other] = copies.map(|n| n as f64);
+    assert!((one - other).abs() < 0.1 * one, "{copies:?}");
+}
+
+/// A larger limit on copies never makes a window's plan much worse: each layer's search is greedy.
+#[test]
+fn more_moves_gain_no_less() {
+    let mut dice = Dice(13);
+    let (mut worst, mut gained) = (0.0_f64, Vec::new());
+    for _ in 0..24 {
+        let mut problem = problem((3, 48, 12), 3, &mut dice);
+        let placement = first(&problem, &Settings::default());
+        problem.demand = dice.demand(3, 48);
+        let mut before = 0.0;
+        gained = [0, 2, 4, 8, 16]
+            .map(|limit| {
+                let settings = Settings {
+                    max_moves_per_layer: limit,
+                    ..Settings::default()
+                };
+                let mut history = History::default();
+                let decision = plan(&problem, Some(&placement), &settings, &mut history);
+                let after = decision.unwrap().report().balance_after;
+                worst = worst.max(before - after);
+                before = after;
+                after
+            })
+            .to_vec();
+    }
+    println!("worst {worst:.4}, last case {gained:?}");
+    assert!(worst < 0.01, "{worst}");
 }

@@ -4,7 +4,7 @@
 
 use foregate_api::placement::{LayerPlacement, Placement};
 use foregate_planner::split::balance;
-use foregate_planner::{History, Problem, plan};
+use foregate_planner::{Problem, initial, initial_near};
 
 use crate::dice::Dice;
 use crate::homes::even_loads;
@@ -20,12 +20,38 @@ const STREAM: u64 = 6;
 /// Bytes per value there and back.
 const BYTES: f64 = 1.03 + 2.0;
 
-/// Policies that are compared: those that place once.
-const COMPARED: [Policy; 3] = [
-    Policy::EplbOnce,
-    Policy::EplbHierarchical10,
-    Policy::ConnectedOnce,
-];
+/// Planners that are compared: those that place once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Planner {
+    Eplb,
+    EplbHierarchical,
+    /// The operator's first plan. It knows nodes as failure domains, not which experts are used together.
+    Connected,
+    /// The same with the tokens that were seen.
+    NodeAware,
+}
+
+impl Planner {
+    const ALL: [Self; 4] = [
+        Self::Eplb,
+        Self::EplbHierarchical,
+        Self::Connected,
+        Self::NodeAware,
+    ];
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Eplb => "eplb",
+            Self::EplbHierarchical => "eplb-hierarchical",
+            Self::Connected => "connected",
+            Self::NodeAware => "node-aware",
+        }
+    }
+
+    fn fits(self, shape: &Shape) -> bool {
+        self != Self::EplbHierarchical || Policy::EplbHierarchical10.fits(shape).is_ok()
+    }
+}
 
 /// One seed: a row per policy that fits.
 #[derive(Debug)]
@@ -56,16 +82,10 @@ pub fn internode_policies(shape: &Shape) -> Result<Vec<&'static str>, SimulateEr
             setting: shape.name,
         });
     }
-    let fits = COMPARED.iter().filter(|policy| policy.fits(shape).is_ok());
-    Ok(fits.map(|policy| name(*policy)).collect())
-}
-
-const fn name(policy: Policy) -> &'static str {
-    match policy {
-        Policy::EplbHierarchical10 => "eplb-hierarchical",
-        Policy::ConnectedOnce => "connected",
-        _ => "eplb",
-    }
+    let fit = Planner::ALL
+        .into_iter()
+        .filter(|planner| planner.fits(shape));
+    Ok(fit.map(Planner::name).collect())
 }
 
 /// Bytes of a token's visit of a node, there and back.
@@ -99,34 +119,33 @@ pub fn internode(
     };
     let load: Vec<Vec<f64>> = tokens.iter().map(load).collect();
     let mut policies = Vec::new();
-    for policy in COMPARED
-        .into_iter()
-        .filter(|policy| policy.fits(&shape).is_ok())
-    {
-        let placement = match policy {
-            Policy::EplbHierarchical10 => anchor(&shape, &load, true),
-            Policy::ConnectedOnce => ours(&shape, &load, case)?,
-            _ => anchor(&shape, &load, false),
+    let fit = |planner: &Planner| planner.fits(&shape);
+    for planner in Planner::ALL.into_iter().filter(fit) {
+        let placement = match planner {
+            Planner::Eplb => anchor(&shape, &load, false),
+            Planner::EplbHierarchical => anchor(&shape, &load, true),
+            Planner::Connected => initial(&problem(&shape, &load, case), &case.settings)?.0,
+            Planner::NodeAware => {
+                let seen: Vec<_> = tokens.iter().map(|tokens| tokens.seen.clone()).collect();
+                initial_near(&problem(&shape, &load, case), &case.settings, &seen)?.0
+            }
         };
-        policies.push(judge(policy, &shape, &placement, &tokens, &mut dice)?);
+        policies.push(judge(planner, &shape, &placement, &tokens, &mut dice)?);
         watch.step();
     }
     Ok(InternodeOutcome { seed, policies })
 }
 
-/// The operator's first plan. It knows nodes as failure domains; it does not know which experts are used together.
-fn ours(shape: &Shape, load: &[Vec<f64>], case: &Case) -> Result<Placement, SimulateError> {
-    let problem = Problem {
+fn problem(shape: &Shape, load: &[Vec<f64>], case: &Case) -> Problem {
+    Problem {
         demand: load.to_vec(),
         cover: case.cover,
         ..Problem::uniform(ranks_with_slots(shape), shape.layers, shape.experts)
-    };
-    let first = plan(&problem, None, &case.settings, &mut History::default())?;
-    first.placement().cloned().ok_or(SimulateError::NoPlan)
+    }
 }
 
 fn judge(
-    policy: Policy,
+    planner: Planner,
     shape: &Shape,
     placement: &Placement,
     tokens: &[Tokens],
@@ -149,7 +168,7 @@ fn judge(
     }
     let [random, local_first, even, split] = figures.map(|of| mean(&of));
     Ok(Visits {
-        name: name(policy),
+        name: planner.name(),
         random,
         local_first,
         even,

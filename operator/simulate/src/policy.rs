@@ -403,7 +403,7 @@ mod tests {
             ..crate::shape::SETTINGS[0]
         };
         let layer = vec![vec![0, 1], vec![0, 2], vec![2, 3], vec![1, 3]];
-        let placement = homes::placement(homes::ranks(4), &[layer], 4);
+        let placement = homes::placement(homes::ranks(4), &vec![layer], 4);
         // Expert 0 is on node 0 alone, 3 on node 1 alone, 1 and 2 on both.
         let alone = |rows: [f64; 4]| orphaned_by_a_node(&placement, &shape, &vec![rows.into()]);
         assert!((alone([1.0, 5.0, 1.0, 3.0]) - 0.3).abs() < 1e-12);

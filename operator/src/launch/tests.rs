@@ -203,7 +203,7 @@ fn a_cover_of_all_takes_slots_for_two_copies_in_two_domains() {
     let text = error.to_string();
     for part in [
         "spec.balancing.strict: 15 expert slots",
-        "linking 4 workers takes 1 + ⌈(32 − 1)/4⌉ = 9",
+        "linking 4 workers that hold experts takes 1 + ⌈(32 − 1)/4⌉ = 9",
         "two failure domains take 16",
         "redundantSlots to 8 (1048576 bytes more",
     ] {
