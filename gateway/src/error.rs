@@ -1,9 +1,13 @@
 //! Errors as clients see them: OpenAI's shape, the field by name, the remedy in words.
 
+use std::time::Duration;
+
 use axum::body::Body;
-use axum::http::{HeaderValue, Response, StatusCode, header};
+use axum::http::{HeaderMap, HeaderValue, Response, StatusCode, header};
 use axum::response::IntoResponse;
 use serde_json::{Value, json};
+
+use crate::traffic::Standing;
 
 /// An error answer. `kind` is OpenAI's `error.type`, `code` its `error.code`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -20,6 +24,8 @@ pub struct ApiError {
     pub message: String,
     /// Seconds for `Retry-After`.
     pub retry_after: Option<u64>,
+    /// What is left of the tenant's minute.
+    pub standing: Standing,
     /// Whether the answer says how to show a key.
     pub wants_key: bool,
     /// For `rejected_total{reason}`; one of a fixed few words.
@@ -40,6 +46,7 @@ impl ApiError {
             param: None,
             message,
             retry_after: None,
+            standing: Standing::default(),
             wants_key: false,
             reason,
         }
@@ -208,6 +215,18 @@ impl ApiError {
         error
     }
 
+    /// 429: a tenant has used its minute.
+    pub fn rate_limited(
+        reason: &'static str,
+        message: impl Into<String>,
+        retry_after: Option<u64>,
+    ) -> Self {
+        let mut error = Self::overloaded(reason, message, 1);
+        error.code = Some("rate_limit_exceeded");
+        error.retry_after = retry_after.map(|seconds| seconds.max(1));
+        error
+    }
+
     /// 503 with `Retry-After`.
     pub fn unavailable(reason: &'static str, message: impl Into<String>) -> Self {
         let mut error = Self::new(
@@ -276,12 +295,52 @@ impl IntoResponse for ApiError {
         if let Some(seconds) = self.retry_after {
             headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }
+        rate_limits(&self.standing, headers);
         if self.wants_key {
             headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
         response.extensions_mut().insert(Rejection(self.reason));
         response
     }
+}
+
+/// What is left of a tenant's minute, as clients of OpenAI read it. Without limits there are no headers.
+pub(crate) fn rate_limits(standing: &Standing, headers: &mut HeaderMap) {
+    for (level, limit, remaining, reset) in [
+        (
+            standing.requests,
+            "x-ratelimit-limit-requests",
+            "x-ratelimit-remaining-requests",
+            "x-ratelimit-reset-requests",
+        ),
+        (
+            standing.tokens,
+            "x-ratelimit-limit-tokens",
+            "x-ratelimit-remaining-tokens",
+            "x-ratelimit-reset-tokens",
+        ),
+    ] {
+        let Some(level) = level else { continue };
+        headers.insert(limit, HeaderValue::from(level.limit));
+        headers.insert(remaining, HeaderValue::from(level.remaining));
+        if let Ok(reset_in) = HeaderValue::try_from(go_duration(level.reset)) {
+            headers.insert(reset, reset_in);
+        }
+    }
+}
+
+/// `850ms`, `1.5s`, `6m0s`: durations as OpenAI writes them.
+fn go_duration(time: Duration) -> String {
+    let seconds = time.as_secs_f64();
+    if seconds < 1.0 {
+        return format!("{}ms", time.as_millis());
+    }
+    if seconds < 60.0 {
+        let text = format!("{seconds:.3}");
+        return format!("{}s", text.trim_end_matches('0').trim_end_matches('.'));
+    }
+    let whole = time.as_secs();
+    format!("{}m{}s", whole / 60, whole % 60)
 }
 
 /// Marks an error answer with the word under which it is counted.
@@ -295,4 +354,24 @@ pub(crate) fn clip(text: &str, limit: usize) -> &str {
         end -= 1;
     }
     text.get(..end).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_read_as_openai_writes_them() {
+        for (ms, text) in [
+            (0, "0ms"),
+            (850, "850ms"),
+            (1000, "1s"),
+            (1500, "1.5s"),
+            (59_999, "59.999s"),
+            (360_000, "6m0s"),
+            (3_725_000, "62m5s"),
+        ] {
+            assert_eq!(go_duration(Duration::from_millis(ms)), text);
+        }
+    }
 }

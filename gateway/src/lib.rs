@@ -44,6 +44,7 @@ pub mod route;
 pub mod serve;
 pub mod signature;
 pub mod trace;
+pub mod traffic;
 pub mod upstream;
 pub mod view;
 
@@ -250,21 +251,21 @@ fn gateway(
     shutdown: &CancellationToken,
 ) -> Gateway {
     let windowed = config.routing == RoutingPolicy::Window;
-    let queue_timeout = Duration::from_millis(config.queue_timeout_ms);
     let runner = Runner {
         prompter: prompter.clone(),
         upstream: Arc::new(upstream),
         metrics: Arc::clone(&metrics),
     };
-    let admission = Admission::new(
+    let settings = traffic::Settings {
         // The head of the queue is the window.
-        config
+        slots: config
             .max_in_flight
             .saturating_add(if windowed { WIDTH } else { 0 }),
-        config.max_queued,
-        queue_timeout,
-        shutdown.clone(),
-    );
+        capacity: config.max_queued,
+        patience: Duration::from_millis(config.queue_timeout_ms),
+        rules: config.traffic.clone(),
+    };
+    let admission = Admission::new(settings, shutdown.clone());
     Gateway {
         config,
         api_keys,

@@ -1,6 +1,6 @@
 //! Metrics of the gateway. Names that dashboards and autoscalers know from vLLM are kept; ours begin with
 //! `foregate_gateway_`; those of OpenTelemetry's conventions with `gen_ai_`. Labels are of bounded number:
-//! engine (ranks), layer, policy, outcome, reason, place, operation, served name.
+//! engine (ranks), layer, policy, outcome, reason, place, operation, served name, tenant (the most active ones).
 //!
 //! What the gateway sees is counted here. What workers report through the store, and what is known elsewhere in
 //! the gateway, is copied whenever the registry is gathered.
@@ -10,6 +10,7 @@ mod decode;
 mod forecast;
 mod gen_ai;
 mod scraped;
+mod tenants;
 mod window;
 
 use std::time::Duration;
@@ -19,15 +20,17 @@ use foregate_api::placement::Placement;
 use foregate_store::coord::ClusterState;
 use foregate_wire::generation::Steps;
 use prometheus::{
-    Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
+    CounterVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
 };
 
 use crate::route::{self, Choice};
+use crate::traffic::{Tally, Tenant};
 use cluster::Cluster;
 use decode::DecodeMetrics;
 use forecast::ForecastMetrics;
 use gen_ai::GenAi;
 use scraped::Scraped;
+use tenants::Tenants;
 use window::WindowMetrics;
 
 pub(crate) use cluster::{imbalance, rank_rows};
@@ -73,6 +76,7 @@ pub struct Metrics {
     window: WindowMetrics,
     forecast: ForecastMetrics,
     decode: DecodeMetrics,
+    tenants: Tenants,
     scraped: Scraped,
     gen_ai: GenAi,
 }
@@ -92,6 +96,8 @@ pub(crate) struct Known<'a> {
     pub(crate) prefixes: usize,
     /// The window, if the policy has one.
     pub(crate) window: Option<WindowState>,
+    /// What tenants did, and how many of their requests wait.
+    pub(crate) tenants: Vec<(Tenant, Tally, u32)>,
 }
 
 /// What one sequence looked like from outside.
@@ -205,6 +211,7 @@ impl Metrics {
             window: WindowMetrics::new(&copied, &make)?,
             forecast: ForecastMetrics::new(&make)?,
             decode: DecodeMetrics::new(&make)?,
+            tenants: Tenants::new(&copied)?,
             scraped: Scraped::register(&registry, inner.clone())?,
             gen_ai: GenAi::new(&make)?,
             registry,
@@ -226,6 +233,7 @@ impl Metrics {
         self.known_prefixes.set(prefixes);
         self.cluster.show(known.state, known.now);
         self.window.show(known.window.as_ref());
+        self.tenants.show(&known.tenants);
     }
 
     /// Has `refresh` called whenever the registry is gathered.
@@ -340,6 +348,18 @@ impl Make<'_> {
         labels: &[&str],
     ) -> Result<IntCounterVec, prometheus::Error> {
         let metric = IntCounterVec::new(Opts::new(name, help), labels)?;
+        self.0.register(Box::new(metric.clone()))?;
+        Ok(metric)
+    }
+
+    /// Counters of seconds.
+    pub(crate) fn counters_of_time(
+        &self,
+        name: &str,
+        help: &str,
+        labels: &[&str],
+    ) -> Result<CounterVec, prometheus::Error> {
+        let metric = CounterVec::new(Opts::new(name, help), labels)?;
         self.0.register(Box::new(metric.clone()))?;
         Ok(metric)
     }

@@ -8,6 +8,7 @@ use tracing_opentelemetry::OpenTelemetrySpanExt;
 
 use crate::error::clip;
 use crate::random::Random;
+use crate::traffic::Tenant;
 
 /// `x-request-id`.
 pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -23,6 +24,8 @@ pub struct Identity {
     pub traceparent: String,
     /// The request's span.
     pub span: Span,
+    /// Whose request it is, once that is known.
+    pub tenant: Option<Tenant>,
 }
 
 struct Incoming<'a>(&'a HeaderMap);
@@ -73,6 +76,7 @@ impl Identity {
             http.response.status_code = tracing::field::Empty,
             request.id = request_id,
             client.name = tracing::field::Empty,
+            foregate.tenant = tracing::field::Empty,
             gen_ai.operation.name = tracing::field::Empty,
             gen_ai.request.model = tracing::field::Empty,
             gen_ai.request.max_tokens = tracing::field::Empty,
@@ -92,6 +96,17 @@ impl Identity {
             request_id,
             traceparent,
             span,
+            tenant: None,
+        }
+    }
+
+    /// The same request as one of `tenant`.
+    #[must_use]
+    pub fn of_tenant(&self, tenant: Tenant) -> Self {
+        self.span.record("foregate.tenant", &*tenant);
+        Self {
+            tenant: Some(tenant),
+            ..self.clone()
         }
     }
 

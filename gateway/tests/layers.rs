@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 const ORDER: [&str; 23] = [
     "clock",
     "random",
+    "traffic",
     "error",
     "past",
     "api_keys",

@@ -625,6 +625,7 @@ impl Shared<'_> {
             queue_timeout_ms: gateway.queue_timeout_ms,
             request_timeout_ms: gateway.request_timeout_ms,
             forecast_ms: foretold.then_some(balancing.window_ms),
+            traffic: gateway.traffic.clone(),
             api_keys: self.place.api_keys.clone(),
         })
     }

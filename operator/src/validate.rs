@@ -2,6 +2,7 @@
 
 mod checks;
 mod security;
+mod traffic;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -16,6 +17,7 @@ use foregate_api::manifest::{
 use foregate_api::member::Duty;
 use foregate_api::node::EconomyConfig;
 use foregate_api::placement::Cover;
+use foregate_api::traffic::Traffic;
 use foregate_api::weights::WeightSettings;
 
 pub use security::{Certificates, ValidatedSecurity};
@@ -179,6 +181,8 @@ pub struct ValidatedGateway {
     pub queue_timeout_ms: u64,
     /// Longest life of a request in milliseconds.
     pub request_timeout_ms: u64,
+    /// Tenants.
+    pub traffic: Traffic,
     /// How many there are.
     pub replicas: Replicas,
     /// What a pod asks for.
@@ -385,6 +389,7 @@ fn gateway(checks: &mut Checks, spec: GatewaySpec) -> ValidatedGateway {
         max_queued,
         queue_timeout_ms,
         request_timeout_ms,
+        traffic,
         replicas,
         autoscaling,
         resources,
@@ -396,6 +401,7 @@ fn gateway(checks: &mut Checks, spec: GatewaySpec) -> ValidatedGateway {
         max_queued: checks.range(&limits::MAX_QUEUED, max_queued),
         queue_timeout_ms: checks.range(&limits::QUEUE_TIMEOUT_MS, queue_timeout_ms),
         request_timeout_ms: checks.range(&limits::REQUEST_TIMEOUT_MS, request_timeout_ms),
+        traffic: traffic::traffic(checks, traffic),
         replicas: gateways(checks, replicas, autoscaling.as_ref(), &resources),
         resources,
     }

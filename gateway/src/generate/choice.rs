@@ -9,6 +9,7 @@ use tokio::time::Instant;
 
 use super::delta::{Delta, Finish, PromptReport, Stop, TokenReport};
 use super::job::Job;
+use crate::admission::Meter;
 use crate::error::ApiError;
 use crate::metrics::{Measured, Metrics};
 use crate::output::{TextOptions, TextStream};
@@ -60,6 +61,9 @@ pub(super) struct ChoiceStream {
     client_stops: Vec<u32>,
     prompt_tokens: usize,
     identity: Identity,
+    meter: Arc<Meter>,
+    /// Whether it speaks for its prompt, which counts once whatever the number of its answers.
+    first_of_prompt: bool,
     times: Times,
     done: bool,
 }
@@ -72,6 +76,7 @@ impl ChoiceStream {
         job: &Job,
         index: usize,
         sequence: Sequence,
+        meter: &Arc<Meter>,
         identity: &Identity,
     ) -> Self {
         let asked = &job.generation;
@@ -90,6 +95,8 @@ impl ChoiceStream {
             client_stops: asked.stop_token_ids.clone(),
             prompt_tokens: prompt.len(),
             identity: identity.clone(),
+            meter: Arc::clone(meter),
+            first_of_prompt: index.is_multiple_of(asked.n.max(1) as usize),
             times: Times {
                 metrics: Arc::clone(metrics),
                 began: job.began,
@@ -135,6 +142,9 @@ impl ChoiceStream {
 
     fn prefilled(&mut self, prefilled: Prefilled) -> Delta {
         self.times.metrics.prompt(self.prompt_tokens);
+        if self.first_of_prompt {
+            self.meter.read(self.prompt_tokens);
+        }
         Delta {
             prompt: Some(PromptReport {
                 logprobs: prefilled.prompt_logprobs,
@@ -147,6 +157,7 @@ impl ChoiceStream {
 
     fn token(&mut self, token: Token, now: Instant) -> Delta {
         self.times.token(now);
+        self.meter.made(now);
         if self.times.generated == 1
             && let Some(first) = self.times.first
         {

@@ -34,6 +34,8 @@ pub struct Generation {
     pub seed: Option<u64>,
     /// Choices per prompt.
     pub n: u32,
+    /// Lower goes first, as in vLLM.
+    pub priority: Option<i64>,
     /// Stop strings, none empty.
     pub stop: Vec<String>,
     /// Stop tokens.

@@ -13,11 +13,12 @@ use futures::stream::{self, BoxStream, StreamExt};
 pub use delta::{Delta, Finish, PromptReport, Stop, TokenReport};
 pub use job::{Generation, Job};
 
-use crate::admission::Permit;
+use crate::admission::{Meter, Permit};
 use crate::error::ApiError;
 use crate::metrics::Metrics;
 use crate::prompt::Prompter;
 use crate::trace::Identity;
+use crate::traffic::Standing;
 use crate::upstream::{Places, Upstream};
 use choice::ChoiceStream;
 
@@ -29,6 +30,8 @@ pub struct Answer {
     pub workers: Vec<Rank>,
     /// The first decision, as the header shows it.
     pub route: String,
+    /// What was left of its tenant's minute when it came.
+    pub standing: Standing,
     _places: Option<Places>,
     _permit: Permit,
 }
@@ -71,9 +74,9 @@ impl Runner {
             upstream if alone || !upstream.is_windowed() => None,
             upstream => upstream.places(permit.sequences, job.deadline).await?,
         };
-        let job = Arc::new(job);
-        let started =
-            try_join_all((0..width).map(|index| self.open(&job, index, identity))).await?;
+        let (job, meter) = (Arc::new(job), permit.meter());
+        let first = (0..width).map(|index| self.open(&job, index, &meter, identity));
+        let started = try_join_all(first).await?;
         let mut workers: Vec<Rank> = started
             .iter()
             .filter_map(|choice| choice.sequence.choice().map(|choice| choice.rank))
@@ -88,8 +91,9 @@ impl Runner {
         let first = stream::iter(started).map(|choice| choice.deltas().boxed());
         let (runner, identity) = (self.clone(), identity.clone());
         let later = stream::iter(width..total).map(move |index| {
-            let (runner, identity, job) = (runner.clone(), identity.clone(), Arc::clone(&job));
-            stream::once(async move { runner.open(&job, index, &identity).await })
+            let (runner, identity) = (runner.clone(), identity.clone());
+            let (job, meter) = (Arc::clone(&job), Arc::clone(&meter));
+            stream::once(async move { runner.open(&job, index, &meter, &identity).await })
                 .flat_map(|opened| match opened {
                     Ok(choice) => choice.deltas().boxed(),
                     Err(error) => stream::once(async { Err(error) }).boxed(),
@@ -100,6 +104,7 @@ impl Runner {
             deltas: first.chain(later).flatten_unordered(width).boxed(),
             workers,
             route,
+            standing: permit.standing,
             _places: places,
             _permit: permit,
         })
@@ -109,6 +114,7 @@ impl Runner {
         &self,
         job: &Job,
         index: usize,
+        meter: &Arc<Meter>,
         identity: &Identity,
     ) -> Result<ChoiceStream, ApiError> {
         let request = job.request(index, &identity.request_id);
@@ -127,6 +133,7 @@ impl Runner {
             job,
             index,
             sequence,
+            meter,
             identity,
         ))
     }

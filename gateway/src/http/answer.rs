@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use super::shape::{Shape, Usage};
 use super::sse;
-use crate::error::ApiError;
+use crate::error::{ApiError, rate_limits};
 use crate::generate::{Answer, Delta};
 use crate::metrics::Call;
 use crate::trace::Identity;
@@ -99,6 +99,7 @@ fn events(
 /// Headers that tell where an answer was made.
 fn placed(answer: &Answer, headers: &mut HeaderMap) {
     let ranks: Vec<String> = answer.workers.iter().map(ToString::to_string).collect();
+    rate_limits(&answer.standing, headers);
     for (name, text) in [(WORKER, ranks.join(",")), (ROUTE, answer.route.clone())] {
         if let Ok(value) = HeaderValue::try_from(text) {
             headers.insert(name, value);

@@ -10,14 +10,19 @@ use axum::response::IntoResponse;
 use tracing::Span;
 
 use super::state::Gateway;
+use crate::api_keys::Client;
 use crate::error::ApiError;
+
+/// Name of the key that a request showed.
+#[derive(Debug, Clone)]
+pub(super) struct Caller(pub(super) Client);
 
 /// What kubelets and scrapers ask without a key; all else wants one, also what does not exist.
 const OPEN: [&str; 3] = ["/health", "/ready", "/metrics"];
 
 pub(super) async fn authorize(
     State(gateway): State<Arc<Gateway>>,
-    request: Request,
+    mut request: Request,
     next: Next,
 ) -> Response<Body> {
     let Some(keys) = &gateway.api_keys else {
@@ -32,6 +37,7 @@ pub(super) async fn authorize(
     match keys.client(shown) {
         Some(client) => {
             Span::current().record("client.name", &*client);
+            request.extensions_mut().insert(Caller(client));
             next.run(request).await
         }
         None => ApiError::wrong_key().into_response(),

@@ -20,6 +20,7 @@ mod state;
 mod tokenize;
 mod tokenize_request;
 mod trace;
+mod traffic;
 
 use std::sync::Arc;
 

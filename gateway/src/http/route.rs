@@ -11,6 +11,7 @@ use super::answer;
 use super::body::Received;
 use super::shape::Shape;
 use super::state::Gateway;
+use super::traffic::Wanted;
 use crate::error::ApiError;
 use crate::generate::{Answer, Job};
 use crate::metrics::{Call, Operation};
@@ -52,6 +53,7 @@ async fn start<S: Shape>(
     digest: Digest<S>,
     call: &mut Call,
 ) -> Result<(Answer, S), ApiError> {
+    let wanted = Wanted::of(request.headers(), request.extensions())?;
     let Received { bytes, room } = gateway.bodies.receive(request).await?;
     let begun = Begun {
         request_id: identity.request_id.clone(),
@@ -61,5 +63,5 @@ async fn start<S: Shape>(
     let digested = gateway.digest(bytes, move |gateway, bytes| digest(gateway, bytes, begun));
     let (job, shape) = digested.await?;
     call.is_for(shape.model());
-    Ok((gateway.start(job, identity).await?, shape))
+    Ok((gateway.start(job, &wanted, identity).await?, shape))
 }

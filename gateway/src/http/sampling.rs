@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use foregate_api::limits::PRIORITY;
 use serde_json::Value;
 
 use super::defaults::Defaults;
@@ -39,6 +40,7 @@ pub(super) fn parse(fields: &mut Fields, defaults: &Defaults) -> Result<Generati
         logit_bias: logit_bias(fields)?,
         seed: seed(fields)?,
         n,
+        priority: fields.integer("priority", PRIORITY.0, PRIORITY.1)?,
         stop: stop(fields)?,
         stop_token_ids: fields.token_ids("stop_token_ids")?.unwrap_or_default(),
         ignore_eos: fields.boolean("ignore_eos")?.unwrap_or(false),
@@ -105,11 +107,6 @@ fn harmless(fields: &mut Fields, n: u32) -> Result<(), ApiError> {
         "spaces_between_special_tokens",
         |value| value == &Value::Bool(true),
         "send true or nothing",
-    )?;
-    fields.only(
-        "priority",
-        |value| value.as_i64() == Some(0),
-        "send 0 or nothing",
     )?;
     fields.only("tools", empty, "tools are not served")?;
     fields.only("functions", empty, "tools are not served")?;

@@ -9,6 +9,7 @@ use tokio::time::Instant;
 
 use super::body::Bodies;
 use super::defaults::Defaults;
+use super::traffic::Wanted;
 use crate::admission::Admission;
 use crate::api_keys::ApiKeys;
 use crate::clock::Clock;
@@ -105,6 +106,7 @@ impl Gateway {
             waiting: self.admission.queued(),
             prefixes: self.runner.upstream.known_prefixes(),
             window: self.runner.upstream.window(),
+            tenants: self.admission.tallies(),
         });
     }
 
@@ -182,24 +184,30 @@ impl Gateway {
     /// Waits for a permit, starts the sequences.
     pub(super) async fn start(
         &self,
-        job: Job,
+        mut job: Job,
+        wanted: &Wanted,
         identity: &Identity,
     ) -> Result<Answer, ApiError> {
         if let Some(reason) = self.views.load().not_ready() {
             return Err(ApiError::unavailable("not_ready", reason));
         }
-        let sequences = job.choices();
+        wanted.limit(&mut job);
+        let tenant = wanted.tenant(self)?;
+        let ask = wanted.ask(self, Arc::clone(&tenant), &job)?;
         self.note(&job, identity);
         let (began, deadline) = (job.began, job.deadline);
         let waits = self.foresee(&job);
         let permit = tokio::select! {
-            permit = self.admission.admit(sequences) => permit?,
+            biased;
+            permit = self.admission.admit(&ask) => permit?,
             () = tokio::time::sleep_until(deadline) => {
-                return Err(ApiError::deadline(self.config.request_timeout_ms));
+                let whole = deadline.saturating_duration_since(began).as_millis();
+                return Err(ApiError::deadline(u64::try_from(whole).unwrap_or(u64::MAX)));
             }
         };
         // Its sequences count themselves from here on.
         drop(waits);
+        let identity = &identity.of_tenant(tenant);
         let waited = permit.waited;
         self.metrics.queued(waited);
         let answer = self.runner.start(job, permit, identity).await?;

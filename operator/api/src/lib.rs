@@ -17,4 +17,5 @@ pub mod node;
 pub mod placement;
 pub mod security;
 pub mod tls;
+pub mod traffic;
 pub mod weights;

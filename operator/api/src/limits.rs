@@ -80,6 +80,16 @@ limits! {
     QUEUE_TIMEOUT_MS: u64 = "spec.gateway.queueTimeoutMs", Some(30_000), 1, 3_600_000;
     /// Longest life of a request in milliseconds.
     REQUEST_TIMEOUT_MS: u64 = "spec.gateway.requestTimeoutMs", Some(600_000), 1, 86_400_000;
+    /// Requests of a tenant in a minute.
+    REQUESTS_PER_MINUTE: u64 = "spec.gateway.traffic.requestsPerMinute", None, 1, 1_000_000_000;
+    /// Tokens of a tenant in a minute.
+    TOKENS_PER_MINUTE: u64 = "spec.gateway.traffic.tokensPerMinute", None, 1, 1_000_000_000_000;
+    /// Requests of one tenant in a minute.
+    TENANT_REQUESTS_PER_MINUTE: u64 = "spec.gateway.traffic.tenants[].requestsPerMinute", None, 1, 1_000_000_000;
+    /// Tokens of one tenant in a minute.
+    TENANT_TOKENS_PER_MINUTE: u64 = "spec.gateway.traffic.tenants[].tokensPerMinute", None, 1, 1_000_000_000_000;
+    /// Share of a tenant.
+    WEIGHT: u32 = "spec.gateway.traffic.tenants[].weight", Some(1), 1, 1000;
     /// Fewest gateways of the autoscaler.
     MIN_REPLICAS: u32 = "spec.gateway.autoscaling.minReplicas", Some(1), 1, 256;
     /// Most gateways of the autoscaler.
@@ -123,6 +133,14 @@ pub const BANDWIDTH: QuantityLimit = QuantityLimit {
 };
 /// `spec.balancing.threshold`: what it is when the manifest does not say. It is above 0 and at most 1.
 pub const THRESHOLD: f64 = 0.97;
+/// Lowest and highest priority of a request.
+pub const PRIORITY: (i64, i64) = (-1_000_000_000, 1_000_000_000);
+/// Lowest priority that requests may have when the manifest does not say.
+pub const MOST_URGENT_PRIORITY: i64 = 0;
+/// Most tenants with rules of their own, and most objectives.
+pub const MAX_TENANTS: usize = 64;
+/// Longest name of a tenant in bytes.
+pub const MAX_TENANT_NAME: usize = 128;
 /// Longest model URI in bytes.
 pub const MAX_URI: usize = 2048;
 /// Longest name of a model in bytes.

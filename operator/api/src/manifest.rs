@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::cpu::{CpuPath, Pinning};
 use crate::placement::Cover;
 use crate::security::SecuritySpec;
+use crate::traffic::TrafficSpec;
 use crate::weights::{PlainFormat, Quantization};
 
 /// `apiVersion` of every manifest.
@@ -279,6 +280,9 @@ pub struct GatewaySpec {
     /// Longest life of a request in milliseconds, default 600000.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub request_timeout_ms: Option<u64>,
+    /// Tenants: limits, priorities, shares.
+    #[serde(default)]
+    pub traffic: TrafficSpec,
     /// Number of gateways, default 1; with `autoscaling` the autoscaler's to say. `foregate up` starts one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub replicas: Option<u32>,

@@ -8,6 +8,7 @@ use crate::manifest::RoutingPolicy;
 use crate::member::Duty;
 use crate::placement::Cover;
 use crate::tls::{StoreTls, TlsConfig};
+use crate::traffic::Traffic;
 use crate::weights::WeightSettings;
 
 /// What one instance is told. Written by `foregate_operator::launch`, read by exactly one role.
@@ -126,6 +127,8 @@ pub struct GatewayConfig {
     /// Milliseconds that the forecast for the planner looks ahead: a load window. Absent: none is published.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub forecast_ms: Option<u64>,
+    /// Tenants: limits, priorities, shares.
+    pub traffic: Traffic,
     /// File or folder with the keys that clients show, read again when it has changed: lines of `name:key` or `key`. A
     /// folder has one key a file, by the file's name, as a mounted Secret does. Absent: everybody may call.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -222,6 +222,11 @@ const RULES: &[Rule] = &[
         says: Says::Text("autoscaling goes by a share of resources.requests.cpu: give it"),
     },
     Rule {
+        at: "spec.gateway.traffic.tenants",
+        rule: "self.all(tenant, self.exists_one(other, other.name == tenant.name))",
+        says: Says::Text("a tenant is given twice: remove one of them"),
+    },
+    Rule {
         at: "spec.security",
         rule: "self.mtls || !has(self.certManager)",
         says: Says::Text(
@@ -256,6 +261,7 @@ pub(crate) fn constrain(object: &mut Value) -> Result<(), SchemaError> {
     for limit in limits::all() {
         number(object, limit.field, &limit)?;
     }
+    traffic(object)?;
     texts(object)?;
     quantities(object)?;
     enumerations(object)?;
@@ -269,6 +275,7 @@ pub(crate) fn constrain(object: &mut Value) -> Result<(), SchemaError> {
     for group in [
         "spec.workers",
         "spec.gateway",
+        "spec.gateway.traffic",
         "spec.balancing",
         "spec.security",
         "spec.pods",
@@ -336,6 +343,47 @@ fn threshold(object: &mut Value, path: &str) -> Result<(), SchemaError> {
             ("minimum", json!(0)),
             ("exclusiveMinimum", json!(true)),
             ("maximum", json!(1)),
+        ],
+    )
+}
+
+/// Tenants and priorities.
+fn traffic(object: &mut Value) -> Result<(), SchemaError> {
+    let (low, high) = limits::PRIORITY;
+    let range = [("minimum", json!(low)), ("maximum", json!(high))];
+    for path in [
+        "spec.gateway.traffic.mostUrgentPriority",
+        "spec.gateway.traffic.tenants[].mostUrgentPriority",
+    ] {
+        set(object, path, &range)?;
+    }
+    set(
+        object,
+        "spec.gateway.traffic.mostUrgentPriority",
+        &[("default", json!(limits::MOST_URGENT_PRIORITY))],
+    )?;
+    let priority =
+        json!({ "type": "integer", "format": "int64", "minimum": low, "maximum": high });
+    set(
+        object,
+        "spec.gateway.traffic.objectives",
+        &[
+            ("maxProperties", json!(limits::MAX_TENANTS)),
+            ("additionalProperties", priority),
+        ],
+    )?;
+    set(
+        object,
+        "spec.gateway.traffic.tenants",
+        &[("maxItems", json!(limits::MAX_TENANTS))],
+    )?;
+    set(
+        object,
+        "spec.gateway.traffic.tenants[].name",
+        &[
+            ("minLength", json!(1)),
+            ("maxLength", json!(limits::MAX_TENANT_NAME)),
+            ("pattern", json!("^[!-~]+$")),
         ],
     )
 }

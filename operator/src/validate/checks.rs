@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
 
 use foregate_api::limits::{
-    KV_MEMORY, Limit, MAX_DOMAIN, MAX_NAME, MAX_SERVED_NAME, MAX_SERVED_NAMES, MAX_URI,
-    PAGE_TOKENS, QuantityLimit,
+    KV_MEMORY, Limit, MAX_DOMAIN, MAX_NAME, MAX_SERVED_NAME, MAX_SERVED_NAMES, MAX_TENANT_NAME,
+    MAX_URI, PAGE_TOKENS, PRIORITY, QuantityLimit,
 };
 use foregate_api::manifest::DeviceClass;
 use foregate_api::placement::Cover;
@@ -126,6 +126,72 @@ impl Checks {
             ),
             "give a larger count, or less of the others",
         );
+    }
+
+    /// A number that may be absent.
+    pub(super) fn maybe<T: PartialOrd + Display + Copy>(
+        &mut self,
+        limit: &Limit<T>,
+        value: Option<T>,
+    ) -> Option<T> {
+        self.maybe_at(limit.field.to_owned(), limit, value)
+    }
+
+    /// The same of an entry of a list.
+    pub(super) fn maybe_at<T: PartialOrd + Display + Copy>(
+        &mut self,
+        field: String,
+        limit: &Limit<T>,
+        value: Option<T>,
+    ) -> Option<T> {
+        let (low, high) = (limit.low, limit.high);
+        let value = value?;
+        if !(low..=high).contains(&value) {
+            self.add(
+                field,
+                format!("is {value}"),
+                format!("give {low} to {high}"),
+            );
+        }
+        Some(value)
+    }
+
+    pub(super) fn priority(&mut self, field: String, value: i64) {
+        let (low, high) = PRIORITY;
+        if !(low..=high).contains(&value) {
+            self.add(
+                field,
+                format!("is {value}"),
+                format!("give {low} to {high}"),
+            );
+        }
+    }
+
+    pub(super) fn at_most(&mut self, field: &str, count: usize, most: usize) {
+        if count > most {
+            self.add(
+                field,
+                format!("has {count} entries"),
+                format!("give at most {most}"),
+            );
+        }
+    }
+
+    pub(super) fn tenant_name(&mut self, field: String, name: &str, first: bool) {
+        let fits = (1..=MAX_TENANT_NAME).contains(&name.len());
+        if !fits || !name.bytes().all(|byte| byte.is_ascii_graphic()) {
+            self.add(
+                field,
+                format!("is {name:?}"),
+                format!("give 1 to {MAX_TENANT_NAME} visible ASCII characters"),
+            );
+        } else if !first {
+            self.add(
+                field,
+                format!("`{name}` is given twice"),
+                "remove one of them",
+            );
+        }
     }
 
     pub(super) fn page_tokens(&mut self, value: Option<u32>) -> u32 {

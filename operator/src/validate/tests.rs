@@ -1,5 +1,6 @@
 use foregate_api::manifest::{ClusterSpec, Metadata};
 use foregate_api::security::{ApiKeysSpec, CertManagerSpec};
+use foregate_api::traffic::TenantSpec;
 use proptest::prelude::*;
 
 use super::*;
@@ -64,6 +65,7 @@ fn what_is_left_open_gets_the_documented_defaults() {
                 max_queued: 1024,
                 queue_timeout_ms: 30_000,
                 request_timeout_ms: 600_000,
+                traffic: Traffic::default(),
                 replicas: Replicas::Fixed(1),
                 resources: Resources::default(),
             },
@@ -86,6 +88,13 @@ fn what_is_left_open_gets_the_documented_defaults() {
             pods: PodsSpec::default(),
         }
     );
+}
+
+fn tenant(name: &str) -> TenantSpec {
+    TenantSpec {
+        name: name.to_owned(),
+        ..TenantSpec::default()
+    }
 }
 
 /// A change that makes the good manifest wrong, with the field that must be named.
@@ -176,6 +185,49 @@ const WRONG: &[Wrong] = &[
     }),
     ("spec.gateway.requestTimeoutMs", |m| {
         m.spec.gateway.request_timeout_ms = Some(0)
+    }),
+    ("spec.gateway.traffic.requestsPerMinute", |m| {
+        m.spec.gateway.traffic.requests_per_minute = Some(0);
+    }),
+    ("spec.gateway.traffic.tokensPerMinute", |m| {
+        m.spec.gateway.traffic.tokens_per_minute = Some(0);
+    }),
+    ("spec.gateway.traffic.mostUrgentPriority", |m| {
+        m.spec.gateway.traffic.most_urgent_priority = Some(i64::MIN);
+    }),
+    ("spec.gateway.traffic.objectives[chat]", |m| {
+        m.spec.gateway.traffic.objectives = [("chat".to_owned(), i64::MAX)].into();
+    }),
+    ("spec.gateway.traffic.objectives", |m| {
+        m.spec.gateway.traffic.objectives = (0..65).map(|i| (i.to_string(), i)).collect();
+    }),
+    ("spec.gateway.traffic.tenants", |m| {
+        m.spec.gateway.traffic.tenants = (0..65).map(|i| tenant(&i.to_string())).collect();
+    }),
+    ("spec.gateway.traffic.tenants[0].name", |m| {
+        m.spec.gateway.traffic.tenants = vec![tenant("two words")];
+    }),
+    ("spec.gateway.traffic.tenants[1].name", |m| {
+        m.spec.gateway.traffic.tenants = vec![tenant("a"), tenant("a")];
+    }),
+    ("spec.gateway.traffic.tenants[0].weight", |m| {
+        m.spec.gateway.traffic.tenants = vec![TenantSpec {
+            weight: Some(0),
+            ..tenant("a")
+        }];
+    }),
+    ("spec.gateway.traffic.tenants[1].tokensPerMinute", |m| {
+        let wrong = TenantSpec {
+            tokens_per_minute: Some(0),
+            ..tenant("b")
+        };
+        m.spec.gateway.traffic.tenants = vec![tenant("a"), wrong];
+    }),
+    ("spec.gateway.traffic.tenants[0].mostUrgentPriority", |m| {
+        m.spec.gateway.traffic.tenants = vec![TenantSpec {
+            most_urgent_priority: Some(i64::MAX),
+            ..tenant("a")
+        }];
     }),
     ("spec.balancing.windowMs", |m| {
         m.spec.balancing.window_ms = Some(1)
