@@ -90,9 +90,9 @@ impl Meter {
         let after = now.saturating_duration_since(self.since).as_micros();
         let after = u64::try_from(after).unwrap_or(u64::MAX - 1) + 1;
         // Only the first one finds 0 here.
-        let _first = self
-            .first
-            .compare_exchange(0, after, Ordering::Relaxed, Ordering::Relaxed);
+        let _first =
+            self.first
+                .compare_exchange(0, after, Ordering::Relaxed, Ordering::Relaxed);
         self.last.store(after, Ordering::Relaxed);
     }
 
@@ -217,13 +217,15 @@ impl Admission {
     /// The tenant of this name.
     #[must_use]
     pub fn tenant(&self, name: &str) -> Tenant {
-        self.shared.with(|state, now| state.traffic.tenant(name, now))
+        self.shared
+            .with(|state, now| state.traffic.tenant(name, now))
     }
 
     /// Whether this API key may speak for other tenants.
     #[must_use]
     pub fn speaks_for_others(&self, key: &str) -> bool {
-        self.shared.with(|state, _| state.traffic.speaks_for_others(key))
+        self.shared
+            .with(|state, _| state.traffic.speaks_for_others(key))
     }
 
     /// The priority of an objective.
@@ -332,7 +334,7 @@ impl Admission {
             (traffic.waiting(), traffic.retry_after(), standing)
         });
         let mut error = refused(ask, refusal, waiting, retry, self.patience);
-        error.standing = standing;
+        error.standing = Some(Box::new(standing));
         error
     }
 }
@@ -384,14 +386,13 @@ fn refused(
             };
             let text =
                 format!("{what}; nothing was computed: try again later, or give more time");
-            let mut error = ApiError::unavailable(refusal.word(), text);
-            error.code = Some(refusal.word());
-            error.retry_after = Some(seconds(retry));
-            error
+            ApiError::unreachable(refusal.word(), text, seconds(retry))
         }
         Refusal::Full => ApiError::overloaded(
             refusal.word(),
-            format!("every place is taken and {waiting} requests wait for one: try again later"),
+            format!(
+                "every place is taken and {waiting} requests wait for one: try again later"
+            ),
             seconds(retry),
         ),
         Refusal::Patience => ApiError::overloaded(
@@ -539,7 +540,7 @@ mod tests {
         let (status, reason) = (third.status.as_u16(), third.reason);
         assert_eq!((status, reason), (429, "requests_per_minute"));
         assert_eq!(third.retry_after, Some(30));
-        assert_eq!(third.standing.requests.unwrap().remaining, 0);
+        assert_eq!(third.standing.unwrap().requests.unwrap().remaining, 0);
         tokio::time::advance(Duration::from_secs(30)).await;
         admit(&gate).await.unwrap();
     }

@@ -23,9 +23,9 @@ pub struct ApiError {
     /// What is wrong and what to do.
     pub message: String,
     /// Seconds for `Retry-After`.
-    pub retry_after: Option<u64>,
+    pub retry_after: Option<u32>,
     /// What is left of the tenant's minute.
-    pub standing: Standing,
+    pub standing: Option<Box<Standing>>,
     /// Whether the answer says how to show a key.
     pub wants_key: bool,
     /// For `rejected_total{reason}`; one of a fixed few words.
@@ -46,7 +46,7 @@ impl ApiError {
             param: None,
             message,
             retry_after: None,
-            standing: Standing::default(),
+            standing: None,
             wants_key: false,
             reason,
         }
@@ -211,7 +211,7 @@ impl ApiError {
             message.into(),
         );
         error.code = Some("overloaded");
-        error.retry_after = Some(retry_after.max(1));
+        error.retry_after = Some(whole_seconds(retry_after));
         error
     }
 
@@ -223,7 +223,7 @@ impl ApiError {
     ) -> Self {
         let mut error = Self::overloaded(reason, message, 1);
         error.code = Some("rate_limit_exceeded");
-        error.retry_after = retry_after.map(|seconds| seconds.max(1));
+        error.retry_after = retry_after.map(whole_seconds);
         error
     }
 
@@ -236,6 +236,18 @@ impl ApiError {
             message.into(),
         );
         error.retry_after = Some(1);
+        error
+    }
+
+    /// 503 with `Retry-After`: a deadline that cannot be kept, said before anything was computed.
+    pub fn unreachable(
+        reason: &'static str,
+        message: impl Into<String>,
+        retry_after: u64,
+    ) -> Self {
+        let mut error = Self::unavailable(reason, message);
+        error.code = Some(reason);
+        error.retry_after = Some(whole_seconds(retry_after));
         error
     }
 
@@ -295,13 +307,20 @@ impl IntoResponse for ApiError {
         if let Some(seconds) = self.retry_after {
             headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }
-        rate_limits(&self.standing, headers);
+        if let Some(standing) = &self.standing {
+            rate_limits(standing, headers);
+        }
         if self.wants_key {
             headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
         response.extensions_mut().insert(Rejection(self.reason));
         response
     }
+}
+
+/// At least one: clients that are told 0 come back at once.
+fn whole_seconds(seconds: u64) -> u32 {
+    u32::try_from(seconds.max(1)).unwrap_or(u32::MAX)
 }
 
 /// What is left of a tenant's minute, as clients of OpenAI read it. Without limits there are no headers.

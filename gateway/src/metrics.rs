@@ -20,7 +20,8 @@ use foregate_api::placement::Placement;
 use foregate_store::coord::ClusterState;
 use foregate_wire::generation::Steps;
 use prometheus::{
-    CounterVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
+    CounterVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
+    Opts, Registry,
 };
 
 use crate::route::{self, Choice};

@@ -11,7 +11,9 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use foregate_api::traffic::{RateLimits, TenantRule, Traffic as Rules};
-use foregate_gateway::traffic::{Ask, Grant, Next, Refusal, Sample, Settings, Tokens, Traffic, Wishes};
+use foregate_gateway::traffic::{
+    Ask, Grant, Next, Refusal, Sample, Settings, Tokens, Traffic, Wishes,
+};
 use serde_json::{Value, json};
 use support::{Cluster, config, header, with};
 
@@ -64,8 +66,18 @@ impl Seen {
 
 enum Event {
     Comes(usize),
-    Ends { source: usize, grant: Grant, used: Tokens, first: Duration, arrived: Duration, due: Option<Duration> },
-    TooLate { source: usize, id: u64 },
+    Ends {
+        source: usize,
+        grant: Grant,
+        used: Tokens,
+        first: Duration,
+        arrived: Duration,
+        due: Option<Duration>,
+    },
+    TooLate {
+        source: usize,
+        id: u64,
+    },
 }
 
 /// A cluster in simulated time, driven by the rules.
@@ -115,8 +127,12 @@ impl Simulation {
     /// Nobody pays for what was refused: the tokens on the rules' own account are those of answers that came.
     fn tallies_agree(&mut self) {
         let rows = self.traffic.tallies(self.now);
-        let sum = |of: fn(Tokens) -> u64| -> u64 { rows.iter().map(|(_, tally, _)| of(tally.tokens)).sum() };
-        let computed = |of: fn(Tokens) -> u64| -> u64 { self.seen.iter().map(|seen| of(seen.tokens)).sum() };
+        let sum = |of: fn(Tokens) -> u64| -> u64 {
+            rows.iter().map(|(_, tally, _)| of(tally.tokens)).sum()
+        };
+        let computed = |of: fn(Tokens) -> u64| -> u64 {
+            self.seen.iter().map(|seen| of(seen.tokens)).sum()
+        };
         assert_eq!(sum(Tokens::sum), computed(Tokens::sum));
     }
 
@@ -138,7 +154,10 @@ impl Simulation {
     fn arrival(&mut self, source: usize) {
         let unit = ((self.draw() >> 11) + 1) as f64 / (1_u64 << 53) as f64;
         let gap = -unit.ln() / self.sources[source].per_second;
-        self.at(self.now + Duration::from_secs_f64(gap), Event::Comes(source));
+        self.at(
+            self.now + Duration::from_secs_f64(gap),
+            Event::Comes(source),
+        );
     }
 
     fn event(&mut self, event: Event) {
@@ -147,7 +166,14 @@ impl Simulation {
                 self.arrival(source);
                 self.comes(source);
             }
-            Event::Ends { source, grant, used, first, arrived, due } => {
+            Event::Ends {
+                source,
+                grant,
+                used,
+                first,
+                arrived,
+                due,
+            } => {
                 let sample = Sample {
                     prompt: used.input,
                     first,
@@ -173,7 +199,13 @@ impl Simulation {
     }
 
     fn comes(&mut self, source: usize) {
-        let Source { tenant, priority, answer: (low, high), wishes, .. } = self.sources[source].clone();
+        let Source {
+            tenant,
+            priority,
+            answer: (low, high),
+            wishes,
+            ..
+        } = self.sources[source].clone();
         let answer = low + self.draw() % (high - low + 1);
         let ask = Ask {
             tenant: self.traffic.tenant(tenant, self.now),
@@ -189,10 +221,19 @@ impl Simulation {
         match self.traffic.arrive(&ask, self.now) {
             Ok(ticket) => {
                 self.waiting.insert(ticket.id, (source, self.now, answer));
-                self.at(ticket.latest, Event::TooLate { source, id: ticket.id });
+                self.at(
+                    ticket.latest,
+                    Event::TooLate {
+                        source,
+                        id: ticket.id,
+                    },
+                );
                 if let Some(shed) = ticket.shed {
                     let (other, ..) = self.waiting.remove(&shed).unwrap();
-                    *self.seen[other].refused.entry(Refusal::Full.word()).or_default() += 1;
+                    *self.seen[other]
+                        .refused
+                        .entry(Refusal::Full.word())
+                        .or_default() += 1;
                 }
             }
             Err(refusal) => *self.seen[source].refused.entry(refusal.word()).or_default() += 1,
@@ -208,13 +249,28 @@ impl Simulation {
                 }
                 Next::Go(grant) => {
                     let (source, arrived, answer) = self.waiting.remove(&grant.id).unwrap();
-                    self.seen[source].waited.push((self.now - arrived).as_secs_f64());
+                    self.seen[source]
+                        .waited
+                        .push((self.now - arrived).as_secs_f64());
                     // Half a millisecond for a prompt token, then a token at a time.
                     let first = Duration::from_micros(500 * 300);
                     let rest = PER_TOKEN * u32::try_from(answer - 1).unwrap();
-                    let used = Tokens { input: 300, output: answer };
-                    let due = self.sources[source].wishes.whole.map(|whole| arrived + whole);
-                    let event = Event::Ends { source, grant, used, first, arrived, due };
+                    let used = Tokens {
+                        input: 300,
+                        output: answer,
+                    };
+                    let due = self.sources[source]
+                        .wishes
+                        .whole
+                        .map(|whole| arrived + whole);
+                    let event = Event::Ends {
+                        source,
+                        grant,
+                        used,
+                        first,
+                        arrived,
+                        due,
+                    };
                     self.at(self.now + first + rest, event);
                 }
             }
@@ -230,15 +286,21 @@ fn simulate(sources: &[Source]) -> Vec<Seen> {
 fn a_noisy_tenant_does_not_move_a_quiet_one() {
     let quiet = Source::new("quiet", 0.2);
     let alone = simulate(std::slice::from_ref(&quiet))[0].p95();
-    let mut both = simulate(&[quiet.clone(), Source::new("noisy", 10.0)]);
+    let mut both = simulate(&[quiet, Source::new("noisy", 10.0)]);
     let beside = both[0].p95();
     assert!(both[0].refused.is_empty(), "{:?}", both[0].refused);
-    assert!(beside <= 1.10 * alone, "p95 {alone} s alone, {beside} s beside a noisy one");
-    assert!(both[1].refused["queue_full"] > both[1].came / 2);
+    assert!(
+        beside <= 1.10 * alone,
+        "p95 {alone} s alone, {beside} s beside a noisy one"
+    );
+    assert!(both[1].refused.values().sum::<u64>() > both[1].came * 8 / 10);
     // With both under one name there is nothing to hold on to, and it shows.
     let mut one = simulate(&[Source::new("one", 0.2), Source::new("one", 10.0)]);
     let mixed = one[0].p95();
-    assert!(mixed > 2.0 * alone, "p95 {mixed} s under one name, {alone} s alone");
+    assert!(
+        mixed > 2.0 * alone,
+        "p95 {mixed} s under one name, {alone} s alone"
+    );
 }
 
 #[test]
@@ -254,13 +316,20 @@ fn who_is_busy_shares_by_weight_whatever_he_sends() {
         ..Rules::default()
     };
     // Ten times too much in all, and very unevenly.
-    let sources = [Source::new("a", 8.0), Source::new("b", 1.5), Source::new("c", 0.5)];
+    let sources = [
+        Source::new("a", 8.0),
+        Source::new("b", 1.5),
+        Source::new("c", 0.5),
+    ];
     let seen = Simulation::run(&sources, 1024, 240, rules);
     let tokens: Vec<f64> = seen.iter().map(|seen| seen.tokens.cost() as f64).collect();
     // All ask for more than their share of a quarter, a half and a quarter.
     for (tenant, share) in [(0, 0.25), (1, 0.5), (2, 0.25)] {
         let got = tokens[tenant] / tokens.iter().sum::<f64>();
-        assert!((got - share).abs() < 0.04, "{tenant} got {got}, its share is {share}");
+        assert!(
+            (got - share).abs() < 0.04,
+            "{tenant} got {got}, its share is {share}"
+        );
     }
 }
 
@@ -299,7 +368,9 @@ fn the_least_urgent_are_shed_first_and_cost_nothing() {
     let seen = simulate(&[Source::new("chat", 0.8), batch]);
     // Chat fits and is never sent away; of the others five sixths are, at once and before anything was computed.
     assert!(seen[0].refused.is_empty(), "{:?}", seen[0].refused);
-    let [chat, batch] = seen.as_slice() else { panic!("two sources") };
+    let [chat, batch] = seen.as_slice() else {
+        panic!("two sources")
+    };
     assert!(batch.refused["queue_full"] > 0);
     let mean = |seen: &Seen| seen.tokens.input / 300;
     assert_eq!(mean(chat), chat.latency.len() as u64);
@@ -322,8 +393,7 @@ fn who_runs_is_in_time_and_who_cannot_be_is_told_before() {
         let ran = seen[0].latency.len() as u64;
         let refused: u64 = seen[0].refused.values().sum();
         assert_eq!(ran + refused, seen[0].came);
-        // Before the first answer nothing is known of the pace; from then on nobody runs in vain.
-        assert!(seen[0].late <= u64::from(SLOTS), "{} of {ran} were late", seen[0].late);
+        assert_eq!(seen[0].late, 0, "of {ran} that ran");
         if load < 1.0 {
             assert_eq!(refused, 0);
         } else {
@@ -341,7 +411,9 @@ fn complete(extra: &Value) -> Value {
 }
 
 async fn send(cluster: &Cluster, headers: &[(&str, &str)], body: Value) -> reqwest::Response {
-    let mut request = cluster.client.post(format!("{}/v1/completions", cluster.url));
+    let mut request = cluster
+        .client
+        .post(format!("{}/v1/completions", cluster.url));
     for (name, value) in headers {
         request = request.header(*name, *value);
     }
@@ -369,30 +441,49 @@ async fn a_minute_has_a_limit_of_requests_and_of_tokens() {
     assert_eq!(header(&first, "x-ratelimit-limit-requests"), "2");
     assert_eq!(header(&first, "x-ratelimit-remaining-requests"), "1");
     assert_eq!(header(&first, "x-ratelimit-limit-tokens"), "1000");
-    let left: u64 = header(&first, "x-ratelimit-remaining-tokens").parse().unwrap();
+    let left: u64 = header(&first, "x-ratelimit-remaining-tokens")
+        .parse()
+        .unwrap();
     assert_eq!(left, 1000 - prompt - 3);
     assert!(header(&first, "x-ratelimit-reset-requests").ends_with('s'));
     drop(first);
-    assert_eq!(send(&cluster, &me, complete(&json!({}))).await.status(), 200);
+    assert_eq!(
+        send(&cluster, &me, complete(&json!({}))).await.status(),
+        200
+    );
     let over = send(&cluster, &me, complete(&json!({}))).await;
     assert_eq!(over.status(), 429);
     let wait: u64 = header(&over, "retry-after").parse().unwrap();
     assert!((1..=30).contains(&wait), "{wait}");
     assert_eq!(header(&over, "x-ratelimit-remaining-requests"), "0");
     let error = error(over).await;
-    assert_eq!((&error["type"], &error["code"]), (&json!("rate_limit_error"), &json!("rate_limit_exceeded")));
+    assert_eq!(
+        (&error["type"], &error["code"]),
+        (&json!("rate_limit_error"), &json!("rate_limit_exceeded"))
+    );
     // Others have a minute of their own, and what was refused reached no worker.
     let other = [("x-foregate-tenant", "other-one")];
-    assert_eq!(send(&cluster, &other, complete(&json!({}))).await.status(), 200);
+    assert_eq!(
+        send(&cluster, &other, complete(&json!({}))).await.status(),
+        200
+    );
     assert_eq!(seen(&cluster), 3);
     let long = json!({"prompt": vec![7; 1001], "max_tokens": 3});
     let never = send(&cluster, &[("x-foregate-tenant", "long")], complete(&long)).await;
     assert_eq!(never.status(), 429);
     assert!(!never.headers().contains_key("retry-after"));
-    cluster.shows("foregate_gateway_tenant_requests_total{outcome=\"granted\",tenant=\"me\"}").await;
+    cluster
+        .shows("foregate_gateway_tenant_requests_total{outcome=\"granted\",tenant=\"me\"}")
+        .await;
     let metrics = cluster.get("/metrics").await.1;
-    assert!(metrics.contains("foregate_gateway_rejected_total{reason=\"requests_per_minute\"} 1"), "{metrics}");
-    assert!(metrics.contains("foregate_gateway_rejected_total{reason=\"tokens_per_minute\"} 1"), "{metrics}");
+    assert!(
+        metrics.contains("foregate_gateway_rejected_total{reason=\"requests_per_minute\"} 1"),
+        "{metrics}"
+    );
+    assert!(
+        metrics.contains("foregate_gateway_rejected_total{reason=\"tokens_per_minute\"} 1"),
+        "{metrics}"
+    );
 }
 
 #[tokio::test]
@@ -418,14 +509,34 @@ async fn a_key_is_its_tenant_unless_it_speaks_for_others() {
     for (headers, extra, status, param) in [
         (&[alice][..], json!({}), 200, ""),
         (&[alice, name("alice")], json!({}), 200, ""),
-        (&[alice, name("bob")], json!({}), 400, "x-gateway-inference-fairness-id"),
+        (
+            &[alice, name("bob")],
+            json!({}),
+            400,
+            "x-gateway-inference-fairness-id",
+        ),
         (&[front, name("bob")], json!({}), 200, ""),
         (&[alice, objective("batch")], json!({}), 200, ""),
-        (&[alice, objective("batch")], json!({"priority": 10}), 200, ""),
-        (&[alice, objective("batch")], json!({"priority": 9}), 400, "priority"),
+        (
+            &[alice, objective("batch")],
+            json!({"priority": 10}),
+            200,
+            "",
+        ),
+        (
+            &[alice, objective("batch")],
+            json!({"priority": 9}),
+            400,
+            "priority",
+        ),
         (&[alice, objective("now")], json!({}), 400, "priority"),
         (&[front, objective("now")], json!({}), 200, ""),
-        (&[alice, objective("what")], json!({}), 400, "x-gateway-inference-objective"),
+        (
+            &[alice, objective("what")],
+            json!({}),
+            400,
+            "x-gateway-inference-objective",
+        ),
         (&[alice], json!({"priority": 3}), 200, ""),
         (&[alice], json!({"priority": -1}), 400, "priority"),
         (&[front], json!({"priority": -10}), 200, ""),
@@ -470,7 +581,10 @@ async fn the_more_urgent_go_first_and_a_hopeless_deadline_reaches_no_worker() {
     }
     let order: Vec<u32> = {
         let seen = cluster.workers[0].behaviour.seen.lock().unwrap();
-        seen.iter().skip(1).map(|request| request.token_ids[0]).collect()
+        seen.iter()
+            .skip(1)
+            .map(|request| request.token_ids[0])
+            .collect()
     };
     assert_eq!(order, [60, 70, 50]);
     assert_eq!(cluster.workers[0].behaviour.open.load(Ordering::SeqCst), 0);

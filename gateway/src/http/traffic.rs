@@ -142,7 +142,11 @@ impl Wanted {
 
     /// The end of a request's time, which is its client's if that is sooner.
     pub(super) fn limit(&self, job: &mut Job) {
-        if let Some(end) = self.wishes.whole.and_then(|whole| job.began.checked_add(whole)) {
+        if let Some(end) = self
+            .wishes
+            .whole
+            .and_then(|whole| job.began.checked_add(whole))
+        {
             job.deadline = job.deadline.min(end);
         }
     }
@@ -160,7 +164,9 @@ fn one(headers: &HeaderMap, names: &[&'static str]) -> Result<Option<Named>, Api
                 Some((other, known)) if known != value => {
                     return Err(ApiError::invalid(
                         name,
-                        format!("`{other}` and `{name}` say different things: send one of them"),
+                        format!(
+                            "`{other}` and `{name}` say different things: send one of them"
+                        ),
                     ));
                 }
                 _ => found = Some((name, value.to_owned())),
@@ -189,7 +195,9 @@ fn time(headers: &HeaderMap, names: &[&'static str]) -> Result<Option<Duration>,
         return Ok(None);
     };
     match value.parse::<f64>() {
-        Ok(ms) if ms > 0.0 && ms <= LONGEST_MS => Ok(Some(Duration::from_secs_f64(ms / 1000.0))),
+        Ok(ms) if ms > 0.0 && ms <= LONGEST_MS => {
+            Ok(Some(Duration::from_secs_f64(ms / 1000.0)))
+        }
         _ => Err(ApiError::invalid(
             header,
             format!(
@@ -216,7 +224,11 @@ mod tests {
 
     #[test]
     fn aliases_say_the_same() {
-        let ours = of(&[("x-foregate-ttft-ms", "250"), ("x-foregate-tpot-ms", "12.5")]).unwrap();
+        let ours = of(&[
+            ("x-foregate-ttft-ms", "250"),
+            ("x-foregate-tpot-ms", "12.5"),
+        ])
+        .unwrap();
         let theirs = of(&[("x-llm-d-slo-ttft-ms", "250"), ("x-slo-tpot-ms", "12.5")]).unwrap();
         assert_eq!(ours, theirs);
         assert_eq!(ours.wishes.first, Some(Duration::from_millis(250)));
@@ -235,18 +247,36 @@ mod tests {
             (&[("x-foregate-tenant", "")][..], "x-foregate-tenant"),
             (&[("x-foregate-tenant", "two words")], "x-foregate-tenant"),
             (
-                &[("x-foregate-tenant", "a"), ("x-llm-d-inference-fairness-id", "b")],
+                &[
+                    ("x-foregate-tenant", "a"),
+                    ("x-llm-d-inference-fairness-id", "b"),
+                ],
                 "x-llm-d-inference-fairness-id",
             ),
-            (&[("x-foregate-tenant", "a"), ("x-foregate-tenant", "b")], "x-foregate-tenant"),
-            (&[("x-foregate-deadline-ms", "soon")], "x-foregate-deadline-ms"),
+            (
+                &[("x-foregate-tenant", "a"), ("x-foregate-tenant", "b")],
+                "x-foregate-tenant",
+            ),
+            (
+                &[("x-foregate-deadline-ms", "soon")],
+                "x-foregate-deadline-ms",
+            ),
             (&[("x-foregate-deadline-ms", "0")], "x-foregate-deadline-ms"),
-            (&[("x-foregate-deadline-ms", "NaN")], "x-foregate-deadline-ms"),
-            (&[("x-foregate-deadline-ms", "1e99")], "x-foregate-deadline-ms"),
+            (
+                &[("x-foregate-deadline-ms", "NaN")],
+                "x-foregate-deadline-ms",
+            ),
+            (
+                &[("x-foregate-deadline-ms", "1e99")],
+                "x-foregate-deadline-ms",
+            ),
             (&[("x-slo-ttft-ms", "-1")], "x-slo-ttft-ms"),
         ] {
             let error = of(pairs).unwrap_err();
-            assert_eq!((error.status.as_u16(), error.param.as_deref()), (400, Some(param)));
+            assert_eq!(
+                (error.status.as_u16(), error.param.as_deref()),
+                (400, Some(param))
+            );
         }
     }
 }

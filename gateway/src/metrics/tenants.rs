@@ -18,10 +18,26 @@ impl Tenants {
     pub(super) fn new(copied: &Make<'_>) -> Result<Self, prometheus::Error> {
         let one = &["tenant"];
         Ok(Self {
-            requests: copied.counters("foregate_gateway_tenant_requests_total", "Requests by tenant and what became of them at the gate: granted, or why not.", &["tenant", "outcome"])?,
-            tokens: copied.counters("foregate_gateway_tenant_tokens_total", "Tokens of ended requests by tenant and kind.", &["tenant", "kind"])?,
-            waited: copied.counters_of_time("foregate_gateway_tenant_wait_seconds_total", "Time that granted requests waited, by tenant.", one)?,
-            queued: copied.gauges("foregate_gateway_tenant_queue", "Requests waiting for a permit, by tenant.", one)?,
+            requests: copied.counters(
+                "foregate_gateway_tenant_requests_total",
+                "Requests by tenant and what became of them at the gate: granted, or why not.",
+                &["tenant", "outcome"],
+            )?,
+            tokens: copied.counters(
+                "foregate_gateway_tenant_tokens_total",
+                "Tokens of ended requests by tenant and kind.",
+                &["tenant", "kind"],
+            )?,
+            waited: copied.counters_of_time(
+                "foregate_gateway_tenant_wait_seconds_total",
+                "Time that granted requests waited, by tenant.",
+                one,
+            )?,
+            queued: copied.gauges(
+                "foregate_gateway_tenant_queue",
+                "Requests waiting for a permit, by tenant.",
+                one,
+            )?,
         })
     }
 
@@ -43,11 +59,15 @@ impl Tenants {
                 requests(why).inc_by(*count);
             }
             for (kind, count) in [("input", tokens.input), ("output", tokens.output)] {
-                self.tokens.with_label_values(&[&**tenant, kind]).inc_by(count);
+                self.tokens
+                    .with_label_values(&[&**tenant, kind])
+                    .inc_by(count);
             }
             let waited = waited.as_secs_f64();
             self.waited.with_label_values(&[&**tenant]).inc_by(waited);
-            self.queued.with_label_values(&[&**tenant]).set(f64::from(*queued));
+            self.queued
+                .with_label_values(&[&**tenant])
+                .set(f64::from(*queued));
         }
     }
 }

@@ -61,8 +61,7 @@ impl Account {
 
     /// Whether forgetting it changes nothing.
     fn forgettable(&mut self, now: Duration) -> bool {
-        let mut full =
-            |bucket: &mut Option<Bucket>| bucket.as_mut().is_none_or(|b| b.is_full(now));
+        let full = |bucket: &mut Option<Bucket>| bucket.as_mut().is_none_or(|b| b.is_full(now));
         self.waiting == 0
             && self.running == 0
             && full(&mut self.requests)
@@ -139,8 +138,15 @@ impl Accounts {
         longest.is_some_and(|(_, tenant)| self.by_tenant.remove(&tenant).is_some())
     }
 
-    fn with<T: Default>(&mut self, tenant: &Tenant, change: impl FnOnce(&mut Account) -> T) -> T {
-        self.by_tenant.get_mut(tenant).map(change).unwrap_or_default()
+    fn with<T: Default>(
+        &mut self,
+        tenant: &Tenant,
+        change: impl FnOnce(&mut Account) -> T,
+    ) -> T {
+        self.by_tenant
+            .get_mut(tenant)
+            .map(change)
+            .unwrap_or_default()
     }
 
     pub(super) fn most_urgent(&self, tenant: &Tenant) -> i64 {
@@ -150,7 +156,9 @@ impl Accounts {
     }
 
     pub(super) fn weight(&self, tenant: &Tenant) -> u32 {
-        self.by_tenant.get(tenant).map_or(1, |account| account.weight)
+        self.by_tenant
+            .get(tenant)
+            .map_or(1, |account| account.weight)
     }
 
     pub(super) fn tag(&self, tenant: &Tenant) -> u64 {
@@ -160,7 +168,10 @@ impl Accounts {
     /// Requests of a tenant that wait; of all without one.
     pub(super) fn waiting(&self, tenant: Option<&Tenant>) -> u32 {
         match tenant {
-            Some(tenant) => self.by_tenant.get(tenant).map_or(0, |account| account.waiting),
+            Some(tenant) => self
+                .by_tenant
+                .get(tenant)
+                .map_or(0, |account| account.waiting),
             None => self.by_tenant.values().map(|account| account.waiting).sum(),
         }
     }
@@ -185,7 +196,10 @@ impl Accounts {
             wanted = wanted.min(limit);
         }
         let requests = account.requests.as_mut().map(|bucket| bucket.look(1, now));
-        let tokens = account.tokens.as_mut().map(|bucket| bucket.look(wanted, now));
+        let tokens = account
+            .tokens
+            .as_mut()
+            .map(|bucket| bucket.look(wanted, now));
         let standing = Standing { requests, tokens };
         if requests.is_some_and(|level| !level.wait.is_zero()) {
             return Err(Refusal::Requests(standing));

@@ -84,7 +84,10 @@ impl Ledger {
     }
 
     /// All rows, each with what `waiting` says of its tenant.
-    pub(super) fn rows(&self, waiting: impl Fn(Option<&Tenant>) -> u32) -> Vec<(Tenant, Tally, u32)> {
+    pub(super) fn rows(
+        &self,
+        waiting: impl Fn(Option<&Tenant>) -> u32,
+    ) -> Vec<(Tenant, Tally, u32)> {
         let named: u32 = self.named.keys().map(|tenant| waiting(Some(tenant))).sum();
         let rest = waiting(None).saturating_sub(named);
         self.named
@@ -100,13 +103,18 @@ mod tests {
     use super::*;
 
     fn many(from: usize, to: usize, active: f64) -> Vec<(Tenant, f64)> {
-        (from..to).map(|i| (format!("t{i:02}").into(), active)).collect()
+        (from..to)
+            .map(|i| (format!("t{i:02}").into(), active))
+            .collect()
     }
 
     #[test]
     fn rows_are_few_and_never_fall() {
         let mut ledger = Ledger::default();
-        let tokens = Tokens { input: 1, output: 2 };
+        let tokens = Tokens {
+            input: 1,
+            output: 2,
+        };
         ledger.used(&"t00".into(), tokens);
         ledger.choose(many(0, 40, 1.0));
         assert_eq!(ledger.named.len(), NAMED);
@@ -114,7 +122,10 @@ mod tests {
         ledger.used(&"t00".into(), tokens);
         ledger.used(&"t39".into(), tokens);
         let rows = ledger.rows(|tenant| if tenant.is_some() { 1 } else { 40 });
-        assert_eq!((rows.len(), &*rows[0].0, rows[0].1.tokens), (NAMED + 1, "t00", tokens));
+        assert_eq!(
+            (rows.len(), &*rows[0].0, rows[0].1.tokens),
+            (NAMED + 1, "t00", tokens)
+        );
         let (other, tally, waiting) = rows.last().unwrap();
         assert_eq!((&**other, tally.tokens.output, *waiting), (OTHER, 4, 24));
         // Those a little more active wait for a row; those clearly more take it from the least.

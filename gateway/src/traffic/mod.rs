@@ -93,6 +93,18 @@ pub struct Ask {
     pub wishes: Wishes,
 }
 
+/// What a request that waits needs to be in time.
+#[derive(Debug, Clone, Copy)]
+struct Needs {
+    wishes: Wishes,
+    arrived: Duration,
+    /// Tokens of one prompt and of one answer.
+    prompt: u64,
+    answer: u32,
+    /// How many sequences run one after the other.
+    rounds: u32,
+}
+
 /// Tokens.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Tokens {
@@ -260,7 +272,15 @@ impl Traffic {
         }
         let (low, high) = ask.answer;
         let answer = self.pace.answer().clamp(low, high.max(low));
-        let (latest, over) = self.latest(ask, answer, now);
+        let needs = Needs {
+            wishes: ask.wishes,
+            arrived: ask.arrived,
+            prompt: ask.prompt / u64::from(ask.choices.max(1)),
+            answer: u32::try_from(answer).unwrap_or(u32::MAX),
+            rounds: ask.choices.div_ceil(ask.sequences.max(1)).max(1),
+        };
+        let end = (now.saturating_add(self.patience), Refusal::Patience);
+        let (latest, over) = self.latest(&needs, end, now);
         if latest < now.saturating_add(self.sure_wait(ask, latest)) {
             return Err(over);
         }
@@ -277,6 +297,7 @@ impl Traffic {
             arrived: now,
             latest,
             over,
+            needs,
         };
         self.accounts.waits(&ask.tenant);
         let weights = |tenant: &Tenant| self.accounts.weight(tenant);
@@ -301,8 +322,10 @@ impl Traffic {
         let accounts = &self.accounts;
         let id = self.queue.pick(now, |tenant| accounts.tag(tenant))?;
         let waiting = self.queue.get(id)?;
-        if now > waiting.latest {
-            let over = waiting.over;
+        // By what is known now: the pace may have been another when it came.
+        let end = (waiting.latest, waiting.over);
+        let (latest, over) = self.latest(&waiting.needs, end, now);
+        if now > latest {
             self.leave(id, Some(over), now);
             return Some(Next::Late(id, over));
         }
@@ -340,13 +363,7 @@ impl Traffic {
     }
 
     /// A request that ran has ended, having used this.
-    pub fn done(
-        &mut self,
-        grant: &Grant,
-        used: Tokens,
-        sample: Option<Sample>,
-        now: Duration,
-    ) {
+    pub fn done(&mut self, grant: &Grant, used: Tokens, sample: Option<Sample>, now: Duration) {
         self.queue.free(grant.sequences);
         let held = now.saturating_sub(grant.at);
         self.held = if self.held.is_zero() {
@@ -362,33 +379,38 @@ impl Traffic {
         }
     }
 
-    /// When a request must run at the latest, and what it hears after that.
-    fn latest(&self, ask: &Ask, answer: u64, now: Duration) -> (Duration, Refusal) {
-        let mut latest = (now.saturating_add(self.patience), Refusal::Patience);
+    /// When a request must run at the latest, which is no later than `end`, and what it hears after that.
+    fn latest(
+        &self,
+        needs: &Needs,
+        end: (Duration, Refusal),
+        now: Duration,
+    ) -> (Duration, Refusal) {
+        let wishes = needs.wishes;
+        let mut latest = end;
         // With nothing at work whatever was learnt may be out of date, and letting one in teaches anew.
         let pace = self
             .pace
-            .of(ask.prompt / u64::from(ask.choices.max(1)), now)
-            .filter(|_| self.queue.busy());
+            .of(needs.prompt, now)
+            .filter(|_| wishes != Wishes::default() && self.queue.busy());
         let (first, per_token) = pace.map_or((Duration::ZERO, Duration::ZERO), |pace| {
             (pace.first, pace.per_token)
         });
-        let rest = per_token.saturating_mul(u32::try_from(answer).unwrap_or(u32::MAX));
-        let rounds = ask.choices.div_ceil(ask.sequences.max(1)).max(1);
-        let all = first.saturating_add(rest).saturating_mul(rounds);
+        let rest = per_token.saturating_mul(needs.answer);
+        let all = first.saturating_add(rest).saturating_mul(needs.rounds);
         for (wish, needed, missed) in [
-            (ask.wishes.whole, all, Missed::Whole),
-            (ask.wishes.first, first, Missed::First),
+            (wishes.whole, all, Missed::Whole),
+            (wishes.first, first, Missed::First),
         ] {
             let Some(wish) = wish else { continue };
-            let end = ask.arrived.saturating_add(wish);
+            let end = needs.arrived.saturating_add(wish);
             // Not startable at all is "before now".
             let start = end.checked_sub(needed).unwrap_or(Duration::ZERO);
             if start < latest.0 {
                 latest = (start, Refusal::Deadline(missed));
             }
         }
-        if ask.wishes.per_token.is_some_and(|wish| per_token > wish) {
+        if wishes.per_token.is_some_and(|wish| per_token > wish) {
             latest = (Duration::ZERO, Refusal::Deadline(Missed::PerToken));
         }
         latest
@@ -400,7 +422,8 @@ impl Traffic {
             return Duration::ZERO;
         }
         let ahead = self.queue.ahead(&ask.tenant, ask.priority, latest);
-        self.held.mul_f64(ahead as f64 / f64::from(self.queue.slots()))
+        self.held
+            .mul_f64(ahead as f64 / f64::from(self.queue.slots()))
     }
 
     /// Time until a place is likely: the time that requests take, times how many of them go first per place.
@@ -409,6 +432,11 @@ impl Traffic {
         let ahead = self.queue.len() as f64 + 1.0;
         let wait = self.held.mul_f64(ahead / f64::from(self.queue.slots()));
         (wait + Duration::from_secs(1)).min(LONGEST_RETRY)
+    }
+
+    /// What is left of a tenant's minute.
+    pub fn standing(&mut self, tenant: &Tenant, now: Duration) -> Standing {
+        self.accounts.standing(tenant, now)
     }
 
     /// Requests that wait.

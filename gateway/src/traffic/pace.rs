@@ -49,7 +49,8 @@ impl Pace {
         for (sum, new) in self.sums.iter_mut().zip([1.0, x, y, x * x, x * y]) {
             *sum = *sum * (1.0 - NEW) + new;
         }
-        let mean = |old: Option<f64>, new: f64| Some(old.map_or(new, |old| old + (new - old) * NEW));
+        let mean =
+            |old: Option<f64>, new: f64| Some(old.map_or(new, |old| old + (new - old) * NEW));
         self.answer = mean(self.answer, sample.answer as f64);
         if sample.answer > 1 {
             let per_token = sample.rest.as_secs_f64() / (sample.answer - 1) as f64;
@@ -107,7 +108,10 @@ mod tests {
         let of = |prompt| pace.of(prompt, now).unwrap();
         assert!(of(10).first.abs_diff(Duration::from_millis(11)) < Duration::from_millis(1));
         assert!(of(8000).first.abs_diff(Duration::from_millis(810)) < Duration::from_millis(1));
-        assert_eq!((of(10).per_token, pace.answer()), (Duration::from_millis(20), 10));
+        assert_eq!(
+            (of(10).per_token, pace.answer()),
+            (Duration::from_millis(20), 10)
+        );
         assert_eq!(pace.of(10, now + STALE * 2), None);
     }
 }

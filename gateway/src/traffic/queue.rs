@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Refusal, Tenant, Tokens};
+use super::{Needs, Refusal, Tenant, Tokens};
 
 /// One grant in so many goes to the oldest request, if it is old.
 pub const AGED_TURN: u32 = 8;
@@ -20,6 +20,7 @@ pub(super) struct Waiting {
     /// When it must run at the latest, and what it hears after that.
     pub(super) latest: Duration,
     pub(super) over: Refusal,
+    pub(super) needs: Needs,
 }
 
 /// Requests of one priority, by tenant, in the order of their latest start.
@@ -166,7 +167,10 @@ impl Queue {
     /// Requests that go before such a one whatever comes later: more urgent ones, and its own tenant's earlier ones.
     pub(super) fn ahead(&self, tenant: &Tenant, priority: i64, latest: Duration) -> usize {
         let urgent = self.bands.range(..priority);
-        let urgent: usize = urgent.flat_map(|(_, band)| band.values()).map(BTreeSet::len).sum();
+        let urgent: usize = urgent
+            .flat_map(|(_, band)| band.values())
+            .map(BTreeSet::len)
+            .sum();
         let own = self.bands.get(&priority).and_then(|band| band.get(tenant));
         urgent + own.map_or(0, |queue| queue.range(..(latest, 0)).count())
     }

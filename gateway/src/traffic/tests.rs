@@ -28,7 +28,12 @@ fn ask(traffic: &mut Traffic, name: &str, priority: i64, now: Duration) -> Ask {
     }
 }
 
-fn put(traffic: &mut Traffic, name: &str, priority: i64, now: Duration) -> Result<Ticket, Refusal> {
+fn put(
+    traffic: &mut Traffic,
+    name: &str,
+    priority: i64,
+    now: Duration,
+) -> Result<Ticket, Refusal> {
     let ask = ask(traffic, name, priority, now);
     traffic.arrive(&ask, now)
 }
@@ -78,9 +83,15 @@ fn lower_priorities_go_first_and_tenants_take_turns() {
     put(&mut traffic, "batch", 5, S(0)).unwrap();
     put(&mut traffic, "quiet", 0, S(0)).unwrap();
     put(&mut traffic, "urgent", -1, S(0)).unwrap();
-    assert_eq!(put(&mut traffic, "y", -11, S(0)), Err(Refusal::TooUrgent { allowed: -10 }));
+    assert_eq!(
+        put(&mut traffic, "y", -11, S(0)),
+        Err(Refusal::TooUrgent { allowed: -10 })
+    );
     let order = order(&mut traffic, held, S(0));
-    assert_eq!(order, ["urgent", "noisy", "quiet", "noisy", "noisy", "batch"]);
+    assert_eq!(
+        order,
+        ["urgent", "noisy", "quiet", "noisy", "noisy", "batch"]
+    );
 }
 
 #[test]
@@ -200,7 +211,10 @@ fn deadlines_order_and_refuse() {
     within(&mut traffic, whole(4000), S(5)).unwrap();
     let grant = go(&mut traffic, S(5)).unwrap();
     let missed = |missed| Err(Refusal::Deadline(missed));
-    assert_eq!(within(&mut traffic, whole(4000), S(5)), missed(Missed::Whole));
+    assert_eq!(
+        within(&mut traffic, whole(4000), S(5)),
+        missed(Missed::Whole)
+    );
     assert_eq!(within(&mut traffic, first(50), S(5)), missed(Missed::First));
     let fast = Wishes {
         per_token: Some(MS(99)),
@@ -252,7 +266,10 @@ fn tenants_are_bounded_and_a_limit_is_not_shaken_off() {
     for i in 1..2 * MOST_TENANTS {
         traffic.tenant(&format!("t{i}"), S(1));
     }
-    assert!(matches!(put(&mut traffic, "t0", 0, S(1)), Err(Refusal::Requests(_))));
+    assert!(matches!(
+        put(&mut traffic, "t0", 0, S(1)),
+        Err(Refusal::Requests(_))
+    ));
     // Tenants that wait cannot be forgotten, so the rest shares one name.
     let mut traffic = super::Traffic::new(Settings {
         slots: 1,
@@ -322,8 +339,7 @@ impl World {
                 sequences,
                 prompt,
             } => {
-                let mut ask =
-                    ask(&mut self.traffic, &format!("t{tenant}"), priority, self.now);
+                let mut ask = ask(&mut self.traffic, &format!("t{tenant}"), priority, self.now);
                 (ask.sequences, ask.choices, ask.prompt) = (sequences, sequences, prompt);
                 if let Ok(ticket) = self.traffic.arrive(&ask, self.now) {
                     self.waiting.push(Seen {

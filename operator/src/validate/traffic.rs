@@ -47,7 +47,11 @@ pub(super) fn traffic(checks: &mut Checks, spec: TrafficSpec) -> Traffic {
         .enumerate()
         .map(|(i, spec)| {
             let at = format!("{FIELD}.tenants[{i}]");
-            checks.tenant_name(format!("{at}.name"), &spec.name, seen.insert(spec.name.clone()));
+            checks.tenant_name(
+                format!("{at}.name"),
+                &spec.name,
+                seen.insert(spec.name.clone()),
+            );
             tenant(checks, &at, spec, &common)
         })
         .collect();
