@@ -271,7 +271,7 @@ fn tenants_are_bounded_and_a_limit_is_not_shaken_off() {
         Err(Refusal::Requests(_))
     ));
     // Tenants that wait cannot be forgotten, so the rest shares one name.
-    let mut traffic = super::Traffic::new(Settings {
+    let mut traffic = Traffic::new(Settings {
         slots: 1,
         capacity: 10_000,
         patience: S(40),
