@@ -143,7 +143,9 @@ async fn run(cli: Cli) -> ExitCode {
     let drain = signals.drain();
     let work = async {
         match cli.command {
-            Command::Up(args) => up::run(args, &mut telemetry, &progress, drain).await,
+            Command::Up(args) => {
+                Box::pin(up::run(args, &mut telemetry, &progress, drain)).await
+            }
             Command::Operator(args) => kubernetes::run(*args, &mut telemetry, drain).await,
             Command::Gateway(args) => {
                 roles::run_alone("gateway", &args, &mut telemetry, drain).await
