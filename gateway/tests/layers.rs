@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 
 /// From the bottom up.
-const ORDER: [&str; 23] = [
+const ORDER: [&str; 24] = [
     "clock",
     "random",
     "traffic",
