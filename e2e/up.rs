@@ -342,7 +342,7 @@ async fn no_routing_policy_changes_a_token() {
         "greedy, whatever the seed"
     );
     assert_ne!(expected[1], expected[1 + TURNS.len()], "the seed matters");
-    for policy in ["least_loaded", "signature", "window"] {
+    for policy in ["least_loaded", "prefix_aware", "signature", "window"] {
         assert_eq!(tokens_under(policy).await, expected, "{policy}");
     }
 }

@@ -38,6 +38,7 @@ pub mod metrics;
 pub mod model_files;
 pub mod output;
 pub mod past;
+pub mod prefixes;
 pub mod prompt;
 pub mod random;
 pub mod route;
@@ -164,6 +165,11 @@ pub async fn run(deps: Deps) -> Result<(), GatewayError> {
     let gateway = Arc::new(gateway(
         config, api_keys, prompter, defaults, views, upstream, metrics, past, &shutdown,
     ));
+    if gateway.runner.upstream.wants_prefixes() {
+        let upstream = Arc::clone(&gateway.runner.upstream);
+        let ended = ended.clone();
+        tasks.spawn(async move { upstream.follow_prefixes(ended).await });
+    }
     // The registry outlives the gateway, so it must not hold it.
     let looked_at = Arc::downgrade(&gateway);
     gateway.metrics.refresh_with(move || {
@@ -232,9 +238,10 @@ fn upstream(
             let longest = Duration::from_millis(config.queue_timeout_ms);
             upstream.with_window(config.max_in_flight, longest)
         }
-        RoutingPolicy::Signature | RoutingPolicy::LeastLoaded | RoutingPolicy::RoundRobin => {
-            upstream
-        }
+        RoutingPolicy::Signature
+        | RoutingPolicy::PrefixAware
+        | RoutingPolicy::LeastLoaded
+        | RoutingPolicy::RoundRobin => upstream,
     }
 }
 

@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 
 /// From the bottom up.
-const ORDER: [&str; 24] = [
+const ORDER: [&str; 25] = [
     "clock",
     "random",
     "traffic",
@@ -19,6 +19,7 @@ const ORDER: [&str; 24] = [
     "signature",
     "feed",
     "cached",
+    "prefixes",
     "loads",
     "route",
     "metrics",

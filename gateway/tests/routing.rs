@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 
 use foregate_api::load::EngineLoad;
 use foregate_api::manifest::RoutingPolicy;
+use foregate_wire::prefix;
 use serde_json::{Value, json};
 use support::{Cluster, config, header, window, with};
 
@@ -209,6 +210,128 @@ async fn a_prefix_that_a_worker_has_outweighs_a_little_load() {
     assert_eq!(header(&strange, "x-foregate-worker"), "1");
 }
 
+/// Names of a prompt's pages, of the fake's sixteen tokens.
+fn names(prompt: &[u32]) -> Vec<u64> {
+    let mut parent = prefix::ROOT;
+    let pages = prompt.chunks_exact(16);
+    pages
+        .map(|tokens| {
+            parent = prefix::name(&parent, tokens);
+            prefix::short(&parent)
+        })
+        .collect()
+}
+
+/// The worker that a prompt of one token's answer goes to, and why.
+async fn routed(cluster: &Cluster, prompt: &[u32]) -> (String, String) {
+    let body = json!({"prompt": prompt, "max_tokens": 1, "ignore_eos": true});
+    let response = cluster.post("/v1/completions", &body).await;
+    let (worker, route) = (
+        header(&response, "x-foregate-worker"),
+        header(&response, "x-foregate-route"),
+    );
+    let body = response.text().await.unwrap_or_default();
+    assert!(body.contains("choices"), "{body}");
+    (worker, route)
+}
+
+#[tokio::test]
+async fn the_worker_that_says_it_has_the_longest_prefix_is_asked() {
+    let prompt: Vec<u32> = (0..100).collect();
+    let pages = names(&prompt);
+    let config = routed_by(RoutingPolicy::PrefixAware);
+    let cluster = Cluster::bare(3, "x", config).await;
+    cluster.workers[0].behaviour.hold(&[], &[]);
+    cluster.workers[1].behaviour.hold(&pages[..2], &[]);
+    cluster.workers[2].behaviour.hold(&pages[..4], &[]);
+    cluster.enter().await;
+    let goes = async |what: &str, worker: &str, route: &str| {
+        cluster
+            .eventually(what, async || {
+                routed(&cluster, &prompt).await == (worker.to_owned(), route.to_owned())
+            })
+            .await;
+    };
+    goes("the longest", "2", "prefix_aware; cached=64").await;
+    cluster.workers[2].behaviour.hold(&[], &pages[1..2]);
+    goes("an eviction", "1", "prefix_aware; cached=32").await;
+    cluster.workers[0].behaviour.hold(&pages, &[]);
+    goes("what came", "0", "prefix_aware; cached=96").await;
+    // A stream that broke is opened again, and what was missed meanwhile is in its beginning.
+    let first = &cluster.workers[0].behaviour;
+    first.changes.0.send(None).unwrap();
+    first.holds.lock().unwrap().as_mut().unwrap().clear();
+    goes("a loss", "1", "prefix_aware; cached=32").await;
+    assert!(first.followed.load(Ordering::SeqCst) >= 1);
+    cluster
+        .eventually("another stream", async || {
+            first.followed.load(Ordering::SeqCst) > 1
+        })
+        .await;
+    first.hold(&pages[..3], &[]);
+    goes("what came after the loss", "0", "prefix_aware; cached=48").await;
+    let metrics = cluster.get("/metrics").await.1;
+    let decided =
+        "foregate_gateway_route_decisions_total{outcome=\"prefix\",policy=\"prefix_aware\"}";
+    assert!(metrics.contains(decided), "{metrics}");
+}
+
+#[tokio::test]
+async fn a_prefix_does_not_drown_its_worker() {
+    let prompt: Vec<u32> = (0..100).collect();
+    let mut config = routed_by(RoutingPolicy::PrefixAware);
+    config.max_in_flight = 64;
+    let cluster = Cluster::bare(2, "x", config).await;
+    cluster.workers[0].behaviour.hold(&[], &[]);
+    cluster.workers[1].behaviour.hold(&names(&prompt), &[]);
+    cluster.enter().await;
+    cluster
+        .eventually("the prefix is known", async || {
+            routed(&cluster, &prompt).await.0 == "1"
+        })
+        .await;
+    cluster.shows("foregate_gateway_requests_in_flight 0").await;
+    cluster.hold_after(1);
+    let body = json!({"prompt": prompt, "max_tokens": 200, "ignore_eos": true, "stream": true});
+    let mut running = Vec::new();
+    let mut workers = Vec::new();
+    for _ in 0..11 {
+        let response = cluster.post("/v1/completions", &body).await;
+        workers.push(header(&response, "x-foregate-worker"));
+        running.push(response);
+    }
+    let (near, far) = workers.split_at(9);
+    assert!(near.iter().all(|worker| worker == "1"), "{workers:?}");
+    assert_eq!(
+        far[0], "0",
+        "nine more than on the idle worker are too many"
+    );
+}
+
+#[tokio::test]
+async fn workers_that_do_not_tell_are_known_by_what_they_read() {
+    let cluster = Cluster::start(2, "x", routed_by(RoutingPolicy::PrefixAware)).await;
+    let prompt: Vec<u32> = (0..100).collect();
+    assert_eq!(routed(&cluster, &prompt).await.1, "prefix_aware; cached=0");
+    cluster.hold_after(1);
+    let busy = cluster
+        .post(
+            "/v1/completions",
+            &with(
+                json!({"prompt": vec![5; 40]}),
+                &json!({"max_tokens": 50, "stream": true}),
+            ),
+        )
+        .await;
+    assert_eq!(header(&busy, "x-foregate-worker"), "0");
+    cluster.hold_after(0);
+    let again = routed(&cluster, &prompt).await;
+    assert_eq!(
+        again,
+        ("0".to_owned(), "prefix_aware; cached=96".to_owned())
+    );
+}
+
 #[tokio::test]
 async fn who_waits_in_the_window_too_long_is_told_so() {
     let mut config = routed_by(RoutingPolicy::Window);
@@ -296,6 +419,7 @@ async fn no_policy_changes_a_token() {
         RoutingPolicy::LeastLoaded,
         RoutingPolicy::Signature,
         RoutingPolicy::Window,
+        RoutingPolicy::PrefixAware,
         RoutingPolicy::RoundRobin,
     ] {
         let cluster = Cluster::start(3, "some text to say", routed_by(policy)).await;

@@ -36,12 +36,13 @@ use foregate_kernels::{KvCache, KvShape};
 use foregate_models::Model;
 use foregate_models::experts::{ExpertBatch, Experts, ExpertsError, LateRows};
 use foregate_wire::frame::TraceContext;
+use tokio::sync::broadcast;
 
 pub use handle::{
-    EngineHandle, EngineState, EventStream, RequestLimits, StreamError, SubmitError,
+    EngineHandle, EngineState, EventStream, Follower, RequestLimits, StreamError, SubmitError,
 };
 
-use crate::kv_cache::PagePool;
+use crate::kv_cache::{Changes, PagePool};
 use crate::load::LoadCounters;
 use crate::sampler::Sampler;
 use crate::scheduler::{Limits, Plan, Scheduler};
@@ -207,7 +208,12 @@ struct Engine {
     counts: EngineLoad,
     /// What decode steps take.
     pace: pace::Pace,
+    /// To those who follow the prefixes; one that is slower than this many steps is told all anew.
+    prefixes: broadcast::Sender<Arc<Changes>>,
 }
+
+/// Changes that wait for a slow follower.
+const CHANGES: usize = 256;
 
 impl Engine {
     fn new(parts: EngineParts, inbox: Receiver<Command>, shared: Arc<Shared>) -> Self {
@@ -233,6 +239,7 @@ impl Engine {
             failures: 0,
             counts: EngineLoad::default(),
             pace: pace::Pace::default(),
+            prefixes: broadcast::Sender::new(CHANGES),
         }
     }
 
@@ -291,6 +298,13 @@ impl Engine {
     fn obey(&mut self, command: Command) {
         match command {
             Command::Submit(submission) => self.enter(*submission),
+            Command::Prefixes(answer) => {
+                // What others are still owed comes before what the new one is told.
+                self.tell_changes();
+                let names = self.scheduler.pool_mut().tell_names();
+                // Whoever asked may be gone.
+                answer.send((names, self.prefixes.subscribe())).ok();
+            }
             Command::Wake => {}
         }
     }
@@ -357,7 +371,17 @@ impl Engine {
         }
     }
 
+    /// Tells which prefixes came and went.
+    fn tell_changes(&mut self) {
+        let wanted = self.prefixes.receiver_count() > 0;
+        if let Some(changes) = self.scheduler.pool_mut().take_changes(wanted) {
+            // Nobody left to hear it is no error.
+            self.prefixes.send(Arc::new(changes)).ok();
+        }
+    }
+
     fn publish(&mut self) {
+        self.tell_changes();
         let pool = self.scheduler.pool();
         let stats = pool.stats();
         self.counts = EngineLoad {

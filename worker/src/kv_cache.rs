@@ -13,25 +13,11 @@
 
 use std::collections::BTreeMap;
 
+use foregate_wire::prefix::short;
+pub use foregate_wire::prefix::{Name, ROOT, name};
+
 /// A page of the KV cache.
 pub type Page = u32;
-
-/// Name of a full page: BLAKE3 over the predecessor's name (zeroes for the first) and the tokens.
-pub type Name = [u8; 32];
-
-/// Name of the page that does not exist before the first.
-pub const ROOT: Name = [0; 32];
-
-/// Name of the page after `parent` that holds `tokens`.
-#[must_use]
-pub fn name(parent: &Name, tokens: &[u32]) -> Name {
-    let mut hasher = blake3::Hasher::new();
-    hasher.update(parent);
-    for token in tokens {
-        hasher.update(&token.to_le_bytes());
-    }
-    *hasher.finalize().as_bytes()
-}
 
 /// How often prompts found their beginning.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -40,6 +26,15 @@ pub struct PrefixStats {
     pub queries: u64,
     /// Prompt tokens found.
     pub hits: u64,
+}
+
+/// Names that came and went, in their short form; none is in both.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Changes {
+    /// Published.
+    pub added: Vec<u64>,
+    /// Evicted.
+    pub removed: Vec<u64>,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -63,6 +58,8 @@ pub struct PagePool {
     idle: BTreeMap<u64, Page>,
     tick: u64,
     stats: PrefixStats,
+    /// What changed since it was last asked for, while somebody wants to know.
+    changes: Option<Changes>,
 }
 
 impl PagePool {
@@ -77,7 +74,41 @@ impl PagePool {
             idle: BTreeMap::new(),
             tick: 0,
             stats: PrefixStats::default(),
+            changes: None,
         }
+    }
+
+    /// Names of all pages that could be found, in their short form. From here on changes are noted.
+    pub fn tell_names(&mut self) -> Vec<u64> {
+        self.changes = Some(Changes::default());
+        self.by_name.keys().map(short).collect()
+    }
+
+    /// What changed since the last call, if anything did. With `wanted` false nothing is noted any more.
+    pub fn take_changes(&mut self, wanted: bool) -> Option<Changes> {
+        if !wanted {
+            self.changes = None;
+        }
+        let changes = self.changes.as_mut()?;
+        if changes.added.is_empty() && changes.removed.is_empty() {
+            return None;
+        }
+        let mut taken = std::mem::take(changes);
+        // A name that went and came again within a step is there.
+        if !taken.removed.is_empty() {
+            let by_name = &self.by_name;
+            let there = |name: &u64| {
+                let mut from = ROOT;
+                from[..8].copy_from_slice(&name.to_le_bytes());
+                by_name
+                    .range(from..)
+                    .next()
+                    .is_some_and(|(found, _)| short(found) == *name)
+            };
+            taken.added.retain(there);
+            taken.removed.retain(|name| !there(name));
+        }
+        Some(taken)
     }
 
     /// Tokens of a page.
@@ -144,6 +175,9 @@ impl PagePool {
         let (_, page) = self.idle.pop_first()?;
         if let Some((name, _)) = self.entries[page as usize].named.take() {
             self.by_name.remove(&name);
+            if let Some(changes) = &mut self.changes {
+                changes.removed.push(short(&name));
+            }
         }
         Some(page)
     }
@@ -189,6 +223,9 @@ impl PagePool {
         if entry.named.is_none() && !self.by_name.contains_key(&name) {
             entry.named = Some((name, tokens.into()));
             self.by_name.insert(name, page);
+            if let Some(changes) = &mut self.changes {
+                changes.added.push(short(&name));
+            }
         }
         name
     }

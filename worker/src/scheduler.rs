@@ -133,6 +133,11 @@ impl Scheduler {
         &self.pool
     }
 
+    /// The page pool, to ask what changed in it.
+    pub(crate) fn pool_mut(&mut self) -> &mut PagePool {
+        &mut self.pool
+    }
+
     /// Sequences that hold pages.
     #[must_use]
     pub fn running(&self) -> usize {

@@ -10,6 +10,7 @@
 //! | `UNAVAILABLE` | the worker drains, was stopped or lost its engine or its experts; resume elsewhere |
 //! | `INTERNAL` | the model gave something that is not a number |
 
+mod prefixes;
 mod trace;
 mod validate;
 
@@ -17,7 +18,7 @@ use std::pin::Pin;
 use std::time::Duration;
 
 use foregate_wire::generation::generation_server::{Generation, GenerationServer};
-use foregate_wire::generation::{GenerateEvent, GenerateRequest};
+use foregate_wire::generation::{GenerateEvent, GenerateRequest, PrefixEvent, PrefixesRequest};
 use foregate_wire::tonic::{Request, Response, Status};
 use futures::{Stream, StreamExt};
 
@@ -70,6 +71,17 @@ impl Generation for GenerationService {
             Err(error) => Err(breakdown(&error)),
         });
         Ok(Response::new(Box::pin(stream)))
+    }
+
+    type PrefixesStream = Pin<Box<dyn Stream<Item = Result<PrefixEvent, Status>> + Send>>;
+
+    async fn prefixes(
+        &self,
+        _request: Request<PrefixesRequest>,
+    ) -> Result<Response<Self::PrefixesStream>, Status> {
+        let follower = self.engine.follower().map_err(|error| refusal(&error))?;
+        let events = prefixes::events(self.engine.clone(), follower);
+        Ok(Response::new(Box::pin(events)))
     }
 }
 

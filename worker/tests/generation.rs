@@ -10,6 +10,7 @@
 mod desk;
 mod rig;
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use foregate_api::model::Family;
@@ -17,10 +18,13 @@ use foregate_api::tls::TlsRole;
 use foregate_tls::Keys;
 use foregate_wire::connect::channel;
 use foregate_wire::generation::generation_client::GenerationClient;
-use foregate_wire::generation::{FinishReason, GenerateRequest, Sampling};
+use foregate_wire::generation::{
+    FinishReason, GenerateRequest, PrefixEvent, PrefixesRequest, Sampling,
+};
+use foregate_wire::prefix;
 use foregate_wire::serve::{serve, server};
 use foregate_wire::tonic::transport::Channel;
-use foregate_wire::tonic::{Code, Status};
+use foregate_wire::tonic::{Code, Status, Streaming};
 use foregate_worker::engine::{EngineHandle, SubmitError};
 use foregate_worker::serve::GenerationService;
 use tokio::net::TcpListener;
@@ -144,6 +148,107 @@ async fn refuses_by_name_and_by_kind() {
     served.engine.drain().await;
     let status = served.ask(request(5)).await.unwrap_err();
     assert_eq!(status.code(), Code::Unavailable);
+}
+
+/// A prompt of two pages and a token, which begins with `first`.
+fn long(first: u32, page_tokens: u32) -> GenerateRequest {
+    let mut long = request(1);
+    long.token_ids = (first..first + 2 * page_tokens + 1).collect();
+    long.prompt_len = 2 * page_tokens + 1;
+    long
+}
+
+/// Short names of the two pages of [`long`].
+fn pages(first: u32, page_tokens: u32) -> Vec<u64> {
+    let tokens = long(first, page_tokens).token_ids;
+    let one = prefix::name(&prefix::ROOT, &tokens[..page_tokens as usize]);
+    let two = prefix::name(
+        &one,
+        &tokens[page_tokens as usize..2 * page_tokens as usize],
+    );
+    vec![prefix::short(&one), prefix::short(&two)]
+}
+
+#[tokio::test]
+async fn whoever_asks_is_told_what_the_cache_holds_and_how_it_changes() {
+    let sizes = Sizes {
+        pages: 4,
+        ..Sizes::default()
+    };
+    let page = Sizes::default().page_tokens as u32;
+    let mut served = Served::start(sizes).await;
+    served.ask(long(1, page)).await.unwrap();
+    let mut told = Told::follow(&mut served).await;
+    told.until(&pages(1, page), &[]).await;
+    // Two prompts more have no room beside it: what was used longest ago goes.
+    served.ask(long(20, page)).await.unwrap();
+    told.until(&pages(20, page), &[]).await;
+    served.ask(long(40, page)).await.unwrap();
+    told.until(&pages(40, page), &pages(1, page)).await;
+    // Another one is told all that is there now.
+    let mut other = Told::follow(&mut served).await;
+    other.until(&pages(40, page), &pages(1, page)).await;
+    // They end with the engine.
+    served.engine.drain().await;
+    assert!(timeout(PATIENCE, told.end()).await.is_ok());
+}
+
+#[tokio::test]
+async fn only_so_many_may_follow() {
+    let mut served = Served::start(Sizes::default()).await;
+    let mut all = Vec::new();
+    let refused = loop {
+        match served.client.prefixes(PrefixesRequest {}).await {
+            Ok(stream) => all.push(stream),
+            Err(status) => break status,
+        }
+        assert!(all.len() < 1000);
+    };
+    assert_eq!(refused.code(), Code::ResourceExhausted);
+    drop(all);
+}
+
+/// What a follower knows.
+struct Told {
+    stream: Streaming<PrefixEvent>,
+    held: BTreeSet<u64>,
+}
+
+impl Told {
+    async fn follow(served: &mut Served) -> Self {
+        let stream = served.client.prefixes(PrefixesRequest {}).await.unwrap();
+        let mut told = Self {
+            stream: stream.into_inner(),
+            held: BTreeSet::new(),
+        };
+        assert!(told.next().await, "it begins with all there is");
+        told
+    }
+
+    /// Takes in one event; whether it resets.
+    async fn next(&mut self) -> bool {
+        let event = timeout(PATIENCE, self.stream.message()).await.unwrap();
+        let event = event.unwrap().expect("the stream goes on");
+        if event.reset {
+            self.held.clear();
+        }
+        self.held.retain(|name| !event.removed.contains(name));
+        self.held.extend(event.added);
+        event.reset
+    }
+
+    async fn until(&mut self, there: &[u64], gone: &[u64]) {
+        let holds = |name: &u64| self.held.contains(name);
+        let so = there.iter().all(holds) && !gone.iter().any(holds);
+        if !so {
+            self.next().await;
+            Box::pin(self.until(there, gone)).await;
+        }
+    }
+
+    async fn end(&mut self) {
+        while let Ok(Some(_)) = self.stream.message().await {}
+    }
 }
 
 #[tokio::test]

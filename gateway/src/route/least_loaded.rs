@@ -20,6 +20,7 @@ mod tests {
                 rank: Rank(at as u32),
                 load,
                 signature: Vec::new(),
+                cached: 0,
             });
         assert_eq!(choose(&loads.collect::<Vec<_>>()), Some(1));
         assert_eq!(choose(&[]), None);

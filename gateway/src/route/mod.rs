@@ -1,6 +1,7 @@
 //! Which worker runs a sequence. One policy per file; all of them see the same candidates.
 
 mod least_loaded;
+mod prefix_aware;
 mod round_robin;
 mod signature;
 pub mod window;
@@ -22,6 +23,8 @@ pub struct Candidate {
     pub load: u32,
     /// Summed histogram of this gateway's sequences there (`layers × experts`); empty if none is known.
     pub signature: Vec<f64>,
+    /// Tokens of the prompt that its KV cache holds, if the policy asks for them.
+    pub cached: u32,
 }
 
 /// A decision and its reason.
@@ -39,6 +42,8 @@ pub struct Choice {
     pub added: Option<f64>,
     /// Prompt tokens whose signature was known.
     pub known: usize,
+    /// Prompt tokens that the worker was believed to hold, if the policy asks for them.
+    pub cached: u32,
 }
 
 /// What decided.
@@ -46,7 +51,9 @@ pub struct Choice {
 pub enum Outcome {
     /// The best fit among several workers within the band.
     Fit,
-    /// The smallest load (for `signature`: the prompt is unknown).
+    /// The longest prefix of the prompt among the workers within the band.
+    Prefix,
+    /// The smallest load (for `signature`: the prompt is unknown; for `prefix_aware`: nobody near has any of it).
     Load,
     /// The next in turn.
     Turn,
@@ -66,6 +73,7 @@ impl Outcome {
     pub const fn word(self) -> &'static str {
         match self {
             Self::Fit => "fit",
+            Self::Prefix => "prefix",
             Self::Load => "load",
             Self::Turn => "turn",
             Self::Only => "only",
@@ -82,6 +90,7 @@ pub const fn word(policy: RoutingPolicy) -> &'static str {
     match policy {
         RoutingPolicy::Signature => "signature",
         RoutingPolicy::Window => "window",
+        RoutingPolicy::PrefixAware => "prefix_aware",
         RoutingPolicy::LeastLoaded => "least_loaded",
         RoutingPolicy::RoundRobin => "round_robin",
     }
@@ -97,6 +106,9 @@ impl fmt::Display for Choice {
                 None => f.write_str("; fit=none")?,
             }
             write!(f, "; known={}", self.known)?;
+        }
+        if self.policy == RoutingPolicy::PrefixAware {
+            write!(f, "; cached={}", self.cached)?;
         }
         if self.policy == RoutingPolicy::Window {
             write!(f, "; outcome={}", self.outcome.word())?;
@@ -140,6 +152,10 @@ impl Router {
             RoutingPolicy::Signature | RoutingPolicy::Window => {
                 signature::choose(candidates, known)?
             }
+            RoutingPolicy::PrefixAware => {
+                let (at, outcome) = prefix_aware::choose(candidates)?;
+                (at, outcome, None)
+            }
             RoutingPolicy::LeastLoaded => {
                 (least_loaded::choose(candidates)?, Outcome::Load, None)
             }
@@ -159,6 +175,7 @@ impl Router {
             fit,
             added: None,
             known: known.tokens,
+            cached: candidates.get(at)?.cached,
         })
     }
 }

@@ -18,6 +18,7 @@ mod tests {
                 rank: Rank(rank),
                 load: 9,
                 signature: Vec::new(),
+                cached: 0,
             })
             .collect();
         let turns: Vec<_> = (0..4)

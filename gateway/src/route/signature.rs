@@ -96,6 +96,7 @@ mod tests {
             rank: Rank(rank),
             load,
             signature: signature.to_vec(),
+            cached: 0,
         }
     }
 

@@ -1,5 +1,6 @@
 //! Sequences on workers: choose, connect, guard, and go on elsewhere after a loss.
 
+mod prefixes;
 mod sequence;
 mod window;
 
@@ -8,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use foregate_api::ids::Rank;
+use foregate_api::manifest::RoutingPolicy;
 use foregate_api::member::Member;
 use foregate_tls::Keys;
 use foregate_wire::connect;
@@ -18,11 +20,13 @@ use tokio::time::Instant;
 pub use sequence::{Event, Sequence};
 pub use window::{Places, WIDTH};
 
+use crate::cached::Cached;
 use crate::error::ApiError;
 use crate::feed::Feed;
 use crate::forecast::{Outlook, Work};
 use crate::loads::{LoadGuard, Loads};
 use crate::metrics::{Metrics, WindowState};
+use crate::prefixes::Prefixes;
 use crate::route::{Candidate, Choice, Router};
 use crate::signature::{Known, Signatures};
 use crate::trace::Identity;
@@ -39,6 +43,9 @@ pub struct Upstream {
     loads: Arc<Loads>,
     router: Router,
     signatures: Signatures,
+    /// What workers say that they hold, and what those that do not say have read.
+    prefixes: Prefixes,
+    cached: Cached,
     feed: Feed,
     metrics: Arc<Metrics>,
     /// What gateway and workers prove themselves with.
@@ -66,6 +73,8 @@ impl Upstream {
             loads,
             router,
             signatures: Signatures::default(),
+            prefixes: Prefixes::default(),
+            cached: Cached::default(),
             feed: Feed::default(),
             metrics,
             keys,
@@ -166,6 +175,31 @@ impl Upstream {
         }
     }
 
+    /// Tokens of a prompt that workers hold: as they say, or, where one says nothing, as it has read.
+    fn held(&self, prompt: &[u32]) -> BTreeMap<Rank, u32> {
+        let mut held = self.prefixes.of(prompt);
+        for (rank, tokens) in self.cached.of(prompt) {
+            held.entry(rank).or_insert(tokens);
+        }
+        held
+    }
+
+    /// Whether anybody asks what workers hold.
+    #[must_use]
+    pub const fn wants_prefixes(&self) -> bool {
+        matches!(
+            self.router.policy(),
+            RoutingPolicy::PrefixAware | RoutingPolicy::Window
+        )
+    }
+
+    /// A worker has read a prompt. One that says what it holds is believed instead.
+    fn has_read(&self, prompt: &[u32], worker: Rank) {
+        if self.wants_prefixes() && !self.prefixes.tells(worker) {
+            self.cached.read(prompt, worker);
+        }
+    }
+
     /// Ready workers without those in `avoid`; suspects only if nobody else is left.
     fn candidates(&self, avoid: &BTreeSet<Rank>) -> Vec<Arc<Member>> {
         let view = self.views.load();
@@ -184,9 +218,14 @@ impl Upstream {
     fn choose(
         &self,
         members: &[Arc<Member>],
+        prompt: &[u32],
         known: &Known,
     ) -> Option<(Choice, Arc<Member>, LoadGuard)> {
         let view = self.views.load();
+        let held = match self.router.policy() {
+            RoutingPolicy::PrefixAware => self.held(prompt),
+            _ => BTreeMap::new(),
+        };
         let candidates: Vec<Candidate> = members
             .iter()
             .map(|member| {
@@ -196,6 +235,7 @@ impl Upstream {
                     rank: member.rank,
                     load: running.saturating_add(foreign),
                     signature,
+                    cached: held.get(&member.rank).copied().unwrap_or(0),
                 }
             })
             .collect();

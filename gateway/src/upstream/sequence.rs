@@ -255,13 +255,20 @@ impl Sequence {
         if let Some(work) = &self.work {
             work.read(self.cached, self.prompt.clone());
         }
-        if let (Some(place), Some(running)) = (&self.place, &self.running) {
-            let prompt = self.request.prompt_len as usize;
-            let prompt = self.request.token_ids.get(..prompt).unwrap_or_default();
-            place.read(prompt, running.member.rank, self.prompt.as_deref());
+        if let Some(running) = &self.running {
+            self.upstream
+                .has_read(self.prompt_ids(), running.member.rank);
+        }
+        if let Some(place) = &self.place {
+            place.read(self.prompt.as_deref());
         }
         prefilled.routed = reported;
         Some(Event::Prefilled(prefilled))
+    }
+
+    fn prompt_ids(&self) -> &[u32] {
+        let prompt = self.request.prompt_len as usize;
+        self.request.token_ids.get(..prompt).unwrap_or_default()
     }
 
     fn take_token(&mut self, mut token: Token) -> Result<Event, Failure> {
@@ -471,7 +478,8 @@ impl Sequence {
             place.moved();
         }
         let members = self.upstream.candidates(avoid);
-        self.upstream.choose(&members, &self.known)
+        self.upstream
+            .choose(&members, &self.request.token_ids, &self.known)
     }
 
     /// Opens the spans of a decision and of the call that follows.

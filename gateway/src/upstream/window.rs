@@ -18,7 +18,6 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
 use super::Upstream;
-use crate::cached::Cached;
 use crate::error::ApiError;
 use crate::loads::{LoadGuard, Loads};
 use crate::metrics::WindowState;
@@ -46,7 +45,6 @@ pub(super) struct Ahead {
     places: Arc<Semaphore>,
     longest_wait: Duration,
     began: Instant,
-    cached: Cached,
     state: Mutex<State>,
 }
 
@@ -103,7 +101,6 @@ impl Ahead {
             places: Arc::new(Semaphore::new(places as usize)),
             longest_wait,
             began: Instant::now(),
-            cached: Cached::default(),
             state: Mutex::new(State {
                 window: None,
                 waiting: BTreeMap::new(),
@@ -262,7 +259,7 @@ impl Upstream {
         let signature = known.signature.as_deref();
         let profile = signature.and_then(|signature| Profile::of(signature, model.top_k));
         let settings = Settings::new(model.experts, model.top_k);
-        let cached = ahead.cached.of(&request.token_ids);
+        let cached = self.held(&request.token_ids).into_iter().collect();
         let (arrived_ms, patience_ms) = (ahead.now_ms(), ahead.patience_ms(deadline));
         Ok(ahead.with(|state| {
             let id = state.next;
@@ -367,7 +364,6 @@ impl Upstream {
             }
             let alive = |rank: Rank| ranks.contains(&rank);
             window.keep_only(alive);
-            ahead.cached.keep_only(alive);
             state.fitting = true;
             Some((window.recent(), window.kinds().cloned()))
         });
@@ -403,16 +399,16 @@ fn choice(pick: &Pick, known: &Known) -> Choice {
         fit: None,
         added: pick.added,
         known: known.tokens,
+        cached: 0,
     }
 }
 
 impl Place {
     /// The worker read the prompt, which used experts like this.
-    pub(super) fn read(&self, prompt: &[u32], worker: Rank, signature: Option<&Signature>) {
+    pub(super) fn read(&self, signature: Option<&Signature>) {
         let Some(ahead) = &self.upstream.ahead else {
             return;
         };
-        ahead.cached.read(prompt, worker);
         let top_k = self
             .upstream
             .views

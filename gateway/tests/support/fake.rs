@@ -9,8 +9,8 @@ use std::sync::{Arc, Mutex};
 use foregate_wire::generation::generate_event::Event;
 use foregate_wire::generation::generation_server::{Generation, GenerationServer};
 use foregate_wire::generation::{
-    FinishReason, Finished, GenerateEvent, GenerateRequest, Prefilled, RoutedExperts, Token,
-    TokenInfo, TokenLogprob,
+    FinishReason, Finished, GenerateEvent, GenerateRequest, Prefilled, PrefixEvent,
+    PrefixesRequest, RoutedExperts, Token, TokenInfo, TokenLogprob,
 };
 use foregate_wire::tonic::{Request, Response, Status};
 use futures::Stream;
@@ -42,6 +42,38 @@ pub struct Behaviour {
     pub metadata: Mutex<Vec<BTreeMap<String, String>>>,
     /// Streams that are open.
     pub open: AtomicU32,
+    /// What the KV cache holds, if the worker tells.
+    pub holds: Mutex<Option<Vec<u64>>>,
+    /// Changes of that, to all that follow; `None` ends their streams.
+    pub changes: Changes,
+    /// Streams of prefixes that were opened.
+    pub followed: AtomicU32,
+}
+
+/// Of prefixes.
+#[derive(Debug)]
+pub struct Changes(pub tokio::sync::broadcast::Sender<Option<PrefixEvent>>);
+
+impl Default for Changes {
+    fn default() -> Self {
+        Self(tokio::sync::broadcast::Sender::new(64))
+    }
+}
+
+impl Behaviour {
+    /// Changes what the KV cache holds and tells it.
+    pub fn hold(&self, added: &[u64], removed: &[u64]) {
+        let mut holds = self.holds.lock().unwrap();
+        let held = holds.get_or_insert_default();
+        held.extend(added);
+        held.retain(|name| !removed.contains(name));
+        let event = PrefixEvent {
+            reset: false,
+            added: added.to_vec(),
+            removed: removed.to_vec(),
+        };
+        self.changes.0.send(Some(event)).ok();
+    }
 }
 
 /// The last byte of the next worker's address. Each has its own, so that nobody listens where one was killed.
@@ -230,6 +262,31 @@ impl Generation for Fake {
         Ok(Response::new(Box::pin(
             tokio_stream::wrappers::ReceiverStream::new(receive),
         )))
+    }
+
+    type PrefixesStream = Pin<Box<dyn Stream<Item = Result<PrefixEvent, Status>> + Send>>;
+
+    async fn prefixes(
+        &self,
+        _request: Request<PrefixesRequest>,
+    ) -> Result<Response<Self::PrefixesStream>, Status> {
+        let holds = self.0.holds.lock().unwrap();
+        let Some(held) = holds.clone() else {
+            return Err(Status::unimplemented("of an older version"));
+        };
+        self.0.followed.fetch_add(1, Ordering::SeqCst);
+        let first = PrefixEvent {
+            reset: true,
+            added: held,
+            removed: Vec::new(),
+        };
+        let changes = self.0.changes.0.subscribe();
+        let later = futures::stream::unfold(changes, async |mut changes| {
+            let event = changes.recv().await.ok()??;
+            Some((Ok(event), changes))
+        });
+        let all = futures::StreamExt::chain(futures::stream::iter([Ok(first)]), later);
+        Ok(Response::new(Box::pin(all)))
     }
 }
 

@@ -158,17 +158,21 @@ impl Cluster {
     /// `count` ready workers that all answer `answer`, an active placement, a gateway.
     pub async fn start(count: u32, answer: &str, config: GatewayConfig) -> Self {
         let cluster = Self::bare(count, answer, config).await;
-        for (rank, worker) in cluster.workers.iter().enumerate() {
+        cluster.enter().await;
+        cluster
+    }
+
+    /// Registers the workers, and activates a placement.
+    pub async fn enter(&self) {
+        for (rank, worker) in self.workers.iter().enumerate() {
             let member = member(rank as u32, &worker.address, Phase::Ready);
-            cluster
-                .coord
-                .register(&member, cluster.lease.as_ref())
+            self.coord
+                .register(&member, self.lease.as_ref())
                 .await
                 .unwrap();
         }
-        cluster.activate(1, None).await;
-        cluster.wait_ready().await;
-        cluster
+        self.activate(1, None).await;
+        self.wait_ready().await;
     }
 
     /// The same, with nothing in the store.

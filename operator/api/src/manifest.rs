@@ -254,6 +254,8 @@ pub enum RoutingPolicy {
     Signature,
     /// The pair of a waiting request and a worker that costs least, over a window of the queue.
     Window,
+    /// The worker whose KV cache holds the longest prefix of the prompt, within a band of load.
+    PrefixAware,
     /// The worker with the fewest running and waiting requests.
     LeastLoaded,
     /// One after the other.

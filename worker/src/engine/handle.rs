@@ -12,9 +12,10 @@ use foregate_api::load::EngineLoad;
 use foregate_api::node::WorkerConfig;
 use foregate_wire::generation::generate_event::Event;
 use futures::Stream;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast, mpsc, oneshot, watch};
 use tracing::Span;
 
+use crate::kv_cache::Changes;
 use crate::sampler::SamplerError;
 use crate::scheduler::NeverFits;
 use crate::sequence::Request;
@@ -128,8 +129,22 @@ pub(super) struct Submission {
 #[derive(Debug)]
 pub(super) enum Command {
     Submit(Box<Submission>),
+    /// Say what the KV cache holds, and from then on what changes.
+    Prefixes(oneshot::Sender<Prefixes>),
     /// Look at the flags.
     Wake,
+}
+
+/// Short names of all prefixes, and every change after them.
+pub(crate) type Prefixes = (Vec<u64>, broadcast::Receiver<Arc<Changes>>);
+
+/// Streams of prefixes that may be open: one per gateway.
+const FOLLOWERS: usize = 256;
+
+/// The right to follow the prefixes.
+#[derive(Debug)]
+pub struct Follower {
+    _permit: OwnedSemaphorePermit,
 }
 
 /// State that both sides see.
@@ -170,13 +185,14 @@ impl Shared {
 pub struct EngineHandle {
     commands: SyncSender<Command>,
     permits: Arc<Semaphore>,
+    followers: Arc<Semaphore>,
     capacity: usize,
     page_tokens: usize,
     limits: Arc<RequestLimits>,
     shared: Arc<Shared>,
 }
 
-/// A handle and the engine's end of its channel. The channel has room for one command per permit; a
+/// A handle and the engine's end of its channel. The channel has room for one command per permit and follower; a
 /// full one refuses the request.
 pub(super) fn open(
     limits: RequestLimits,
@@ -184,7 +200,7 @@ pub(super) fn open(
 ) -> (EngineHandle, Receiver<Command>) {
     let capacity = config.max_num_seqs.max(1) as usize + config.max_waiting as usize;
     let capacity = capacity.min(Semaphore::MAX_PERMITS);
-    let (commands, inbox) = sync_channel(capacity + 1);
+    let (commands, inbox) = sync_channel(capacity + 1 + FOLLOWERS);
     let shared = Shared {
         draining: AtomicBool::new(false),
         stopping: AtomicBool::new(false),
@@ -195,6 +211,7 @@ pub(super) fn open(
     let handle = EngineHandle {
         commands,
         permits: Arc::new(Semaphore::new(capacity)),
+        followers: Arc::new(Semaphore::new(FOLLOWERS)),
         capacity,
         page_tokens: config.page_tokens.max(1) as usize,
         limits: Arc::new(limits),
@@ -257,6 +274,34 @@ impl EngineHandle {
             return Err(SubmitError::NeverFits(NeverFits { need, have }));
         }
         Ok(())
+    }
+
+    /// The right to follow the prefixes of the KV cache.
+    ///
+    /// # Errors
+    /// When too many do.
+    pub fn follower(&self) -> Result<Follower, SubmitError> {
+        let permit = Arc::clone(&self.followers).try_acquire_owned();
+        let permit = permit.map_err(|_| SubmitError::Full(FOLLOWERS))?;
+        Ok(Follower { _permit: permit })
+    }
+
+    /// What the KV cache holds, and its changes from then on. Comes between two steps; the caller sets the deadline.
+    ///
+    /// # Errors
+    /// When the engine is gone or has too many commands to come to.
+    pub(crate) async fn prefixes(&self) -> Result<Prefixes, SubmitError> {
+        let (answer, answered) = oneshot::channel();
+        match self.commands.try_send(Command::Prefixes(answer)) {
+            Ok(()) => {}
+            Err(TrySendError::Full(_)) => return Err(SubmitError::Full(self.capacity)),
+            Err(TrySendError::Disconnected(_)) => {
+                return Err(SubmitError::Dead("it ended".into()));
+            }
+        }
+        answered
+            .await
+            .map_err(|_| SubmitError::Dead("it ended".into()))
     }
 
     /// What requests must keep to.

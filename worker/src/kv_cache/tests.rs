@@ -138,3 +138,36 @@ fn all_or_nothing() {
     assert_eq!(pool.take(3).map(|pages| pages.len()), Some(3));
     assert!(pool.take_one().is_none());
 }
+
+#[test]
+fn whoever_follows_the_names_knows_what_is_there() {
+    let mut pool = PagePool::new(2, 2);
+    let first = pool.take_one().unwrap();
+    let one = short(&pool.publish(first, &ROOT, &[1, 2]));
+    assert_eq!(pool.take_changes(true), None, "nobody has asked yet");
+    assert_eq!(pool.tell_names(), [one]);
+    let second = pool.take_one().unwrap();
+    let two = short(&pool.publish(second, &ROOT, &[3, 4]));
+    let added = |added: &[u64], removed: &[u64]| {
+        Some(Changes {
+            added: added.to_vec(),
+            removed: removed.to_vec(),
+        })
+    };
+    assert_eq!(pool.take_changes(true), added(&[two], &[]));
+    pool.give_back(&[first, second]);
+    assert_eq!(pool.take_changes(true), None);
+    // Both are evicted; the second comes again under the same name.
+    let pages = pool.take(2).unwrap();
+    pool.publish(pages[0], &ROOT, &[3, 4]);
+    let last = short(&pool.publish(pages[1], &ROOT, &[5, 6]));
+    assert_eq!(pool.take_changes(true), added(&[two, last], &[one]));
+    pool.give_back(&pages);
+    pool.take(1).unwrap();
+    assert_eq!(
+        pool.take_changes(false),
+        None,
+        "nobody wants to know any more"
+    );
+    assert_eq!(pool.take_changes(true), None);
+}

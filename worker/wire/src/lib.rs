@@ -5,6 +5,7 @@
 
 pub mod connect;
 pub mod frame;
+pub mod prefix;
 pub mod serve;
 
 #[allow(

@@ -210,6 +210,7 @@ impl InOrder {
                     rank: worker.rank,
                     load: worker.active,
                     signature: Vec::new(),
+                    cached: 0,
                 };
                 let candidates: Vec<Candidate> = open.iter().map(candidate).collect();
                 router
