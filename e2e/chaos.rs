@@ -42,7 +42,7 @@ fn manifest() -> ManifestFile {
 }
 
 fn missing() -> bool {
-    if on_path("etcd") {
+    if on_path("etcd").is_some() {
         return false;
     }
     skip("no etcd on PATH");

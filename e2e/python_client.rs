@@ -20,7 +20,7 @@ fn run(program: &Path, arguments: &[&str]) -> Output {
 
 /// Python of a virtual environment that has the client; made once per version of it.
 fn python() -> Result<PathBuf, String> {
-    if !on_path("python3") {
+    if on_path("python3").is_none() {
         return Err("no python3 on PATH".to_owned());
     }
     let home = std::env::var_os("HOME").unwrap_or_default();

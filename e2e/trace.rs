@@ -83,7 +83,7 @@ async fn tasks_join_one_trace_and_push_metrics() {
 
 #[tokio::test]
 async fn processes_join_one_trace() {
-    if !on_path("etcd") {
+    if on_path("etcd").is_none() {
         return skip("no etcd on PATH");
     }
     let receiver = Receiver::start().await;

@@ -119,7 +119,7 @@ async fn four_workers_agree_with_the_reference() {
 
 #[tokio::test]
 async fn processes_agree_with_the_reference() {
-    if !on_path("etcd") {
+    if on_path("etcd").is_none() {
         return skip("no etcd on PATH");
     }
     for workers in ["1", "2", "4"] {
@@ -148,7 +148,7 @@ async fn divided_duties_agree_with_the_reference() {
             model.display()
         ));
         for form in forms {
-            if form.contains(&"--processes") && !on_path("etcd") {
+            if form.contains(&"--processes") && on_path("etcd").is_none() {
                 skip("no etcd on PATH");
                 continue;
             }
@@ -168,7 +168,7 @@ async fn divided_duties_agree_with_the_reference() {
 /// Certificates between all, a key of the client's: the same answers; without the key none.
 #[tokio::test]
 async fn processes_that_prove_themselves_agree_with_the_reference() {
-    if !on_path("etcd") {
+    if on_path("etcd").is_none() {
         return skip("no etcd on PATH");
     }
     let keys = tempfile::NamedTempFile::new().unwrap();

@@ -9,29 +9,67 @@ use k8s_openapi::api::core::v1::{ConfigMap, Pod, Service};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use kube::api::{DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams};
-use kube::core::ApiResource;
+use kube::core::{ApiResource, PartialObjectMeta, Status};
 use kube::{Api, Client, ResourceExt as _};
 use serde_json::json;
 
 use crate::build::{MANAGER, Object, Owner, selector_text};
 
-/// Applies every object. What others wrote into fields of ours is overwritten; their own fields stay.
+/// Why objects were not brought to what they shall be.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ApplyError {
+    /// The API server did not do it.
+    #[error(transparent)]
+    Api(#[from] kube::Error),
+    /// An object of this name is somebody else's, and stays as it is.
+    #[error(
+        "{kind} {name} is there already and is not of this cluster: remove it, or give the MoeCluster another name"
+    )]
+    Taken {
+        /// Its kind.
+        kind: String,
+        /// Its name.
+        name: String,
+    },
+}
+
+/// What a cluster owns of the kinds that it may come to need no more: kind and name.
+pub(crate) type Owned = BTreeSet<(String, String)>;
+
+/// Applies every object. What others wrote into fields of ours is overwritten, and their own fields stay; an object that is
+/// not `owned` is made, never taken over.
 ///
 /// # Errors
-/// The API server's first.
+/// The API server's first, or the first name that is taken.
 pub(crate) async fn apply(
     client: &Client,
     owner: &Owner,
     objects: &[Object],
-) -> Result<(), kube::Error> {
-    let how = PatchParams::apply(MANAGER).force();
+    owned: &Owned,
+) -> Result<(), ApplyError> {
+    let judged: BTreeSet<String> = prunable().into_iter().map(|kind| kind.kind).collect();
     for object in objects {
+        let key = (object.api.kind.clone(), object.name.clone());
+        let ours = owned.contains(&key) || !judged.contains(&key.0);
+        let how = PatchParams::apply(MANAGER);
+        let how = if ours { how.force() } else { how };
         let api: Api<DynamicObject> =
             Api::namespaced_with(client.clone(), &owner.namespace, &object.api);
-        api.patch(&object.name, &how, &Patch::Apply(&object.body))
-            .await?;
+        let body = Patch::Apply(&object.body);
+        match api.patch(&object.name, &how, &body).await {
+            Err(kube::Error::Api(error)) if !ours && is_taken(&error) => {
+                let (kind, name) = key;
+                return Err(ApplyError::Taken { kind, name });
+            }
+            end => drop(end?),
+        }
     }
     Ok(())
+}
+
+/// Somebody else has written what we would write, or another controller owns the object.
+fn is_taken(error: &Status) -> bool {
+    error.is_conflict() || (error.code == 422 && error.message.contains("ownerReferences"))
 }
 
 /// Kinds that a cluster may come to need no more.
@@ -46,7 +84,28 @@ fn prunable() -> [ApiResource; 6] {
     ]
 }
 
-/// Removes what this cluster owns and `objects` does not name; `keep` are names that are still in use.
+/// What this cluster owns.
+///
+/// # Errors
+/// The API server's first.
+pub(crate) async fn owned(client: &Client, owner: &Owner) -> Result<Owned, kube::Error> {
+    let ours = ListParams::default().labels(&selector_text(&owner.all()));
+    let mut owned = Owned::new();
+    for kind in prunable() {
+        let api: Api<DynamicObject> =
+            Api::namespaced_with(client.clone(), &owner.namespace, &kind);
+        let found = api.list_metadata(&ours).await?.items;
+        let of_it = |object: &PartialObjectMeta<DynamicObject>| {
+            let mut owners = object.owner_references().iter();
+            owners.any(|reference| reference.uid == owner.uid)
+        };
+        let names = found.iter().filter(|o| of_it(o)).map(|o| o.name_any());
+        owned.extend(names.map(|name| (kind.kind.clone(), name)));
+    }
+    Ok(owned)
+}
+
+/// Removes what is `owned` and `objects` does not name; `keep` are names that are still in use.
 ///
 /// # Errors
 /// The API server's first.
@@ -55,21 +114,18 @@ pub(crate) async fn prune(
     owner: &Owner,
     objects: &[Object],
     keep: &BTreeSet<String>,
+    owned: &Owned,
 ) -> Result<(), kube::Error> {
-    let ours = ListParams::default().labels(&selector_text(&owner.all()));
+    let wanted: BTreeSet<(&str, &str)> = objects
+        .iter()
+        .map(|object| (object.api.kind.as_str(), object.name.as_str()))
+        .collect();
     for kind in prunable() {
-        let wanted: BTreeSet<&str> = objects
-            .iter()
-            .filter(|object| object.api.kind == kind.kind)
-            .map(|object| object.name.as_str())
-            .collect();
         let api: Api<DynamicObject> =
             Api::namespaced_with(client.clone(), &owner.namespace, &kind);
-        for found in api.list_metadata(&ours).await?.items {
-            let name = found.name_any();
-            let owned = found.owner_references().iter().any(|r| r.uid == owner.uid);
-            if owned && !wanted.contains(name.as_str()) && !keep.contains(&name) {
-                gone(api.delete(&name, &DeleteParams::default()).await)?;
+        for (_, name) in owned.iter().filter(|(of, _)| *of == kind.kind) {
+            if !wanted.contains(&(&kind.kind, name)) && !keep.contains(name) {
+                gone(api.delete(name, &DeleteParams::default()).await)?;
                 tracing::info!(cluster = %owner.name, kind = %kind.kind, %name, "removed");
             }
         }
@@ -80,8 +136,8 @@ pub(crate) async fn prune(
 /// Makes a pod, unless there is one.
 ///
 /// # Errors
-/// The API server's.
-pub(crate) async fn create(client: &Client, pod: &Pod) -> Result<(), kube::Error> {
+/// The API server's, or that the name is taken.
+pub(crate) async fn create(client: &Client, pod: &Pod) -> Result<(), ApplyError> {
     let namespace = pod.namespace().unwrap_or_default();
     let api: Api<Pod> = Api::namespaced(client.clone(), &namespace);
     let how = PostParams {
@@ -89,8 +145,24 @@ pub(crate) async fn create(client: &Client, pod: &Pod) -> Result<(), kube::Error
         ..PostParams::default()
     };
     match api.create(&how, pod).await {
-        Err(kube::Error::Api(error)) if error.is_already_exists() => Ok(()),
-        end => end.map(drop),
+        Err(kube::Error::Api(error)) if error.is_already_exists() => {}
+        end => return Ok(end.map(drop)?),
+    }
+    let name = pod.name_any();
+    let named = ListParams::default().fields(&format!("metadata.name={name}"));
+    let found = api.list_metadata(&named).await?.items;
+    let kind = MoeCluster::types().kind;
+    // That of an earlier cluster of this name goes with it.
+    let passes = |object: &PartialObjectMeta<Pod>| {
+        let mut owners = object.owner_references().iter();
+        object.metadata.deletion_timestamp.is_some() || owners.any(|o| o.kind == kind)
+    };
+    match found.iter().all(passes) {
+        true => Ok(()),
+        false => Err(ApplyError::Taken {
+            kind: "Pod".to_owned(),
+            name,
+        }),
     }
 }
 

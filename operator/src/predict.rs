@@ -5,7 +5,6 @@ use std::time::Duration;
 use foregate_api::ids::Epoch;
 use foregate_crd::placement::NextMove;
 use foregate_explain::{Coming, Record, coming};
-use foregate_planner::Verdict;
 use foregate_store::past::Item;
 use foregate_store::{Archive, StoreError};
 
@@ -62,12 +61,7 @@ async fn record(archive: &Archive, epoch: Epoch) -> Result<Option<Found>, StoreE
 fn of(coming: &Coming) -> NextMove {
     NextMove {
         windows: i32::try_from(coming.windows).unwrap_or(i32::MAX),
-        verdict: match coming.verdict {
-            Verdict::Keep => "keep",
-            Verdict::Reweigh => "reweigh",
-            Verdict::Move => "move",
-        }
-        .to_owned(),
+        verdict: coming.verdict.name().to_owned(),
         copies: i64::try_from(coming.copies).unwrap_or(i64::MAX),
         layers: coming
             .layers

@@ -28,7 +28,7 @@ use kube::runtime::controller::Action;
 use kube::runtime::events::Recorder;
 use tokio::time::Instant;
 
-use crate::apply;
+use crate::apply::{self, ApplyError};
 use crate::build::{self, Component, Defaults, Inputs, Owner, Prepared, selector_text};
 use crate::clusters::{Address, Clusters, View};
 use crate::dereference::{Found, Inspection, dereference};
@@ -65,6 +65,9 @@ pub(crate) enum ReconcileError {
     /// The Secrets of a cluster cannot be used as they are.
     #[error("{0}")]
     Secrets(String),
+    /// The name of an object is taken.
+    #[error("{0}")]
+    Taken(String),
     /// An object cannot be written as JSON.
     #[error("objects cannot be built: {0}")]
     Build(#[from] serde_json::Error),
@@ -78,11 +81,19 @@ impl ReconcileError {
         }
     }
 
+    fn applied(what: &'static str) -> impl FnOnce(ApplyError) -> Self {
+        move |error| match error {
+            ApplyError::Api(source) => Self::api(what)(source),
+            taken @ ApplyError::Taken { .. } => Self::Taken(taken.to_string()),
+        }
+    }
+
     /// The step that failed: a label of metrics.
     pub(crate) const fn category(&self) -> &'static str {
         match self {
             Self::Api { what, .. } => what,
             Self::Secrets(_) => "secrets",
+            Self::Taken(_) => "apply",
             Self::Build(_) => "build",
         }
     }
@@ -101,7 +112,7 @@ impl ReconcileError {
                 )),
                 _ => None,
             },
-            Self::Secrets(why) => Some(why.clone()),
+            Self::Secrets(why) | Self::Taken(why) => Some(why.clone()),
             Self::Build(_) => None,
         }
     }
@@ -354,7 +365,7 @@ async fn know_model(
         None => {
             let pod = build::inspector(owner, validated, &context.defaults);
             let made = apply::create(&context.client, &pod).await;
-            made.map_err(ReconcileError::api("inspect"))?;
+            made.map_err(ReconcileError::applied("inspect"))?;
             Ok(Err(Stage::Reading(None)))
         }
     }
@@ -438,10 +449,13 @@ async fn apply_objects(
         return Ok(());
     }
     let (client, objects) = (&context.client, &prepared.objects);
-    apply::apply(client, owner, objects)
+    let owned = apply::owned(client, owner)
         .await
         .map_err(ReconcileError::api("apply"))?;
-    apply::prune(client, owner, objects, &keep)
+    apply::apply(client, owner, objects, &owned)
+        .await
+        .map_err(ReconcileError::applied("apply"))?;
+    apply::prune(client, owner, objects, &keep, &owned)
         .await
         .map_err(ReconcileError::api("prune"))?;
     lock(&context.applied).insert(owner.uid.clone(), (hash, Instant::now()));
@@ -519,7 +533,7 @@ async fn obey(
         if let Some(wanted) = prepared.pods.get(rank) {
             apply::create(&context.client, &wanted.pod)
                 .await
-                .map_err(failed())?;
+                .map_err(ReconcileError::applied("pods"))?;
             tell::rank(&context.recorder, cluster, *rank, Told::Made).await;
         }
     }

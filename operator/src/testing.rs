@@ -179,6 +179,10 @@ pub(crate) mod api {
                     }
                     None => status(StatusCode::NOT_FOUND, "NotFound", path),
                 },
+                // Whoever does not insist takes nothing over.
+                "patch" if !query.contains("force=true") && !self.is_of_owner(path, &body) => {
+                    status(StatusCode::CONFLICT, "Conflict", "somebody else wrote this")
+                }
                 "patch" | "update" => (StatusCode::OK, self.put(path, body)),
                 "delete" => match self.objects.remove(path) {
                     Some(found) => (StatusCode::OK, found),
@@ -186,6 +190,14 @@ pub(crate) mod api {
                 },
                 _ => status(StatusCode::METHOD_NOT_ALLOWED, "MethodNotAllowed", path),
             }
+        }
+
+        /// Whether what is there, if anything, has an owner in common with `body`.
+        fn is_of_owner(&self, path: &str, body: &Value) -> bool {
+            let owners =
+                |object: &Value| object["metadata"]["ownerReferences"][0]["uid"].clone();
+            let before = self.objects.get(path);
+            before.is_none_or(|old| owners(old) == owners(body))
         }
 
         /// Writes an object over the one that is there; its uid and status stay.
@@ -219,11 +231,18 @@ pub(crate) mod api {
                         object["metadata"]["labels"][key] == json!(value)
                     })
             };
+            let named = query
+                .split('&')
+                .find_map(|pair| pair.strip_prefix("fieldSelector=metadata.name%3D"));
+            let is_named =
+                |object: &Value| named.is_none_or(|name| object["metadata"]["name"] == name);
             let prefix = format!("{path}/");
             let items: Vec<&Value> = self
                 .objects
                 .iter()
-                .filter(|(path, object)| path.starts_with(&prefix) && matches(object))
+                .filter(|(path, object)| {
+                    path.starts_with(&prefix) && matches(object) && is_named(object)
+                })
                 .map(|(_, object)| object)
                 .collect();
             let list =

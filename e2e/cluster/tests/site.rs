@@ -1,6 +1,7 @@
 //! A namespace under the restricted profile with the charts installed and the example's `MoeCluster`: where a test works.
 
 use std::cell::RefCell;
+use std::process::Output;
 use std::time::Duration;
 
 use foregate_harness::cluster::{Cluster, Forward, Image, Namespace, ROLLOUT, awaited};
@@ -64,10 +65,26 @@ impl Site {
 
     /// `helm install` or `helm upgrade` of the operator's chart, until everything of it is there.
     pub(crate) fn helm(&self, what: &str, values: &Value) {
+        let output = self.try_helm(what, values);
+        assert!(
+            output.status.success(),
+            "helm {what}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+    }
+
+    /// What helm says where it refuses an upgrade to these values.
+    pub(crate) fn refused_upgrade(&self, values: &Value) -> String {
+        let output = self.try_helm("upgrade", values);
+        assert!(!output.status.success(), "helm took {values}");
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    }
+
+    fn try_helm(&self, what: &str, values: &Value) -> Output {
         let file = self.files.path().join("values.json");
         std::fs::write(&file, values.to_string()).unwrap();
         let chart = repository("charts/foregate");
-        let _printed = self.cluster.helm(&[
+        self.cluster.try_helm(&[
             what,
             "foregate",
             chart.to_str().unwrap(),
@@ -77,7 +94,7 @@ impl Site {
             file.to_str().unwrap(),
             "--wait",
             "--timeout=120s",
-        ]);
+        ])
     }
 
     /// Applies `charts/examples/tiny.yaml`, changed.

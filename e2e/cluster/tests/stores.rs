@@ -67,6 +67,12 @@ fn a_store_of_three_loses_a_member_and_nothing_else() {
     let persistence = json!({"enabled": true, "size": "64Mi", "storageClassName": CLASS});
     let values = json!({"etcd": {"replicas": 3, "persistence": persistence}});
     let site = Site::with_operator(cluster, "three", &values);
+    // One member without a volume cannot take the place of three.
+    let said = site.refused_upgrade(&site.values());
+    assert!(
+        said.contains("etcd.replicas: foregate-etcd runs with 3"),
+        "{said}"
+    );
     site.apply_tiny(|_| {});
     site.await_settled(2);
     let url = site.url();

@@ -99,10 +99,7 @@ impl Cluster {
     pub fn in_network<T: Send>(&self, job: impl FnOnce() -> T + Send) -> T {
         match &self.kind {
             Kind::Hermetic(made) => made.in_network(job),
-            Kind::Given => std::thread::scope(|scope| match scope.spawn(job).join() {
-                Ok(answer) => answer,
-                Err(panic) => std::panic::resume_unwind(panic),
-            }),
+            Kind::Given => job(),
         }
     }
 
@@ -126,11 +123,7 @@ impl Cluster {
     pub fn program(&self, name: &str) -> Option<PathBuf> {
         match &self.kind {
             Kind::Hermetic(made) => Some(made.program(name)),
-            Kind::Given => {
-                let path = std::env::var_os("PATH").unwrap_or_default();
-                let mut files = std::env::split_paths(&path).map(|folder| folder.join(name));
-                files.find(|file| file.is_file())
-            }
+            Kind::Given => crate::on_path(name),
         }
     }
 
@@ -168,9 +161,15 @@ impl Cluster {
     /// # Panics
     /// With its stderr if it fails.
     pub fn helm(&self, arguments: &[&str]) -> String {
+        succeeded(&format!("helm {arguments:?}"), self.try_helm(arguments))
+    }
+
+    /// Runs helm.
+    #[must_use]
+    pub fn try_helm(&self, arguments: &[&str]) -> Output {
         let mut command = self.command("helm");
         command.args(arguments);
-        succeeded(&format!("helm {arguments:?}"), with_input(command, ""))
+        with_input(command, "")
     }
 
     /// Applies objects given as YAML.

@@ -55,9 +55,10 @@ pub fn skip(reason: &str) {
     }
 }
 
-/// Whether a program is on PATH.
+/// Where PATH has a program.
 #[must_use]
-pub fn on_path(program: &str) -> bool {
+pub fn on_path(program: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&path).any(|directory| directory.join(program).is_file())
+    let mut files = std::env::split_paths(&path).map(|directory| directory.join(program));
+    files.find(|file| file.is_file())
 }

@@ -14,6 +14,36 @@ const QUANTITY: &str = r"^([0-9]+(\.[0-9]*)?|\.[0-9]+)(m|k|[KMGTPE]i?|[eE]\+?[0-
 /// The same of bytes: no thousandths.
 const BYTES: &str = r"^([0-9]+(\.[0-9]*)?|\.[0-9]+)(k|[KMGTPE]i?|[eE]\+?[0-9]+)?$";
 
+/// What stands in rules of the whole object under a name: `$name` is replaced by the expression, which may use the
+/// names after it.
+const NAMES: &[(&str, &str)] = &[
+    // Slots that link all workers (`foregate_planner::redundancy`): 1 + ceil((experts - 1) / workers).
+    (
+        "$linkingSlots",
+        "(1 + ($facts.experts + $holders - 2) / $holders)",
+    ),
+    ("$evenSlots", "(($facts.experts + $holders - 1) / $holders)"),
+    (
+        "$redundantSlots",
+        "(has($workers.redundantSlots) ? $workers.redundantSlots : 0)",
+    ),
+    // Workers that hold experts.
+    ("$holders", "($workers.count - $workers.attentionOnly)"),
+    ("$kvBytes", "quantity($workers.kvMemory).asInteger()"),
+    (
+        "$memoryBytes",
+        "quantity(string($workers.resources.limits['memory'])).asInteger()",
+    ),
+    ("$workers", "self.spec.workers"),
+    ("$facts", "self.status.model.facts"),
+];
+
+/// An expression without names.
+fn spelled_out(expression: &str) -> String {
+    let replace = |text: String, (name, meaning): &(&str, &str)| text.replace(name, meaning);
+    NAMES.iter().fold(expression.to_owned(), replace)
+}
+
 /// A rule of a field.
 struct Rule {
     /// Path of the field that is `self`; empty: the whole object.
@@ -44,38 +74,27 @@ const RULES: &[Rule] = &[
     // that of a worker that does both; where there is none, the operator says in the status what does not fit.
     Rule {
         at: "",
-        rule: "self.spec.workers.attentionOnly + self.spec.workers.expertOnly >= self.spec.workers.count || !has(self.status) || !has(self.status.model) || !has(self.spec.workers.resources) || \
-               !has(self.spec.workers.resources.limits) || !('memory' in self.spec.workers.resources.limits) || \
-               quantity(self.spec.workers.kvMemory).asInteger() + self.status.model.facts.denseBytes + \
-               self.status.model.facts.slotBytes * ((self.status.model.facts.experts + self.spec.workers.count - \
-               self.spec.workers.attentionOnly - 1) / (self.spec.workers.count - self.spec.workers.attentionOnly) + (has(self.spec.workers.redundantSlots) ? self.spec.workers.redundantSlots : 0)) \
-               <= quantity(string(self.spec.workers.resources.limits['memory'])).asInteger()",
+        rule: "$workers.attentionOnly + $workers.expertOnly >= $workers.count || !has(self.status) || \
+               !has(self.status.model) || !has($workers.resources) || !has($workers.resources.limits) || \
+               !('memory' in $workers.resources.limits) || \
+               $kvBytes + $facts.denseBytes + $facts.slotBytes * ($evenSlots + $redundantSlots) <= $memoryBytes",
         says: Says::Expression(
             "'spec.workers: kvMemory %d bytes + dense weights %d + %d expert slots x %d is more than resources.limits.memory, %d \
              bytes: give more memory, more workers, or less kvMemory or redundantSlots'.format([\
-             quantity(self.spec.workers.kvMemory).asInteger(), self.status.model.facts.denseBytes, \
-             (self.status.model.facts.experts + self.spec.workers.count - self.spec.workers.attentionOnly - 1) / \
-             (self.spec.workers.count - self.spec.workers.attentionOnly) + \
-             (has(self.spec.workers.redundantSlots) ? self.spec.workers.redundantSlots : 0), \
-             self.status.model.facts.slotBytes, \
-             quantity(string(self.spec.workers.resources.limits['memory'])).asInteger()])",
+             $kvBytes, $facts.denseBytes, $evenSlots + $redundantSlots, $facts.slotBytes, $memoryBytes])",
             "spec.workers: KV cache and weights are more than resources.limits.memory",
         ),
     },
     // The same of slots, where they are to be enough: those of a manifest that says none are.
     Rule {
         at: "",
-        rule: "!self.spec.balancing.strict || self.spec.workers.attentionOnly >= self.spec.workers.count || \
-               !has(self.status) || !has(self.status.model) || !has(self.spec.workers.redundantSlots) || \
-               (self.status.model.facts.experts + (self.spec.workers.count - self.spec.workers.attentionOnly) - 1) / (self.spec.workers.count - self.spec.workers.attentionOnly) + self.spec.workers.redundantSlots >= \
-               self.status.model.facts.experts || \
-               (self.status.model.facts.experts + (self.spec.workers.count - self.spec.workers.attentionOnly) - 1) / (self.spec.workers.count - self.spec.workers.attentionOnly) + self.spec.workers.redundantSlots >= \
-               1 + (self.status.model.facts.experts + (self.spec.workers.count - self.spec.workers.attentionOnly) - 2) / (self.spec.workers.count - self.spec.workers.attentionOnly)",
+        rule: "!self.spec.balancing.strict || $workers.attentionOnly >= $workers.count || !has(self.status) || \
+               !has(self.status.model) || !has($workers.redundantSlots) || \
+               $evenSlots + $redundantSlots >= $facts.experts || $evenSlots + $redundantSlots >= $linkingSlots",
         says: Says::Expression(
             "'spec.workers.redundantSlots: %d + %d expert slots per worker do not link %d workers, which takes 1 + ceil((%d - \
              1) / %d) = %d: raise it, or set spec.balancing.strict to false'.format([\
-             (self.status.model.facts.experts + (self.spec.workers.count - self.spec.workers.attentionOnly) - 1) / (self.spec.workers.count - self.spec.workers.attentionOnly), self.spec.workers.redundantSlots, (self.spec.workers.count - self.spec.workers.attentionOnly), \
-             self.status.model.facts.experts, (self.spec.workers.count - self.spec.workers.attentionOnly), 1 + (self.status.model.facts.experts + (self.spec.workers.count - self.spec.workers.attentionOnly) - 2) / (self.spec.workers.count - self.spec.workers.attentionOnly)])",
+             $evenSlots, $workers.redundantSlots, $holders, $facts.experts, $holders, $linkingSlots])",
             "spec.workers.redundantSlots: too few to link all workers; raise it, or set spec.balancing.strict to false",
         ),
     },
@@ -532,14 +551,17 @@ fn set(object: &mut Value, path: &str, entries: &[(&str, Value)]) -> Result<(), 
 
 fn add(object: &mut Value, rule: &Rule) -> Result<(), SchemaError> {
     let mut entry = Map::new();
-    entry.insert("rule".to_owned(), json!(rule.rule));
+    entry.insert("rule".to_owned(), json!(spelled_out(rule.rule)));
     match rule.says {
         Says::Text(text) => {
             entry.insert("message".to_owned(), json!(text));
         }
         Says::Expression(expression, text) => {
             entry.insert("message".to_owned(), json!(text));
-            entry.insert("messageExpression".to_owned(), json!(expression));
+            entry.insert(
+                "messageExpression".to_owned(),
+                json!(spelled_out(expression)),
+            );
         }
     }
     let schema = field(object, rule.at)?;

@@ -4,7 +4,7 @@ use std::fmt;
 
 use foregate_api::ids::LayerId;
 use foregate_api::placement::Placement;
-use foregate_planner::{Verdict, plan};
+use foregate_planner::{Decision, History, Verdict, plan};
 use serde::Serialize;
 
 use crate::record::{Record, ReplayError};
@@ -59,7 +59,17 @@ pub fn coming(
     record: &Record,
     previous: Option<&Placement>,
 ) -> Result<Option<Coming>, ReplayError> {
-    let (decision, mut history) = record.decide(previous)?;
+    let (decision, history) = record.decide(previous)?;
+    following(record, previous, &decision, history)
+}
+
+/// The same, by who has made the decision again: with the trigger's memory after it.
+pub(crate) fn following(
+    record: &Record,
+    previous: Option<&Placement>,
+    decision: &Decision,
+    mut history: History,
+) -> Result<Option<Coming>, ReplayError> {
     let Some(placement) = decision.placement().or(previous) else {
         return Ok(None);
     };

@@ -6,7 +6,7 @@ use foregate_api::ids::{Epoch, LayerId};
 use foregate_planner::{Because, Verdict};
 use serde::Serialize;
 
-use crate::coming::{Coming, coming};
+use crate::coming::{Coming, following};
 use crate::past::{Missing, Past};
 use crate::record::{ReplayError, Trigger};
 use crate::text;
@@ -57,7 +57,7 @@ pub fn next(past: &Past, now_ms: u64) -> Result<NextAnswer, Missing> {
     let record = past.newest()?;
     let parent = past.parent(record)?;
     let replay = |error: ReplayError| Missing::Replay(error.to_string());
-    let decision = record.replay(parent).map_err(replay)?;
+    let (decision, history) = record.decide(parent).map_err(replay)?;
     let near = |layer: &foregate_planner::report::LayerReport| NearLayer {
         layer: layer.layer,
         balance: layer.after,
@@ -81,7 +81,7 @@ pub fn next(past: &Past, now_ms: u64) -> Result<NextAnswer, Missing> {
         window_ms: record.window_ms,
         threshold: record.settings.threshold,
         layers,
-        coming: coming(record, parent).map_err(replay)?,
+        coming: following(record, parent, &decision, history).map_err(replay)?,
     })
 }
 

@@ -16,6 +16,18 @@ pub enum Verdict {
     Move,
 }
 
+impl Verdict {
+    /// Its name in statuses, logs and records.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Keep => "keep",
+            Self::Reweigh => "reweigh",
+            Self::Move => "move",
+        }
+    }
+}
+
 /// Why copies did not move; the reason of a "keep" or "reweigh".
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]

@@ -2,12 +2,15 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use foregate_api::ids::{Epoch, ExpertId, LayerId, Rank};
-use foregate_api::placement::{LayerPlacement, Placement, Reason};
+mod hosts;
+
+use foregate_api::ids::ExpertId;
 use foregate_planner::bound::certificate;
 use foregate_planner::split::{SplitTable, solve};
 use microlp::{ComparisonOp, LinearExpr, OptimizationDirection, Problem, Variable};
 use proptest::prelude::*;
+
+use hosts::table;
 
 /// The least maximum load: minimise T, where the copies of each expert carry all of its rows and no rank carries more
 /// than T.
@@ -32,27 +35,6 @@ fn least_maximum(table: &SplitTable, rows: &[f64]) -> f64 {
     }
     let solution = problem.solve().unwrap().into_solution().unwrap();
     solution.objective()
-}
-
-/// The table of a layer where expert e lives on `hosts[e]`.
-fn table(hosts: &[Vec<u32>], ranks: u32) -> SplitTable {
-    let ranks: Vec<Rank> = (0..ranks).map(Rank).collect();
-    let slots = ranks.iter().map(|rank| {
-        let on = hosts.iter().enumerate();
-        let held = on.filter(|(_, on)| on.contains(&rank.0));
-        held.map(|(e, _)| ExpertId(e as u32)).collect()
-    });
-    let layer = LayerPlacement::from_slots(&ranks, slots.collect(), hosts.len());
-    let placement = Placement {
-        epoch: Epoch(1),
-        parent: Epoch(0),
-        reason: Reason::Initial,
-        ranks,
-        layers: vec![layer],
-        balance_before: 0.0,
-        balance_after: 0.0,
-    };
-    SplitTable::new(&placement, LayerId(0)).unwrap()
 }
 
 prop_compose! {

@@ -2,8 +2,10 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use foregate_api::ids::{Epoch, ExpertId, LayerId, Rank};
-use foregate_api::placement::{LayerPlacement, Placement, Reason};
+mod hosts;
+
+use foregate_api::ids::{ExpertId, Rank};
+use foregate_api::placement::{Placement, Reason};
 use foregate_planner::bound::{any_placement, certificate};
 use foregate_planner::check::{Finding, check, refused};
 use foregate_planner::redundancy::least_components;
@@ -13,6 +15,8 @@ use foregate_planner::{
     Decision, History, Problem, RankSlots, Settings, Verdict, initial, plan,
 };
 use proptest::prelude::*;
+
+use hosts::table;
 
 /// Slots that hold all experts, with some to spare.
 fn slots() -> impl Strategy<Value = (usize, Vec<usize>)> {
@@ -83,29 +87,6 @@ fn assert_linked(placement: &Placement, problem: &Problem, parent: Option<&Place
             .any(|f| matches!(f, Finding::Components { .. })),
         "{findings:?}"
     );
-}
-
-/// The table of a layer where expert e lives on `hosts[e]`.
-fn table(hosts: &[Vec<u32>], ranks: u32) -> SplitTable {
-    let ranks: Vec<Rank> = (0..ranks).map(Rank).collect();
-    let slots = ranks.iter().map(|rank| {
-        let held = hosts
-            .iter()
-            .enumerate()
-            .filter(|(_, on)| on.contains(&rank.0));
-        held.map(|(e, _)| ExpertId(e as u32)).collect()
-    });
-    let layer = LayerPlacement::from_slots(&ranks, slots.collect(), hosts.len());
-    let placement = Placement {
-        epoch: Epoch(1),
-        parent: Epoch(0),
-        reason: Reason::Initial,
-        ranks,
-        layers: vec![layer],
-        balance_before: 0.0,
-        balance_after: 0.0,
-    };
-    SplitTable::new(&placement, LayerId(0)).unwrap()
 }
 
 prop_compose! {

@@ -377,6 +377,51 @@ async fn to_look_twice_is_to_look_once() {
     assert!(world.api.names("services").contains("tiny"));
 }
 
+/// Names of objects are made from the cluster's; what has such a name already is somebody's.
+#[tokio::test(start_paused = true)]
+async fn nothing_of_others_is_taken_over() {
+    let of_others = [
+        ("/api/v1", "services", "tiny", "Service"),
+        ("/apis/apps/v1", "deployments", "tiny-gateway", "Deployment"),
+        ("/api/v1", "pods", "tiny-worker-1", "Pod"),
+        ("/api/v1", "pods", "tiny-inspect", "Pod"),
+    ];
+    for (group, resource, name, kind) in of_others {
+        let mut world = World::new(2);
+        let path = format!("{group}/namespaces/default/{resource}/{name}");
+        // A kubelet would run such a pod too.
+        let annotations = json!({"foregate.dev/slots": "4"});
+        let metadata =
+            json!({"name": name, "namespace": "default", "annotations": annotations});
+        let body = json!({"metadata": metadata, "spec": {"a": 1}});
+        world.api.insert(&path, body, "other");
+        let mut refused = None;
+        for _ in 0..8 {
+            refused = world.look().await.err().or(refused);
+            world.api.with(resource, name, |object| {
+                assert_eq!(
+                    object["spec"],
+                    json!({"a": 1}),
+                    "{kind} {name} was taken over"
+                );
+                object.as_object_mut().unwrap().remove("status");
+            });
+            if refused.is_some() {
+                break;
+            }
+            world.live().await;
+        }
+        let why = refused.expect("a refusal").to_string();
+        assert!(
+            why.starts_with(&format!("{kind} {name} is there already")),
+            "{why}"
+        );
+        assert_eq!(world.condition("Degraded")["message"], why);
+        world.api.remove(resource, name);
+        world.settle(2).await;
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn workers_are_added_and_leave_through_the_plan() {
     let mut world = World::new(2);

@@ -242,7 +242,9 @@ fn possible() -> Result<(), String> {
         "cc",
     ]
     .into_iter()
-    .filter(|program| !on_path(program) && !Path::new("/usr/sbin").join(program).exists())
+    .filter(|program| {
+        on_path(program).is_none() && !Path::new("/usr/sbin").join(program).exists()
+    })
     .collect();
     if !lacks.is_empty() {
         return Err(format!(
@@ -250,7 +252,7 @@ fn possible() -> Result<(), String> {
             lacks.join(", ")
         ));
     }
-    if !on_path("go") && !Path::new("/usr/local/go/bin/go").exists() {
+    if on_path("go").is_none() && !Path::new("/usr/local/go/bin/go").exists() {
         return Err(
             "no KUBECONFIG, and no Go to build a cluster with: .ci/need test".to_owned(),
         );
