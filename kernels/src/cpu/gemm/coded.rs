@@ -105,15 +105,14 @@ impl<L: Lanes> Code<L> for Mxfp4 {
     }
 }
 
-/// Pairs of inputs that are decoded at once for several rows: with those of four panels they should stay in the
-/// first-level cache. Whole units.
+/// Pairs of inputs that are decoded at once for several rows: with those of four panels they take 16 KiB, and should stay
+/// in the first-level cache. Whole units.
 const fn chunk<L: Lanes>() -> usize {
-    match L::TILES {
-        Tiles::Wide => 64,
-        Tiles::Narrow | Tiles::One => 32,
-    }
+    if size_of::<L::Pairs>() > 64 { 32 } else { 64 }
 }
 const MAX_CHUNK: usize = 64;
+/// Bytes of a line of bfloat16: a pair for each output of a panel.
+const LINE: usize = 4 * WIDTH;
 
 /// Some rows times some panels.
 ///
@@ -150,6 +149,52 @@ on_path! {
         out: &mut Results,
         chains: &mut Results,
     ) = product_kernel
+}
+
+/// Some rows times some panels of bfloat16, which are widened once for all of them: `out` has the chains.
+///
+/// # Safety
+/// As for [`product_kernel`], but `w` is bfloat16.
+#[inline(always)]
+unsafe fn widened_kernel<L: Lanes>(
+    rows: &[*const u32],
+    w: Panels,
+    count: usize,
+    out: &mut Results,
+) {
+    let mut widened = Decoded::<L::Pairs>([const { MaybeUninit::uninit() }; _]);
+    let memory = widened.0.as_mut_ptr().cast::<L::Pairs>();
+    let pairs = w.k.div_ceil(2);
+    // SAFETY: the caller's promise; all reads stay within the pairs of a row and a panel.
+    unsafe {
+        for done in (0..pairs).step_by(const { chunk::<L>() }) {
+            let now = (pairs - done).min(const { chunk::<L>() });
+            for p in 0..count {
+                let lines = w.first.add(p * w.bytes + done * LINE);
+                let to = memory.add(p * MAX_CHUNK);
+                for pair in 0..now {
+                    let line = lines.add(pair * LINE);
+                    // What the next call widens.
+                    L::prefetch(line.wrapping_add(const { chunk::<L>() * LINE }));
+                    to.add(pair).write(L::load_pairs(line));
+                }
+            }
+            let piece = Piece::<L> {
+                weights: memory,
+                pairs: now,
+                skip: done * L::PAIR_WORDS,
+                first: done == 0,
+                last: None,
+            };
+            piece.times(rows, count, &mut [], out);
+        }
+    }
+}
+
+on_path! {
+    /// Some rows times some panels of bfloat16, widened once for all of them.
+    pub(super) fn widened(rows: &[*const u32], w: Panels, count: usize, out: &mut Results)
+        = widened_kernel
 }
 
 /// A few rows decode in registers; more rows share what is decoded once.
@@ -423,7 +468,7 @@ unsafe fn decode<L: Lanes, C: Code<L>>(
 }
 
 impl<L: Lanes> Piece<'_, L> {
-    /// Adds these pairs to the chains of all rows, and ends the chains of a group.
+    /// Adds these pairs to the chains of all rows, and ends the chains of a group; `out` may be empty where none ends.
     ///
     /// # Safety
     /// As for [`product_kernel`].
@@ -436,16 +481,18 @@ impl<L: Lanes> Piece<'_, L> {
         chains: &mut Results,
     ) {
         for row in (0..rows.len()).step_by(MAX_ROWS) {
-            let (x, out, chains) = (&rows[row..], &mut out[row..], &mut chains[row..]);
+            let ends = row.min(out.len());
+            let (x, out, chains) = (&rows[row..], &mut out[ends..], &mut chains[row..]);
             // SAFETY: the caller's promise.
             unsafe {
                 match (const { L::TILES }, x.len()) {
                     (Tiles::One, left) => {
                         for r in 0..left.min(MAX_ROWS) {
+                            let ends = r.min(out.len());
                             self.panels::<1, 1>(
                                 &x[r..],
                                 count,
-                                &mut out[r..],
+                                &mut out[ends..],
                                 &mut chains[r..],
                             );
                         }

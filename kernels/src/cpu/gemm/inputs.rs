@@ -177,7 +177,7 @@ const unsafe fn pair_words_kernel<L: Lanes>() -> usize {
 
 on_path! {
     /// Words of a prepared pair.
-    fn pair_words() -> usize = pair_words_kernel
+    pub(super) fn pair_words() -> usize = pair_words_kernel
 }
 
 #[cfg(test)]

@@ -3,13 +3,14 @@
 
 use std::mem::MaybeUninit;
 
-use super::inputs::Rows;
+use super::inputs::{self, Rows};
 use super::tile::{MAX_PANELS, MAX_ROWS, Panels, Results, product};
 use super::tiles::Tiles;
 use super::{BLOCK_ROWS, coded};
 use crate::cpu::amx::{self, Inputs};
 use crate::cpu::detect::{Isa, Unit};
 use crate::cpu::lanes::WIDTH;
+use crate::dtype::Dtype;
 use crate::matrix::Matrix;
 
 type Row = [f32; MAX_PANELS * WIDTH];
@@ -48,11 +49,11 @@ impl Multiplier {
     pub(super) fn new(isa: Isa, rows: usize, weights: &[&Matrix]) -> Self {
         let tiled = |_: &Unit| rows > 0 && weights.iter().any(|w| w.dtype().rounds_inputs());
         let Some(unit) = isa.tiles().filter(tiled) else {
-            // Codes are decoded once for all rows of a block.
-            let coded = weights.iter().any(|w| w.packing().is_some());
+            // Codes are decoded once for all rows of a block, and bfloat16 is widened once, where it has to be.
+            let shared = |w: &&Matrix| w.packing().is_some() || is_widened(isa, w.dtype());
             return Self {
                 isa,
-                rows: if coded && rows > MAX_ROWS {
+                rows: if weights.iter().any(shared) && rows > MAX_ROWS {
                     BLOCK_ROWS
                 } else {
                     MAX_ROWS
@@ -117,6 +118,11 @@ impl Multiplier {
             // SAFETY: the rows were checked by `pointers`; the rest is the caller's promise.
             return unsafe { coded::product(self.isa, &x[..rows], w, count, out, chains) };
         }
+        if rows > MAX_ROWS && is_widened(self.isa, w.dtype) {
+            let x = x.pointers::<BLOCK_ROWS>(row, rows);
+            // SAFETY: the rows were checked by `pointers`; the rest is the caller's promise.
+            return unsafe { coded::widened(self.isa, &x[..rows], w, count, out) };
+        }
         for at in (0..rows).step_by(MAX_ROWS) {
             let few = MAX_ROWS.min(rows - at);
             let x = x.pointers::<MAX_ROWS>(row + at, few);
@@ -124,4 +130,10 @@ impl Multiplier {
             unsafe { product(self.isa, &x[..few], w, count, &mut out[at..]) };
         }
     }
+}
+
+/// Whether pairs of a format are widened before they are multiplied.
+fn is_widened(isa: Isa, dtype: Dtype) -> bool {
+    // SAFETY: no pointers are passed.
+    dtype == Dtype::Bf16 && unsafe { inputs::pair_words(isa) } == 2
 }

@@ -17,13 +17,181 @@ use std::arch::x86_64::{
     _mm512_storeu_ps, _mm512_storeu_si512, _mm512_sub_epi16, _mm512_sub_epi32, _mm512_sub_ps,
     _mm512_ternarylogic_epi32, _mm512_test_epi16_mask, _mm512_testn_epi32_mask,
 };
+use std::marker::PhantomData;
 
 use super::{Lanes, ROUND, Tiles};
 use crate::codes;
 
-/// All lanes; with or without the instructions for bfloat16, and VBMI.
+/// All lanes; `P` is what becomes of pairs of bfloat16.
 #[derive(Clone, Copy)]
-pub(in crate::cpu) struct Avx512<const BF16: bool>(__m512);
+pub(in crate::cpu) struct Avx512<P>(__m512, PhantomData<P>);
+
+/// Pairs stay packed and are multiplied by one instruction (BF16). Codes are looked up bytewise (VBMI).
+#[derive(Clone, Copy)]
+pub(in crate::cpu) struct Packed;
+
+/// Pairs are widened, weights once for all rows that meet them and inputs when they are rounded: a product is two fused
+/// multiply-adds and nothing else.
+#[derive(Clone, Copy)]
+pub(in crate::cpu) struct Widened;
+
+/// What becomes of pairs of bfloat16.
+///
+/// # Safety
+/// As for [`Lanes`].
+pub(in crate::cpu) trait PairForm: Copy {
+    /// See [`Lanes::PAIR_WORDS`].
+    const WORDS: usize;
+    /// A pair per lane.
+    type Pairs: Copy;
+
+    /// From packed pairs.
+    unsafe fn of(packed: __m512i) -> Self::Pairs;
+    /// Packed again.
+    unsafe fn pack(pairs: Self::Pairs) -> __m512i;
+    /// See [`Lanes::splat_pair`].
+    unsafe fn splat(from: *const u32) -> Self::Pairs;
+    /// See [`Lanes::dot`].
+    unsafe fn dot(acc: __m512, x: Self::Pairs, w: Self::Pairs) -> __m512;
+    /// See [`Lanes::int8`].
+    unsafe fn int8(codes: __m512i, pair: usize) -> Self::Pairs;
+    /// See [`Lanes::e4m3`].
+    unsafe fn e4m3(codes: __m512i, pair: usize) -> Self::Pairs;
+}
+
+impl PairForm for Packed {
+    const WORDS: usize = 1;
+    type Pairs = __m512i;
+
+    #[inline(always)]
+    unsafe fn of(packed: __m512i) -> __m512i {
+        packed
+    }
+
+    #[inline(always)]
+    unsafe fn pack(pairs: __m512i) -> __m512i {
+        pairs
+    }
+
+    #[inline(always)]
+    unsafe fn splat(from: *const u32) -> __m512i {
+        // SAFETY: one word and the instructions are the caller's promise.
+        unsafe { _mm512_set1_epi32(from.read_unaligned() as i32) }
+    }
+
+    #[inline(always)]
+    unsafe fn dot(acc: __m512, x: __m512i, w: __m512i) -> __m512 {
+        // SAFETY: the instructions are the caller's promise; a register of pairs is a register. Two fused multiply-adds, the
+        // odd one first.
+        unsafe {
+            let (x, w) = (
+                std::mem::transmute::<__m512i, __m512bh>(x),
+                std::mem::transmute::<__m512i, __m512bh>(w),
+            );
+            _mm512_dpbf16_ps(acc, w, x)
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn int8(codes: __m512i, pair: usize) -> __m512i {
+        // SAFETY: the instructions are the caller's promise.
+        unsafe {
+            // The size of -128 has no place in the table: as an index it is 0, of which the lower byte fits.
+            let least = _mm512_cmpeq_epi8_mask(codes, _mm512_set1_epi8(i8::MIN));
+            let (low, high) = look_up(_mm512_abs_epi8(codes), &INT8_LOW, &INT8_HIGH);
+            let size = _mm512_set1_epi8((128.0_f32.to_bits() >> 24) as i8);
+            let high = _mm512_mask_mov_epi8(high, least, size);
+            line(low, with_sign(high, codes), pair)
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn e4m3(codes: __m512i, pair: usize) -> __m512i {
+        // SAFETY: the instructions are the caller's promise.
+        unsafe {
+            let (low, high) = look_up(codes, &E4M3_LOW, &E4M3_HIGH);
+            line(low, with_sign(high, codes), pair)
+        }
+    }
+}
+
+impl PairForm for Widened {
+    const WORDS: usize = 2;
+    type Pairs = (__m512, __m512);
+
+    #[inline(always)]
+    unsafe fn of(packed: __m512i) -> (__m512, __m512) {
+        // SAFETY: the instructions are the caller's promise.
+        unsafe { widen(packed) }
+    }
+
+    #[inline(always)]
+    unsafe fn pack((even, odd): (__m512, __m512)) -> __m512i {
+        // SAFETY: the instructions are the caller's promise.
+        unsafe {
+            let even = _mm512_srli_epi32::<16>(_mm512_castps_si512(even));
+            _mm512_or_si512(even, _mm512_castps_si512(odd))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn splat(from: *const u32) -> (__m512, __m512) {
+        let from = from.cast::<f32>();
+        // SAFETY: two words and the instructions are the caller's promise.
+        unsafe { (_mm512_set1_ps(*from), _mm512_set1_ps(*from.add(1))) }
+    }
+
+    #[inline(always)]
+    unsafe fn dot(acc: __m512, x: (__m512, __m512), w: (__m512, __m512)) -> __m512 {
+        // SAFETY: the instructions are the caller's promise.
+        unsafe { _mm512_fmadd_ps(x.0, w.0, _mm512_fmadd_ps(x.1, w.1, acc)) }
+    }
+
+    #[inline(always)]
+    unsafe fn int8(codes: __m512i, pair: usize) -> (__m512, __m512) {
+        // SAFETY: the instructions are the caller's promise.
+        unsafe {
+            let (even, odd) = (codes, _mm512_srli_epi32::<16>(codes));
+            if pair == 0 {
+                (
+                    signed::<0x4b00_0080, 0xff>(even),
+                    signed::<0x4b00_0080, 0xff>(odd),
+                )
+            } else {
+                (
+                    signed::<0x4700_8000, 0xff00>(even),
+                    signed::<0x4700_8000, 0xff00>(odd),
+                )
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn e4m3(codes: __m512i, pair: usize) -> (__m512, __m512) {
+        // SAFETY: the instructions are the caller's promise; the table has four vectors.
+        unsafe {
+            let (codes, signs) = if pair == 0 {
+                (codes, _mm512_slli_epi16::<8>(codes))
+            } else {
+                (_mm512_srli_epi16::<8>(codes), codes)
+            };
+            let table = E4M3.as_ptr().cast::<__m512i>();
+            let [a, b, c, d] = [
+                _mm512_loadu_si512(table),
+                _mm512_loadu_si512(table.add(1)),
+                _mm512_loadu_si512(table.add(2)),
+                _mm512_loadu_si512(table.add(3)),
+            ];
+            let low = _mm512_permutex2var_epi16(a, codes, b);
+            let high = _mm512_permutex2var_epi16(c, codes, d);
+            let upper = _mm512_test_epi16_mask(codes, _mm512_set1_epi16(0x40));
+            let sizes = _mm512_mask_blend_epi16(upper, low, high);
+            // sizes | (signs & sign bit)
+            let sign = _mm512_set1_epi16(i16::MIN);
+            widen(_mm512_ternarylogic_epi32::<0xf8>(sizes, signs, sign))
+        }
+    }
+}
 
 /// The even and the odd values of bfloat16 pairs, widened.
 #[inline(always)]
@@ -151,14 +319,13 @@ unsafe fn shift(words: __m512i, pair: usize) -> __m512i {
 /// The signed byte of each lane that `MASK` selects, as float32. `MAGIC` is a float32 whose mantissa has the unit at
 /// the byte's lowest bit, plus 128: the exclusive or of a byte and 128 is the byte plus 128.
 #[inline(always)]
-unsafe fn signed<const MAGIC: i32, const MASK: i32>(lanes: __m512i) -> __m512i {
+unsafe fn signed<const MAGIC: i32, const MASK: i32>(lanes: __m512i) -> __m512 {
     // SAFETY: the instructions are the caller's promise.
     unsafe {
         let magic = _mm512_set1_epi32(MAGIC);
         // (lanes & mask) ^ magic
         let sum = _mm512_ternarylogic_epi32::<0x78>(magic, lanes, _mm512_set1_epi32(MASK));
-        let exact = _mm512_sub_ps(_mm512_castsi512_ps(sum), _mm512_castsi512_ps(magic));
-        _mm512_castps_si512(exact)
+        _mm512_sub_ps(_mm512_castsi512_ps(sum), _mm512_castsi512_ps(magic))
     }
 }
 
@@ -181,28 +348,35 @@ macro_rules! lane_by_lane {
         #[inline(always)]
         unsafe fn $name(self, b: Self) -> Self {
             // SAFETY: the instructions are the caller's promise.
-            unsafe { Self($intrinsic(self.0, b.0)) }
+            unsafe { Self::of($intrinsic(self.0, b.0)) }
         }
     )*};
 }
 
-impl<const BF16: bool> Lanes for Avx512<BF16> {
+impl<P> Avx512<P> {
+    #[inline(always)]
+    const fn of(lanes: __m512) -> Self {
+        Self(lanes, PhantomData)
+    }
+}
+
+impl<P: PairForm> Lanes for Avx512<P> {
     const TILES: Tiles = Tiles::Wide;
-    const PAIR_WORDS: usize = 1;
-    type Pairs = __m512i;
+    const PAIR_WORDS: usize = P::WORDS;
+    type Pairs = P::Pairs;
     /// 16 less the zero point, for both numbers of a pair.
     type Zeros = __m512i;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self {
         // SAFETY: the instructions are the caller's promise.
-        unsafe { Self(_mm512_set1_ps(x)) }
+        unsafe { Self::of(_mm512_set1_ps(x)) }
     }
 
     #[inline(always)]
     unsafe fn load(from: *const f32) -> Self {
         // SAFETY: 16 elements and the instructions are the caller's promise.
-        unsafe { Self(_mm512_loadu_ps(from)) }
+        unsafe { Self::of(_mm512_loadu_ps(from)) }
     }
 
     #[inline(always)]
@@ -212,45 +386,33 @@ impl<const BF16: bool> Lanes for Avx512<BF16> {
     }
 
     #[inline(always)]
-    unsafe fn load_pairs(from: *const u8) -> __m512i {
+    unsafe fn load_pairs(from: *const u8) -> P::Pairs {
         // SAFETY: 64 bytes and the instructions are the caller's promise.
-        unsafe { _mm512_loadu_si512(from.cast::<__m512i>()) }
+        unsafe { P::of(_mm512_loadu_si512(from.cast::<__m512i>())) }
     }
 
     #[inline(always)]
-    unsafe fn store_pairs(pairs: __m512i, to: *mut u8) {
+    unsafe fn store_pairs(pairs: P::Pairs, to: *mut u8) {
         // SAFETY: 64 bytes and the instructions are the caller's promise.
-        unsafe { _mm512_storeu_si512(to.cast::<__m512i>(), pairs) }
+        unsafe { _mm512_storeu_si512(to.cast::<__m512i>(), P::pack(pairs)) }
     }
 
     #[inline(always)]
-    unsafe fn splat_pair(from: *const u32) -> __m512i {
-        // SAFETY: one word and the instructions are the caller's promise.
-        unsafe { _mm512_set1_epi32(from.read_unaligned() as i32) }
+    unsafe fn splat_pair(from: *const u32) -> P::Pairs {
+        // SAFETY: the caller's promise.
+        unsafe { P::splat(from) }
     }
 
     #[inline(always)]
-    unsafe fn dot(self, x: __m512i, w: __m512i) -> Self {
-        // SAFETY: the instructions are the caller's promise; a register of pairs is a register.
-        unsafe {
-            if BF16 {
-                // Two fused multiply-adds, the odd one first.
-                let (x, w) = (
-                    std::mem::transmute::<__m512i, __m512bh>(x),
-                    std::mem::transmute::<__m512i, __m512bh>(w),
-                );
-                return Self(_mm512_dpbf16_ps(self.0, w, x));
-            }
-            let ((x_even, x_odd), (w_even, w_odd)) = (widen(x), widen(w));
-            let sum = _mm512_fmadd_ps(x_odd, w_odd, self.0);
-            Self(_mm512_fmadd_ps(x_even, w_even, sum))
-        }
+    unsafe fn dot(self, x: P::Pairs, w: P::Pairs) -> Self {
+        // SAFETY: the caller's promise.
+        unsafe { Self::of(P::dot(self.0, x, w)) }
     }
 
     #[inline(always)]
     unsafe fn load_halves(from: *const u8) -> Self {
         // SAFETY: 32 bytes and the instructions are the caller's promise.
-        unsafe { Self(_mm512_cvtph_ps(_mm256_loadu_si256(from.cast()))) }
+        unsafe { Self::of(_mm512_cvtph_ps(_mm256_loadu_si256(from.cast()))) }
     }
 
     #[inline(always)]
@@ -264,7 +426,7 @@ impl<const BF16: bool> Lanes for Avx512<BF16> {
             let exponents = _mm512_slli_epi32::<23>(codes);
             let more = _mm512_set1_epi32(1 << 22);
             let bits = _mm512_mask_or_epi32(exponents, ends, exponents, more);
-            Self(_mm512_castsi512_ps(bits))
+            Self::of(_mm512_castsi512_ps(bits))
         }
     }
 
@@ -279,86 +441,37 @@ impl<const BF16: bool> Lanes for Avx512<BF16> {
     }
 
     #[inline(always)]
-    unsafe fn int8(unit: *const u8, pair: usize) -> __m512i {
+    unsafe fn int8(unit: *const u8, pair: usize) -> P::Pairs {
         // SAFETY: 64 bytes and the instructions are the caller's promise.
-        unsafe {
-            let codes = _mm512_loadu_si512(unit.cast::<__m512i>());
-            if BF16 {
-                // The size of -128 has no place in the table: as an index it is 0, of which the lower byte fits.
-                let least = _mm512_cmpeq_epi8_mask(codes, _mm512_set1_epi8(i8::MIN));
-                let (low, high) = look_up(_mm512_abs_epi8(codes), &INT8_LOW, &INT8_HIGH);
-                let size = _mm512_set1_epi8((128.0_f32.to_bits() >> 24) as i8);
-                let high = _mm512_mask_mov_epi8(high, least, size);
-                return line(low, with_sign(high, codes), pair);
-            }
-            let (even, odd) = (codes, _mm512_srli_epi32::<16>(codes));
-            let (even, odd) = if pair == 0 {
-                (
-                    signed::<0x4b00_0080, 0xff>(even),
-                    signed::<0x4b00_0080, 0xff>(odd),
-                )
-            } else {
-                (
-                    signed::<0x4700_8000, 0xff00>(even),
-                    signed::<0x4700_8000, 0xff00>(odd),
-                )
-            };
-            _mm512_or_si512(_mm512_srli_epi32::<16>(even), odd)
-        }
+        unsafe { P::int8(_mm512_loadu_si512(unit.cast::<__m512i>()), pair) }
     }
 
     #[inline(always)]
-    unsafe fn e4m3(unit: *const u8, pair: usize) -> __m512i {
-        // SAFETY: 64 bytes and the instructions are the caller's promise; the table has four vectors.
-        unsafe {
-            let codes = _mm512_loadu_si512(unit.cast::<__m512i>());
-            if BF16 {
-                let (low, high) = look_up(codes, &E4M3_LOW, &E4M3_HIGH);
-                return line(low, with_sign(high, codes), pair);
-            }
-            let (codes, signs) = if pair == 0 {
-                (codes, _mm512_slli_epi16::<8>(codes))
-            } else {
-                (_mm512_srli_epi16::<8>(codes), codes)
-            };
-            let table = E4M3.as_ptr().cast::<__m512i>();
-            let [a, b, c, d] = [
-                _mm512_loadu_si512(table),
-                _mm512_loadu_si512(table.add(1)),
-                _mm512_loadu_si512(table.add(2)),
-                _mm512_loadu_si512(table.add(3)),
-            ];
-            let low = _mm512_permutex2var_epi16(a, codes, b);
-            let high = _mm512_permutex2var_epi16(c, codes, d);
-            let upper = _mm512_test_epi16_mask(codes, _mm512_set1_epi16(0x40));
-            let sizes = _mm512_mask_blend_epi16(upper, low, high);
-            // sizes | (signs & sign bit)
-            let sign = _mm512_set1_epi16(i16::MIN);
-            _mm512_ternarylogic_epi32::<0xf8>(sizes, signs, sign)
-        }
+    unsafe fn e4m3(unit: *const u8, pair: usize) -> P::Pairs {
+        // SAFETY: 64 bytes and the instructions are the caller's promise.
+        unsafe { P::e4m3(_mm512_loadu_si512(unit.cast::<__m512i>()), pair) }
     }
 
     #[inline(always)]
-    unsafe fn e2m1(unit: *const u8, pair: usize) -> __m512i {
+    unsafe fn e2m1(unit: *const u8, pair: usize) -> P::Pairs {
         // SAFETY: 64 bytes and the instructions are the caller's promise; the table is one vector.
         unsafe {
             let codes = shift(_mm512_loadu_si512(unit.cast::<__m512i>()), pair);
             // Of an index the lower five bits count, of which the last is of no code: the table repeats.
-            _mm512_permutexvar_epi16(codes, _mm512_loadu_si512(E2M1.as_ptr().cast::<__m512i>()))
+            let table = _mm512_loadu_si512(E2M1.as_ptr().cast::<__m512i>());
+            P::of(_mm512_permutexvar_epi16(codes, table))
         }
     }
 
     #[inline(always)]
-    unsafe fn int4(unit: *const u8, pair: usize, zeros: __m512i) -> __m512i {
+    unsafe fn int4(unit: *const u8, pair: usize, zeros: __m512i) -> P::Pairs {
         // SAFETY: 64 bytes and the instructions are the caller's promise; the table is one vector.
         unsafe {
             let codes = shift(_mm512_loadu_si512(unit.cast::<__m512i>()), pair);
             let codes = _mm512_and_si512(codes, _mm512_set1_epi16(15));
             let index = _mm512_add_epi16(codes, zeros);
-            _mm512_permutexvar_epi16(
-                index,
-                _mm512_loadu_si512(SMALL.as_ptr().cast::<__m512i>()),
-            )
+            let table = _mm512_loadu_si512(SMALL.as_ptr().cast::<__m512i>());
+            P::of(_mm512_permutexvar_epi16(index, table))
         }
     }
 
@@ -371,7 +484,7 @@ impl<const BF16: bool> Lanes for Avx512<BF16> {
     #[inline(always)]
     unsafe fn fma(self, b: Self, c: Self) -> Self {
         // SAFETY: the instructions are the caller's promise.
-        unsafe { Self(_mm512_fmadd_ps(self.0, b.0, c.0)) }
+        unsafe { Self::of(_mm512_fmadd_ps(self.0, b.0, c.0)) }
     }
 
     lane_by_lane! {
@@ -423,8 +536,8 @@ impl<const BF16: bool> Lanes for Avx512<BF16> {
             let rest = _mm512_add_epi32(_mm512_sub_epi32(n, half), bias);
             let second = _mm512_slli_epi32::<23>(rest);
             (
-                Self(_mm512_castsi512_ps(first)),
-                Self(_mm512_castsi512_ps(second)),
+                Self::of(_mm512_castsi512_ps(first)),
+                Self::of(_mm512_castsi512_ps(second)),
             )
         }
     }

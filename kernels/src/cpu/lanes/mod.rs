@@ -14,7 +14,7 @@ mod portable;
 #[cfg(target_arch = "x86_64")]
 pub(super) use avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
-pub(super) use avx512::Avx512;
+pub(super) use avx512::{Avx512, Packed, Widened};
 #[cfg(target_arch = "aarch64")]
 pub(super) use neon::Neon;
 pub(super) use portable::Portable;
@@ -215,13 +215,13 @@ macro_rules! on_path {
             #[target_feature(enable = "avx512f,avx512bw,avx2,fma")]
             unsafe fn avx512($($arg: $ty),*) $(-> $out)? {
                 // SAFETY: as above.
-                unsafe { $kernel::<lanes::Avx512<false>>($($arg),*) }
+                unsafe { $kernel::<lanes::Avx512<lanes::Widened>>($($arg),*) }
             }
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx512bf16,avx512vbmi,avx512f,avx512bw,avx2,fma")]
             unsafe fn avx512bf16($($arg: $ty),*) $(-> $out)? {
                 // SAFETY: as above.
-                unsafe { $kernel::<lanes::Avx512<true>>($($arg),*) }
+                unsafe { $kernel::<lanes::Avx512<lanes::Packed>>($($arg),*) }
             }
 
             match isa.lanes() {
