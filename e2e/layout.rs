@@ -14,6 +14,8 @@ use cargo_metadata::{DependencyKind, Metadata, MetadataCommand, Package};
 /// Our crates from the bottom up, each with what it may import.
 const EDGES: &[(&str, &[&str])] = &[
     ("foregate-kernels", &[]),
+    ("foregate-cuda-emulate", &[]),
+    ("foregate-cuda", &["foregate-kernels"]),
     ("foregate-api", &[]),
     ("foregate-crd", &["foregate-api"]),
     ("foregate-planner", &["foregate-api"]),
@@ -140,6 +142,10 @@ const FOR_TESTS: &[&str] = &[
 const DOORS: &[(&str, &[&str])] = &[
     ("libc", &["foregate-kernels"]),
     ("memmap2", &["foregate-kernels"]),
+    // At build time: compiles the kernels for the CPU.
+    ("cc", &["foregate-cuda-emulate"]),
+    ("cudarc", &["foregate-cuda"]),
+    ("libloading", &["foregate-cuda"]),
     ("etcd-client", &["foregate-store"]),
     // In store: the channel under etcd's client, where it is proven.
     ("tonic", &["foregate-wire", "foregate-store"]),
