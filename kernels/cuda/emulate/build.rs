@@ -9,7 +9,7 @@ fn main() {
     println!("cargo::rerun-if-changed={}", kernels.display());
     println!("cargo::rerun-if-changed={}", engine.display());
     let mut sources = files(&kernels, "cu");
-    for name in ["words.cpp", "fibers.cpp", "table.cpp"] {
+    for name in ["words.cpp", "fibers.cpp", "table.cpp", "faults.cu"] {
         sources.push(engine.join(name));
     }
     let mut build = cc::Build::new();
@@ -17,6 +17,7 @@ fn main() {
         .cpp(true)
         .std("c++20")
         .include(&engine)
+        .include(&kernels)
         .define("FOREGATE_EMULATE", None)
         // What is fused is what the source says, as for the card.
         .flag("-ffp-contract=off")
