@@ -142,6 +142,13 @@ impl Call {
         }
     }
 
+    /// Records it without a launch, if that is wanted: what a sanitizer is to find.
+    pub(crate) fn record_only(&self, grid: [u32; 3]) {
+        if let Some(folder) = std::env::var_os("FOREGATE_CUDA_RECORD") {
+            self.record(Path::new(&folder), grid, &self.buffers);
+        }
+    }
+
     /// Launches once.
     pub(crate) fn once(&mut self, order: Order, grid: [u32; 3]) -> Result<(), Fault> {
         let addresses: Vec<u64> = self

@@ -58,6 +58,18 @@ fn a_missing_barrier_shows_in_the_order_of_threads() {
     assert_ne!(run(Order::Ascending), run(Order::Descending));
 }
 
+/// For `make sanitize`, which fails where a sanitizer does not find them.
+#[test]
+fn what_sanitizers_must_find_is_recorded() {
+    let mut race = Call::new("fault_race");
+    race.memory(&[1.0_f32; 128]);
+    race.output::<f32>(128);
+    race.record_only([1, 1, 1]);
+    let mut beyond = Call::new("fault_beyond");
+    beyond.output::<f32>(128);
+    beyond.record_only([1, 1, 1]);
+}
+
 #[test]
 fn a_launch_that_does_not_fit_is_refused() {
     let refused = |kernel: &str, grid, block, shared| -> Fault {
