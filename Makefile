@@ -23,7 +23,10 @@ endif
 # What tests could not run here and why: `make test` ends with it.
 SKIPPED := $(CURDIR)/target/skipped
 
-.PHONY: help up test lint cluster test-cluster on-cluster unit soak fuzz bench bench-peers
+# Launches of CUDA kernels that tests record for `make sanitize`, and what `make cuda` makes.
+CUDA := $(CURDIR)/target/cuda
+
+.PHONY: help up test lint cluster test-cluster on-cluster unit cuda sanitize soak fuzz bench bench-peers
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -37,7 +40,10 @@ test: ## install what is missing, lint, every test, those on a Kubernetes cluste
 	@.ci/need test
 	@$(MAKE) --no-print-directory lint
 	@mkdir -p $(dir $(SKIPPED)) && rm -f $(SKIPPED)
-	@$(MAKE) --no-print-directory unit
+	@rm -rf $(CUDA)/cases
+	@FOREGATE_CUDA_RECORD=$(CUDA)/cases $(MAKE) --no-print-directory unit
+	@kernels/cuda/sanitize $(CUDA)/cases $(CUDA)
+	@$(MAKE) --no-print-directory cuda
 	@$(MAKE) --no-print-directory cluster
 	@$(MAKE) --no-print-directory on-cluster
 	@$(MAKE) --no-print-directory fuzz
@@ -64,6 +70,14 @@ on-cluster:
 # Test programs run one after the other, so the end-to-end ones do not fight for the cores.
 unit:
 	FOREGATE_E2E_SKIPPED=$(SKIPPED) PROPTEST_RNG_SEED=$(SEED) cargo test --workspace
+
+cuda: ## compile and assemble the CUDA kernels for every card, hold them to their ceilings, embed them (no card is needed)
+	@SKIPPED=$(SKIPPED) kernels/cuda/check $(CUDA)
+
+sanitize: ## run the CUDA kernels on the CPU under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
+	@rm -rf $(CUDA)/cases
+	FOREGATE_CUDA_RECORD=$(CUDA)/cases cargo test --workspace --test kernels
+	@kernels/cuda/sanitize $(CUDA)/cases $(CUDA)
 
 soak: ## all tests but the end-to-end ones, ROUNDS times, each time with new random cases
 	for round in $$(seq $(ROUNDS)); do cargo test --workspace --exclude foregate; done
