@@ -31,6 +31,7 @@ TENSOR = {
 # What kernels promise, by the beginning of their name.
 PROMISES = {
     "fg_gemm_bf16": TENSOR,
+    "fg_gemm_coded": TENSOR,
     "fg_moe_": TENSOR,
     "fg_attention_bf16": TENSOR | {"transposed fragments": r"LDSM\.16\.MT88\.4"},
 }

@@ -12,6 +12,8 @@
 mod attention;
 #[path = "kernels/call.rs"]
 mod call;
+#[path = "kernels/coded.rs"]
+mod coded;
 #[path = "kernels/elementwise.rs"]
 mod elementwise;
 #[path = "kernels/faults.rs"]

@@ -50,7 +50,19 @@ template <class Shape> struct GemmSums {
     float of[Shape::FRAGMENTS_N][Shape::FRAGMENTS_M][4];
 };
 
-// Brings stage `step` of both operands. `w` and `x` are this thread's lines.
+// Brings step `step` of the inputs to a stage. `x` are this thread's lines.
+template <class Shape>
+__device__ inline void bring_inputs(bf16* stage, const bf16* const (&x)[Shape::X_RUNS], uint32_t step, uint32_t k) {
+    const uint32_t line = threadIdx.x / Shape::RUNS, run = threadIdx.x % Shape::RUNS;
+#pragma unroll
+    for (uint32_t i = 0; i < Shape::X_RUNS; ++i) {
+        const uint32_t to = line + i * Shape::LINES;
+        if (Shape::M % Shape::LINES == 0 || to < Shape::M)
+            bring_run(stage + run_place<Shape>(to, run), x[i], step * Shape::DEPTH + run * 8, k);
+    }
+}
+
+// Brings step `step` of both operands.
 template <class Shape>
 __device__ inline void bring_stage(GemmShared<Shape>& shared, const bf16* const (&w)[Shape::W_RUNS],
                                    const bf16* const (&x)[Shape::X_RUNS], uint32_t step, uint32_t k) {
@@ -59,46 +71,46 @@ __device__ inline void bring_stage(GemmShared<Shape>& shared, const bf16* const 
 #pragma unroll
     for (uint32_t i = 0; i < Shape::W_RUNS; ++i)
         bring_run(&shared.w[stage][run_place<Shape>(line + i * Shape::LINES, run)], w[i], at, k);
-#pragma unroll
-    for (uint32_t i = 0; i < Shape::X_RUNS; ++i) {
-        const uint32_t to = line + i * Shape::LINES;
-        if (Shape::M % Shape::LINES == 0 || to < Shape::M)
-            bring_run(&shared.x[stage][run_place<Shape>(to, run)], x[i], at, k);
-    }
+    bring_inputs<Shape>(shared.x[stage], x, step, k);
 }
 
-// Multiplies one stage.
+// Multiplies 16 values of k: those from `16 part` on of a stage of both operands.
 template <class Shape>
-__device__ inline void multiply_stage(GemmShared<Shape>& shared, uint32_t stage, GemmSums<Shape>& sums) {
+__device__ inline void multiply_part(const bf16* w, const bf16* x, uint32_t part, GemmSums<Shape>& sums) {
     const uint32_t first_n = warp_id() % Shape::WARPS_N * Shape::FRAGMENTS_N * 16;
     const uint32_t first_m = warp_id() / Shape::WARPS_N * Shape::FRAGMENTS_M * 8;
     const uint32_t lane = lane_id();
+    uint32_t a[Shape::FRAGMENTS_N][4];
 #pragma unroll
-    for (uint32_t part = 0; part < Shape::DEPTH / 16; ++part) {
-        uint32_t a[Shape::FRAGMENTS_N][4];
+    for (uint32_t n = 0; n < Shape::FRAGMENTS_N; ++n)
+        load_matrices(a[n], w + run_place<Shape>(first_n + n * 16 + lane % 16, part * 2 + lane / 16));
+    uint32_t b[Shape::FRAGMENTS_M][2];
+    if constexpr (Shape::FRAGMENTS_M == 1) {
+        load_matrices(b[0], x + run_place<Shape>(first_m + lane % 8, part * 2 + lane / 8 % 2));
+    } else {
 #pragma unroll
-        for (uint32_t n = 0; n < Shape::FRAGMENTS_N; ++n)
-            load_matrices(a[n], &shared.w[stage][run_place<Shape>(first_n + n * 16 + lane % 16, part * 2 + lane / 16)]);
-        uint32_t b[Shape::FRAGMENTS_M][2];
-        if constexpr (Shape::FRAGMENTS_M == 1) {
-            load_matrices(b[0], &shared.x[stage][run_place<Shape>(first_m + lane % 8, part * 2 + lane / 8 % 2)]);
-        } else {
-#pragma unroll
-            for (uint32_t m = 0; m < Shape::FRAGMENTS_M; m += 2) {
-                uint32_t two[4];
-                load_matrices(two, &shared.x[stage][run_place<Shape>(first_m + m * 8 + lane / 16 * 8 + lane % 8,
-                                                                      part * 2 + lane / 8 % 2)]);
-                b[m][0] = two[0];
-                b[m][1] = two[1];
-                b[m + 1][0] = two[2];
-                b[m + 1][1] = two[3];
-            }
+        for (uint32_t m = 0; m < Shape::FRAGMENTS_M; m += 2) {
+            uint32_t two[4];
+            load_matrices(two, x + run_place<Shape>(first_m + m * 8 + lane / 16 * 8 + lane % 8, part * 2 + lane / 8 % 2));
+            b[m][0] = two[0];
+            b[m][1] = two[1];
+            b[m + 1][0] = two[2];
+            b[m + 1][1] = two[3];
         }
-#pragma unroll
-        for (uint32_t n = 0; n < Shape::FRAGMENTS_N; ++n)
-#pragma unroll
-            for (uint32_t m = 0; m < Shape::FRAGMENTS_M; ++m) multiply_add(sums.of[n][m], a[n], b[m][0], b[m][1]);
     }
+#pragma unroll
+    for (uint32_t n = 0; n < Shape::FRAGMENTS_N; ++n)
+#pragma unroll
+        for (uint32_t m = 0; m < Shape::FRAGMENTS_M; ++m) multiply_add(sums.of[n][m], a[n], b[m][0], b[m][1]);
+}
+
+template <class Shape> __device__ inline void clear(GemmSums<Shape>& sums) {
+#pragma unroll
+    for (uint32_t n = 0; n < Shape::FRAGMENTS_N; ++n)
+#pragma unroll
+        for (uint32_t m = 0; m < Shape::FRAGMENTS_M; ++m)
+#pragma unroll
+            for (uint32_t i = 0; i < 4; ++i) sums.of[n][m][i] = 0.0f;
 }
 
 // The whole product of a tile. `w_line(i)` and `x_line(i)` give line `i` of an operand, or null. Shared memory is free again when it
@@ -113,13 +125,7 @@ __device__ inline void multiply_tile(GemmShared<Shape>& shared, W w_line, X x_li
     for (uint32_t i = 0; i < Shape::W_RUNS; ++i) w[i] = w_line(line + i * Shape::LINES);
 #pragma unroll
     for (uint32_t i = 0; i < Shape::X_RUNS; ++i) x[i] = x_line(line + i * Shape::LINES);
-#pragma unroll
-    for (uint32_t n = 0; n < Shape::FRAGMENTS_N; ++n)
-#pragma unroll
-        for (uint32_t m = 0; m < Shape::FRAGMENTS_M; ++m)
-#pragma unroll
-            for (uint32_t i = 0; i < 4; ++i) sums.of[n][m][i] = 0.0f;
-
+    clear<Shape>(sums);
     const uint32_t steps = (k + Shape::DEPTH - 1) / Shape::DEPTH;
     for (uint32_t step = 0; step < Shape::STAGES - 1; ++step) {
         if (step < steps) bring_stage<Shape>(shared, w, x, step, k);
@@ -131,7 +137,10 @@ __device__ inline void multiply_tile(GemmShared<Shape>& shared, W w_line, X x_li
         __syncthreads();
         if (step + Shape::STAGES - 1 < steps) bring_stage<Shape>(shared, w, x, step + Shape::STAGES - 1, k);
         copy_commit();
-        multiply_stage<Shape>(shared, step % Shape::STAGES, sums);
+        const uint32_t stage = step % Shape::STAGES;
+#pragma unroll
+        for (uint32_t part = 0; part < Shape::DEPTH / 16; ++part)
+            multiply_part<Shape>(shared.w[stage], shared.x[stage], part, sums);
     }
     copy_wait<0>();
     __syncthreads();

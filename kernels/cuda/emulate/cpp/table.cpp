@@ -5,7 +5,7 @@
 
 // One per file of cu/.
 #define FAMILIES(each)                                                                                                 \
-    each(attention) each(elementwise) each(faults) each(gate) each(gemm) each(kv) each(moe) each(norm) each(permute) each(rope)      \
+    each(attention) each(coded) each(elementwise) each(faults) each(gate) each(gemm) each(kv) each(moe) each(norm) each(permute) each(rope)      \
         each(sample)
 
 #define DECLARE(name) emulate::Family family_##name();
