@@ -94,5 +94,9 @@ fn compile(nvcc: &Path, family: &Path, fatbin: &Path) -> Result<(), String> {
         return Ok(());
     }
     let text = String::from_utf8_lossy(&output.stderr).replace('\n', " | ");
-    Err(format!("{} of {}: {text}", nvcc.display(), family.display()))
+    Err(format!(
+        "{} of {}: {text}",
+        nvcc.display(),
+        family.display()
+    ))
 }

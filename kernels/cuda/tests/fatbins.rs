@@ -9,10 +9,20 @@ const MAGIC: [u8; 4] = 0xba55_ed50_u32.to_le_bytes();
 #[cfg(feature = "cuda")]
 #[test]
 fn every_family_has_code() {
-    let mut families: Vec<String> = std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/cu"))
-        .unwrap()
-        .filter_map(|entry| Some(entry.unwrap().file_name().to_str()?.strip_suffix(".cu")?.to_owned()))
-        .collect();
+    let mut families: Vec<String> =
+        std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/cu"))
+            .unwrap()
+            .filter_map(|entry| {
+                Some(
+                    entry
+                        .unwrap()
+                        .file_name()
+                        .to_str()?
+                        .strip_suffix(".cu")?
+                        .to_owned(),
+                )
+            })
+            .collect();
     families.sort();
     let embedded: Vec<&str> = FATBINS.iter().map(|f| f.family).collect();
     assert_eq!(embedded, families);

@@ -103,7 +103,16 @@ pub unsafe fn launch(
     arguments: &[*mut c_void],
 ) -> Result<(), Fault> {
     // SAFETY: the caller's promise.
-    unsafe { launch_in(Order::Ascending, kernel, grid, block, shared_bytes, arguments) }
+    unsafe {
+        launch_in(
+            Order::Ascending,
+            kernel,
+            grid,
+            block,
+            shared_bytes,
+            arguments,
+        )
+    }
 }
 
 /// As [`launch`], with threads in an order of choice.
@@ -126,7 +135,8 @@ pub unsafe fn launch_in(
         why,
     };
     let name = CString::new(kernel).map_err(|_| fault("a name with a zero byte".into()))?;
-    let count = u32::try_from(arguments.len()).map_err(|_| fault("too many arguments".into()))?;
+    let count =
+        u32::try_from(arguments.len()).map_err(|_| fault("too many arguments".into()))?;
     let mut why: [c_char; 512] = [0; 512];
     // SAFETY: grid and block have three values, `why` has the room that it says, the rest is the caller's promise. A reason is
     // written with its ending zero.

@@ -74,25 +74,40 @@ impl World {
         let s = self.shape;
         let (sequences, positions): (Vec<u32>, Vec<u32>) = self.tokens.iter().copied().unzip();
         let count = s.pages * s.layers * 2 * s.kv_heads * s.page_tokens * s.head_dim;
-        let mut call = Call::new(if self.half() { "fg_kv_write_bf16" } else { "fg_kv_write_f32" });
+        let mut call = Call::new(if self.half() {
+            "fg_kv_write_bf16"
+        } else {
+            "fg_kv_write_f32"
+        });
         call.memory(&self.k);
         call.memory(&self.v);
         call.memory(&positions);
         call.memory(&sequences);
         call.memory(&self.flat_tables());
         call.value(self.stride() as u32);
-        let cache = if self.half() { call.output::<u16>(count) } else { call.output::<f32>(count) };
+        let cache = if self.half() {
+            call.output::<u16>(count)
+        } else {
+            call.output::<f32>(count)
+        };
         self.sizes(&mut call);
         call.value(s.kv_heads as u32).value(s.head_dim as u32);
         call.run([self.tokens.len() as u32, 1, 1]);
-        if self.half() { Cache::Half(call.read(cache)) } else { Cache::Float(call.read(cache)) }
+        if self.half() {
+            Cache::Half(call.read(cache))
+        } else {
+            Cache::Float(call.read(cache))
+        }
     }
 
     fn oracle(&self, q: &[f32], rows: &[(u32, u32)], scale: f32) -> Vec<f32> {
         let mut kv = KvCache::new(self.shape).unwrap();
         let tables: Vec<&[u32]> = self.tables.iter().map(Vec::as_slice).collect();
         let (sequences, positions): (Vec<u32>, Vec<u32>) = self.tokens.iter().copied().unzip();
-        let pages = PageMap { sequence_of_row: &sequences, tables: &tables };
+        let pages = PageMap {
+            sequence_of_row: &sequences,
+            tables: &tables,
+        };
         Oracle
             .kv_write(KvWrite {
                 k: &self.k,
@@ -111,7 +126,10 @@ impl World {
                 heads: self.heads,
                 scale,
                 positions: &positions,
-                pages: PageMap { sequence_of_row: &sequences, tables: &tables },
+                pages: PageMap {
+                    sequence_of_row: &sequences,
+                    tables: &tables,
+                },
                 kv: &kv,
                 layer: self.layer,
                 out: &mut out,
@@ -132,11 +150,17 @@ impl World {
     /// Cuts rows into tiles of at most `most` rows of one sequence.
     fn tiles(&self, rows: &[(u32, u32)], most: usize) -> (Vec<u32>, Vec<u32>) {
         let (_, queries) = self.kernel();
-        let most = most.min(queries / (self.heads / self.shape.kv_heads)).max(1);
+        let most = most
+            .min(queries / (self.heads / self.shape.kv_heads))
+            .max(1);
         let (mut first, mut count): (Vec<u32>, Vec<u32>) = (Vec::new(), Vec::new());
         for (row, (sequence, _)) in rows.iter().enumerate() {
             match (first.last(), count.last_mut()) {
-                (Some(f), Some(c)) if rows[*f as usize].0 == *sequence && (*c as usize) < most => *c += 1,
+                (Some(f), Some(c))
+                    if rows[*f as usize].0 == *sequence && (*c as usize) < most =>
+                {
+                    *c += 1
+                }
                 _ => {
                     first.push(row as u32);
                     count.push(1);
@@ -146,7 +170,15 @@ impl World {
         (first, count)
     }
 
-    fn attend(&self, cache: &Cache, q: &[f32], rows: &[(u32, u32)], scale: f32, most: usize, spare: usize) -> Vec<f32> {
+    fn attend(
+        &self,
+        cache: &Cache,
+        q: &[f32],
+        rows: &[(u32, u32)],
+        scale: f32,
+        most: usize,
+        spare: usize,
+    ) -> Vec<f32> {
         let s = self.shape;
         let (sequences, positions): (Vec<u32>, Vec<u32>) = rows.iter().copied().unzip();
         let splits = *positions.iter().max().unwrap() as usize / 512 + 1 + spare;
@@ -177,7 +209,10 @@ impl World {
             return call.read(out);
         }
         let part = call.output::<f32>(queries * splits * s.head_dim);
-        let (most, sum) = (call.output::<f32>(queries * splits), call.output::<f32>(queries * splits));
+        let (most, sum) = (
+            call.output::<f32>(queries * splits),
+            call.output::<f32>(queries * splits),
+        );
         call.null();
         call.run(grid);
 
@@ -201,7 +236,14 @@ enum Cache {
 }
 
 fn shape(dtype: KvDtype, page_tokens: usize, kv_heads: usize, head_dim: usize) -> KvShape {
-    KvShape { layers: 2, pages: 80, page_tokens, kv_heads, head_dim, dtype }
+    KvShape {
+        layers: 2,
+        pages: 80,
+        page_tokens,
+        kv_heads,
+        head_dim,
+        dtype,
+    }
 }
 
 #[test]
@@ -210,7 +252,8 @@ fn tokens_are_written_where_the_layout_says() {
     for dtype in [KvDtype::Bf16, KvDtype::F32] {
         let world = World::random(&mut random, shape(dtype, 4, 3, 10), 3, &[9, 1]);
         let s = world.shape;
-        let mut want = vec![f32::NAN; s.pages * s.layers * 2 * s.kv_heads * s.page_tokens * s.head_dim];
+        let mut want =
+            vec![f32::NAN; s.pages * s.layers * 2 * s.kv_heads * s.page_tokens * s.head_dim];
         for (token, (sequence, position)) in world.tokens.iter().enumerate() {
             let position = *position as usize;
             let page = world.tables[*sequence as usize][position / 4] as usize;
@@ -229,12 +272,21 @@ fn tokens_are_written_where_the_layout_says() {
             ),
             Cache::Half(got) => {
                 for (got, want) in got.iter().zip(&want) {
-                    assert_eq!(*got, if want.is_nan() { 0xffff } else { rounded(&[*want])[0] });
+                    assert_eq!(
+                        *got,
+                        if want.is_nan() {
+                            0xffff
+                        } else {
+                            rounded(&[*want])[0]
+                        }
+                    );
                 }
                 continue;
             }
         }
-        let Cache::Float(got) = world.device_cache() else { continue };
+        let Cache::Float(got) = world.device_cache() else {
+            continue;
+        };
         assert_close(&got, &want, |_| 0.0);
     }
 }
@@ -242,7 +294,11 @@ fn tokens_are_written_where_the_layout_says() {
 /// Roundings of a query and of numerators to bfloat16 (the oracle rounds only queries), or of float32 alone.
 fn bound(world: &World, longest: usize) -> f64 {
     let most = world.v.iter().fold(0.0_f32, |m, v| m.max(v.abs()));
-    let each = if world.half() { 1.0 / 256.0 } else { EPS * (longest as f64 + 300.0) };
+    let each = if world.half() {
+        1.0 / 256.0
+    } else {
+        EPS * (longest as f64 + 300.0)
+    };
     f64::from(most) * each
 }
 
@@ -259,13 +315,22 @@ fn close_to_the_oracle_whatever_shares_a_tile() {
         (KvDtype::F32, 16, 1, 16, 1, vec![1030, 512, 513]),
     ] {
         let longest = *lengths.iter().max().unwrap();
-        let mut world = World::random(&mut random, shape(dtype, page_tokens, kv_heads, head_dim), heads, &lengths);
+        let mut world = World::random(
+            &mut random,
+            shape(dtype, page_tokens, kv_heads, head_dim),
+            heads,
+            &lengths,
+        );
         // The last rows of every sequence, as in a chunk of a prompt.
         let rows: Vec<(u32, u32)> = (0_u32..)
             .zip(&lengths)
             .flat_map(|(s, l)| (l.saturating_sub(19)..*l).map(move |p| (s, p as u32)))
             .collect();
-        let q: Vec<f32> = random.floats(rows.len() * heads * head_dim).iter().map(|x| x * 3.0).collect();
+        let q: Vec<f32> = random
+            .floats(rows.len() * heads * head_dim)
+            .iter()
+            .map(|x| x * 3.0)
+            .collect();
         let scale = 1.0 / (head_dim as f32).sqrt();
         let cache = world.device_cache();
         let got = world.attend(&cache, &q, &rows, scale, 64, 0);
@@ -276,11 +341,22 @@ fn close_to_the_oracle_whatever_shares_a_tile() {
         // As a decode step has it, and with tiles of another size, and with more splits than needed.
         for (most, spare) in [(1, 0), (3, 1)] {
             let other = world.attend(&cache, &q, &rows, scale, most, spare);
-            assert_eq!(bits(&other), bits(&got), "{dtype:?} {head_dim}: tiles of {most}");
+            assert_eq!(
+                bits(&other),
+                bits(&got),
+                "{dtype:?} {head_dim}: tiles of {most}"
+            );
         }
         let width = heads * head_dim;
         for row in [0, rows.len() / 2, rows.len() - 1] {
-            let alone = world.attend(&cache, &q[row * width..(row + 1) * width], &rows[row..=row], scale, 1, 0);
+            let alone = world.attend(
+                &cache,
+                &q[row * width..(row + 1) * width],
+                &rows[row..=row],
+                scale,
+                1,
+                0,
+            );
             assert_eq!(bits(&alone), bits(&got[row * width..(row + 1) * width]));
         }
         // A key that is not a number in one sequence does not reach another.

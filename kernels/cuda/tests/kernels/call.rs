@@ -172,16 +172,16 @@ impl Call {
                 Argument::Null => 0,
             });
         }
-        let pointers: Vec<*mut c_void> =
-            values.iter_mut().map(|v| std::ptr::from_mut(v).cast()).collect();
+        let pointers: Vec<*mut c_void> = values
+            .iter_mut()
+            .map(|v| std::ptr::from_mut(v).cast())
+            .collect();
         let threads = kernels()
             .into_iter()
             .find(|k| k.name == self.kernel)
             .map_or(1, |k| k.threads);
         // SAFETY: the test gives the arguments of the table, with memory of the sizes that the table says.
-        unsafe {
-            launch_in(order, &self.kernel, grid, [threads, 1, 1], 0, &pointers)
-        }
+        unsafe { launch_in(order, &self.kernel, grid, [threads, 1, 1], 0, &pointers) }
     }
 
     /// Launches of up to this many bytes are recorded.

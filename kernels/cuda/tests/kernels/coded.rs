@@ -23,10 +23,17 @@ fn format(dtype: Dtype, k: usize) -> (u32, u32, u32) {
 fn canonical(random: &mut Random, dtype: Dtype, n: usize, k: usize) -> Vec<u8> {
     let (_, block_n, block_k) = format(dtype, k);
     let blocks = n.div_ceil(block_n as usize) * k.div_ceil(block_k as usize);
-    let codes = n * if matches!(dtype, Dtype::Int4 { .. } | Dtype::Mxfp4) { k / 2 } else { k };
+    let codes = n * if matches!(dtype, Dtype::Int4 { .. } | Dtype::Mxfp4) {
+        k / 2
+    } else {
+        k
+    };
     let mut bytes: Vec<u8> = (0..codes).map(|_| random.next() as u8).collect();
     if matches!(dtype, Dtype::Fp8 { .. }) {
-        bytes.iter_mut().filter(|b| **b & 0x7f == 0x7f).for_each(|b| *b = 0x42);
+        bytes
+            .iter_mut()
+            .filter(|b| **b & 0x7f == 0x7f)
+            .for_each(|b| *b = 0x42);
     }
     for _ in 0..blocks {
         if dtype == Dtype::Mxfp4 {
@@ -42,7 +49,15 @@ fn canonical(random: &mut Random, dtype: Dtype, n: usize, k: usize) -> Vec<u8> {
     bytes
 }
 
-fn product(dtype: Dtype, x: &[u16], w: &[u8], bias: Option<&[f32]>, n: usize, k: usize, tile: usize) -> Vec<f32> {
+fn product(
+    dtype: Dtype,
+    x: &[u16],
+    w: &[u8],
+    bias: Option<&[f32]>,
+    n: usize,
+    k: usize,
+    tile: usize,
+) -> Vec<f32> {
     let rows = x.len() / k;
     let mut call = Call::new(&format!("fg_gemm_coded_m{tile}"));
     call.memory(x);
@@ -88,7 +103,13 @@ fn close_to_the_oracle_the_same_for_all_tiles_and_for_a_row_alone() {
             let wide = widened(&x);
             let mut want = vec![0.0; rows * n];
             Oracle
-                .matmul(MatMul { x: &wide, rows, w: &w, bias: Some(&bias), out: &mut want })
+                .matmul(MatMul {
+                    x: &wide,
+                    rows,
+                    w: &w,
+                    bias: Some(&bias),
+                    out: &mut want,
+                })
                 .unwrap();
             let got = product(dtype, &x, &bytes, Some(&bias), n, k, 8);
             let mut weights = vec![0.0; k];
@@ -99,13 +120,23 @@ fn close_to_the_oracle_the_same_for_all_tiles_and_for_a_row_alone() {
                     weights.iter().map(|w| f64::from(w.abs())).sum()
                 })
                 .collect();
-            assert_close(&got, &want, |i| EPS * (k as f64 + 8.0) * (sizes[i % n] + 1.0));
+            assert_close(&got, &want, |i| {
+                EPS * (k as f64 + 8.0) * (sizes[i % n] + 1.0)
+            });
             for tile in TILES {
                 let other = product(dtype, &x, &bytes, Some(&bias), n, k, tile);
                 assert_eq!(bits(&other), bits(&got), "{dtype}, tile {tile}");
             }
             for row in [0, rows - 1] {
-                let alone = product(dtype, &x[row * k..(row + 1) * k], &bytes, Some(&bias), n, k, 16);
+                let alone = product(
+                    dtype,
+                    &x[row * k..(row + 1) * k],
+                    &bytes,
+                    Some(&bias),
+                    n,
+                    k,
+                    16,
+                );
                 assert_eq!(bits(&alone), bits(&got[row * n..(row + 1) * n]));
             }
         }
@@ -115,8 +146,16 @@ fn close_to_the_oracle_the_same_for_all_tiles_and_for_a_row_alone() {
 #[test]
 fn every_code_is_its_number() {
     // One row that is 1 at one input takes a column out of the weights, exactly.
-    let fp8 = Dtype::Fp8 { block_n: 1, block_k: ALL };
-    for (dtype, codes) in [(Dtype::Int8, 256), (fp8, 256), (Dtype::Mxfp4, 16), (Dtype::Int4 { group: 32 }, 16)] {
+    let fp8 = Dtype::Fp8 {
+        block_n: 1,
+        block_k: ALL,
+    };
+    for (dtype, codes) in [
+        (Dtype::Int8, 256),
+        (fp8, 256),
+        (Dtype::Mxfp4, 16),
+        (Dtype::Int4 { group: 32 }, 16),
+    ] {
         let (n, k) = (codes, 32);
         let mut bytes: Vec<u8> = Vec::new();
         for code in 0..codes {
@@ -142,7 +181,10 @@ fn every_code_is_its_number() {
         for (output, got) in got.iter().enumerate() {
             w.row(output, &mut row).unwrap();
             let want = row[17];
-            assert!(*got == want || got.is_nan() && want.is_nan(), "{dtype} {output}: {got}, {want}");
+            assert!(
+                *got == want || got.is_nan() && want.is_nan(),
+                "{dtype} {output}: {got}, {want}"
+            );
         }
     }
 }
@@ -156,7 +198,11 @@ struct Lists {
 
 impl Lists {
     fn of(counts: &[u32], tile: u32) -> Self {
-        let mut lists = Self { offsets: vec![0], group: vec![], first: vec![] };
+        let mut lists = Self {
+            offsets: vec![0],
+            group: vec![],
+            first: vec![],
+        };
         for (group, count) in (0..).zip(counts) {
             let start = *lists.offsets.last().unwrap();
             for first in (start..start + count).step_by(tile as usize) {
@@ -181,8 +227,20 @@ fn experts_are_the_linear_layers_that_they_are_made_of() {
     let mut random = Random(82);
     let (hidden, inner, counts) = (96, 64, [3_u32, 0, 9]);
     let slots = counts.iter().sum::<u32>() as usize;
-    for dtype in [Dtype::Int8, Dtype::Int4 { group: 32 }, Dtype::Fp8 { block_n: 32, block_k: 32 }, Dtype::Mxfp4] {
-        let mut all = |n, k| -> Vec<Vec<u8>> { (0..3).map(|_| canonical(&mut random, dtype, n, k)).collect() };
+    for dtype in [
+        Dtype::Int8,
+        Dtype::Int4 { group: 32 },
+        Dtype::Fp8 {
+            block_n: 32,
+            block_k: 32,
+        },
+        Dtype::Mxfp4,
+    ] {
+        let mut all = |n, k| -> Vec<Vec<u8>> {
+            (0..3)
+                .map(|_| canonical(&mut random, dtype, n, k))
+                .collect()
+        };
         let (gate, up, down) = (all(inner, hidden), all(inner, hidden), all(hidden, inner));
         let x = random.halves(slots * hidden);
         for tile in TILES {
@@ -221,7 +279,10 @@ fn experts_are_the_linear_layers_that_they_are_made_of() {
                 let want = rounded(&call.read::<f32>(activated));
                 assert_eq!(middle[slots.start * inner..slots.end * inner], want);
                 let want = product(dtype, &want, &down[expert], None, hidden, inner, 8);
-                assert_eq!(bits(&got[slots.start * hidden..slots.end * hidden]), bits(&want));
+                assert_eq!(
+                    bits(&got[slots.start * hidden..slots.end * hidden]),
+                    bits(&want)
+                );
             }
         }
     }

@@ -5,7 +5,14 @@ use crate::numbers::{EPS, Random, assert_close, bits, rounded, widened};
 
 /// Values that spoil sums, among ordinary ones.
 fn with_oddities(mut values: Vec<f32>) -> Vec<f32> {
-    let odd = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -0.0, 1e-40, 3e38];
+    let odd = [
+        f32::NAN,
+        f32::INFINITY,
+        f32::NEG_INFINITY,
+        -0.0,
+        1e-40,
+        3e38,
+    ];
     for (value, odd) in values.iter_mut().step_by(3).zip(odd) {
         *value = odd;
     }
@@ -18,7 +25,12 @@ fn add_is_exact_for_any_grid() {
     for (count, blocks) in [(1, 1), (1000, 2), (513, 7)] {
         let (x, y) = (with_oddities(random.floats(count)), random.floats(count));
         let mut want = x.clone();
-        Oracle.add(Add { x: &mut want, y: &y }).unwrap();
+        Oracle
+            .add(Add {
+                x: &mut want,
+                y: &y,
+            })
+            .unwrap();
         let mut call = Call::new("fg_add");
         let out = call.memory(&x);
         call.memory(&y);
@@ -34,25 +46,41 @@ fn activations_are_close() {
     let gate = with_oddities(gate);
     let up = random.floats(700);
     let mut want = gate.clone();
-    Oracle.silu_mul(SiluMul { gate: &mut want, up: &up }).unwrap();
+    Oracle
+        .silu_mul(SiluMul {
+            gate: &mut want,
+            up: &up,
+        })
+        .unwrap();
     let mut call = Call::new("fg_silu_mul");
     let out = call.memory(&gate);
     call.memory(&up);
     call.value(700_u64).run([2, 1, 1]);
     let got: Vec<f32> = call.read(out);
-    assert_close(&got, &want, |i| 16.0 * EPS * f64::from(want[i].abs()) + 1e-37);
+    assert_close(&got, &want, |i| {
+        16.0 * EPS * f64::from(want[i].abs()) + 1e-37
+    });
 
     let (rows, width) = (3, 333);
-    let (x, logits) = (with_oddities(random.floats(rows * width)), vec![0.5, -20.0, 90.0]);
+    let (x, logits) = (
+        with_oddities(random.floats(rows * width)),
+        vec![0.5, -20.0, 90.0],
+    );
     let mut want = x.clone();
     Oracle
-        .sigmoid_scale(SigmoidScale { x: &mut want, logits: &logits, width })
+        .sigmoid_scale(SigmoidScale {
+            x: &mut want,
+            logits: &logits,
+            width,
+        })
         .unwrap();
     let mut call = Call::new("fg_sigmoid_scale");
     let out = call.memory(&x);
     call.memory(&logits);
     call.value(width as u32).run([rows as u32, 1, 1]);
-    assert_close(&call.read(out), &want, |i| 16.0 * EPS * f64::from(want[i].abs()) + 1e-37);
+    assert_close(&call.read(out), &want, |i| {
+        16.0 * EPS * f64::from(want[i].abs()) + 1e-37
+    });
 }
 
 #[test]
@@ -60,7 +88,11 @@ fn rounding_is_that_of_the_processor() {
     let mut random = Random(3);
     let mut x = with_oddities(random.floats(600));
     // Ties, to even both ways.
-    x.extend([f32::from_bits(0x3f80_8000), f32::from_bits(0x3f81_8000), f32::MAX]);
+    x.extend([
+        f32::from_bits(0x3f80_8000),
+        f32::from_bits(0x3f81_8000),
+        f32::MAX,
+    ]);
     let mut call = Call::new("fg_round_bf16");
     call.memory(&x);
     let out = call.output::<u16>(x.len());
@@ -68,7 +100,11 @@ fn rounding_is_that_of_the_processor() {
     let got: Vec<u16> = call.read(out);
     let want = rounded(&x);
     for (i, (got, want)) in got.iter().zip(&want).enumerate() {
-        assert!(got == want || x[i].is_nan() && widened(&[*got])[0].is_nan(), "{}", x[i]);
+        assert!(
+            got == want || x[i].is_nan() && widened(&[*got])[0].is_nan(),
+            "{}",
+            x[i]
+        );
     }
 }
 
@@ -93,7 +129,13 @@ fn rows_are_taken_by_index() {
         let half = rounded(&table);
         let matrix = Matrix::pack(Dtype::Bf16, 9, width, &bytes_of(&half)).unwrap();
         let mut want = vec![0.0; 4 * width];
-        Oracle.embed(Embed { table: &matrix, ids: &index, out: &mut want }).unwrap();
+        Oracle
+            .embed(Embed {
+                table: &matrix,
+                ids: &index,
+                out: &mut want,
+            })
+            .unwrap();
         let mut call = Call::new("fg_embed_bf16");
         call.memory(&half);
         call.memory(&index);

@@ -7,7 +7,9 @@ use crate::call::Call;
 fn fault(kernel: &str) -> String {
     let mut call = Call::new(kernel);
     call.output::<f32>(256);
-    call.once(Order::Ascending, [1, 1, 1]).unwrap_err().to_string()
+    call.once(Order::Ascending, [1, 1, 1])
+        .unwrap_err()
+        .to_string()
 }
 
 #[test]
@@ -77,19 +79,33 @@ fn a_launch_that_does_not_fit_is_refused() {
         unsafe { launch(kernel, grid, block, shared, &[]) }.unwrap_err()
     };
     let one = [1, 1, 1];
-    assert_eq!(refused("fg_none", one, one, 0).why, "no kernel of that name");
-    assert_eq!(refused("fg_add", one, one, 0).why, "takes 3 arguments, got 0");
+    assert_eq!(
+        refused("fg_none", one, one, 0).why,
+        "no kernel of that name"
+    );
+    assert_eq!(
+        refused("fg_add", one, one, 0).why,
+        "takes 3 arguments, got 0"
+    );
     assert!(kernels().iter().all(|k| k.threads % 32 == 0));
     let with_arguments = |grid, block, shared| {
         let mut values = [0_u64; 3];
         let pointers = values.each_mut().map(|v| std::ptr::from_mut(v).cast());
         // SAFETY: as above.
-        unsafe { launch("fg_add", grid, block, shared, &pointers) }.unwrap_err().why
+        unsafe { launch("fg_add", grid, block, shared, &pointers) }
+            .unwrap_err()
+            .why
     };
     assert_eq!(
         with_arguments(one, [128, 1, 1], 0),
         "its blocks have 256 threads, got 128 × 1 × 1"
     );
-    assert_eq!(with_arguments(one, [256, 1, 1], 16), "has no dynamic shared memory");
-    assert_eq!(with_arguments([0, 1, 1], [256, 1, 1], 0), "a grid that no card takes");
+    assert_eq!(
+        with_arguments(one, [256, 1, 1], 16),
+        "has no dynamic shared memory"
+    );
+    assert_eq!(
+        with_arguments([0, 1, 1], [256, 1, 1], 0),
+        "a grid that no card takes"
+    );
 }

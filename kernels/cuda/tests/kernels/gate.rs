@@ -15,9 +15,14 @@ fn choose(logits: &[f32], experts: usize, top_k: usize, normalise: bool) -> Chos
     let rows = logits.len() / experts;
     let mut call = Call::new("fg_gate");
     call.memory(logits);
-    call.value(rows as u32).value(experts as u32).value(top_k as u32);
+    call.value(rows as u32)
+        .value(experts as u32)
+        .value(top_k as u32);
     call.value(u32::from(normalise));
-    let (ids, weights) = (call.output::<u32>(rows * top_k), call.output::<f32>(rows * top_k));
+    let (ids, weights) = (
+        call.output::<u32>(rows * top_k),
+        call.output::<f32>(rows * top_k),
+    );
     let counts = call.memory(&vec![0_u32; experts]);
     call.run([rows.div_ceil(4) as u32, 1, 1]);
     Chosen {
@@ -59,12 +64,19 @@ fn chooses_what_the_oracle_chooses() {
             })
             .unwrap();
         assert_eq!(got.experts, ids);
-        assert_close(&got.weights, &weights, |i| 32.0 * EPS * f64::from(weights[i]) + 1e-37);
+        assert_close(&got.weights, &weights, |i| {
+            32.0 * EPS * f64::from(weights[i]) + 1e-37
+        });
         let mut counts = vec![0; experts];
         ids.iter().for_each(|id| counts[*id as usize] += 1);
         assert_eq!(got.counts, counts);
         for row in 0..rows {
-            let alone = choose(&logits[row * experts..(row + 1) * experts], experts, top_k, normalise);
+            let alone = choose(
+                &logits[row * experts..(row + 1) * experts],
+                experts,
+                top_k,
+                normalise,
+            );
             let range = row * top_k..(row + 1) * top_k;
             assert_eq!(alone.experts, got.experts[range.clone()]);
             assert_eq!(bits(&alone.weights), bits(&got.weights[range]));
@@ -100,7 +112,10 @@ fn permute(experts: &[u32], top_k: usize, groups: usize) -> (Vec<u32>, Vec<u32>,
     call.memory(experts);
     call.value(experts.len() as u32).value(top_k as u32);
     call.memory(&offsets);
-    let (rows, slots) = (call.output::<u32>(experts.len()), call.output::<u32>(experts.len()));
+    let (rows, slots) = (
+        call.output::<u32>(experts.len()),
+        call.output::<u32>(experts.len()),
+    );
     call.run([groups as u32, 1, 1]);
     (offsets, call.read(rows), call.read(slots))
 }
@@ -114,7 +129,9 @@ fn slots_are_ordered_by_expert_and_then_by_choice() {
         (300, 8, 16, 1), // all on one expert
         (33, 2, 8, 20),  // most are not here
     ] {
-        let experts: Vec<u32> = (0..rows * top_k).map(|_| random.below(spread) as u32).collect();
+        let experts: Vec<u32> = (0..rows * top_k)
+            .map(|_| random.below(spread) as u32)
+            .collect();
         let (offsets, rows_of, slots_of) = permute(&experts, top_k, groups);
         let mut order: Vec<usize> = (0..experts.len())
             .filter(|c| (experts[*c] as usize) < groups)
@@ -166,8 +183,11 @@ fn combine_is_one_chain_and_leaves_out_what_is_missing() {
     let (rows, top_k, width, slots) = (5, 3, 300, 17);
     let parts = random.floats(slots * width);
     let weights = random.floats(rows * top_k);
-    let mut slot_of: Vec<u32> = (0..rows * top_k).map(|_| random.below(slots) as u32).collect();
-    (slot_of[4], slot_of[9], slot_of[10], slot_of[11]) = (u32::MAX, u32::MAX, u32::MAX, u32::MAX);
+    let mut slot_of: Vec<u32> = (0..rows * top_k)
+        .map(|_| random.below(slots) as u32)
+        .collect();
+    (slot_of[4], slot_of[9], slot_of[10], slot_of[11]) =
+        (u32::MAX, u32::MAX, u32::MAX, u32::MAX);
     let mut call = Call::new("fg_combine");
     call.memory(&parts);
     call.memory(&slot_of);
@@ -183,7 +203,13 @@ fn combine_is_one_chain_and_leaves_out_what_is_missing() {
     let list: Vec<&[f32]> = slot_of.iter().map(part).collect();
     let mut want = vec![0.0; rows * width];
     Oracle
-        .combine(Combine { parts: &list, weights: &weights, top_k, width, out: &mut want })
+        .combine(Combine {
+            parts: &list,
+            weights: &weights,
+            top_k,
+            width,
+            out: &mut want,
+        })
         .unwrap();
     assert_close(&got, &want, |_| 8.0 * EPS);
     for row in 0..rows {

@@ -35,9 +35,15 @@ impl Case {
             None => call.null(),
         }
         let out = call.output::<f32>(self.rows * self.n);
-        call.value(self.rows as u32).value(self.n as u32).value(self.k as u32);
+        call.value(self.rows as u32)
+            .value(self.n as u32)
+            .value(self.k as u32);
         let side = if tile == 128 { 128 } else { 64 };
-        call.run([self.n.div_ceil(side) as u32, self.rows.div_ceil(tile) as u32, 1]);
+        call.run([
+            self.n.div_ceil(side) as u32,
+            self.rows.div_ceil(tile) as u32,
+            1,
+        ]);
         call.read(out)
     }
 
@@ -58,7 +64,13 @@ fn assert_product(got: &[f32], x: &[f32], w: &[f32], w_packed: &Matrix, bias: Op
     let rows = got.len() / n;
     let mut want = vec![0.0; rows * n];
     Oracle
-        .matmul(MatMul { x, rows, w: w_packed, bias, out: &mut want })
+        .matmul(MatMul {
+            x,
+            rows,
+            w: w_packed,
+            bias,
+            out: &mut want,
+        })
         .unwrap();
     assert_close(got, &want, |i| {
         let (x, w) = (&x[i / n * k..][..k], &w[i % n * k..][..k]);
@@ -84,9 +96,19 @@ fn close_to_the_oracle_the_same_for_all_tiles_and_for_a_row_alone() {
         let case = Case::random(&mut random, rows, n, k);
         let got = case.run(8);
         let w = Matrix::pack(Dtype::Bf16, n, k, &bytes_of(&case.w)).unwrap();
-        assert_product(&got, &widened(&case.x), &widened(&case.w), &w, case.bias.as_deref());
+        assert_product(
+            &got,
+            &widened(&case.x),
+            &widened(&case.w),
+            &w,
+            case.bias.as_deref(),
+        );
         for tile in TILES {
-            assert_eq!(bits(&case.run(tile)), bits(&got), "{rows} × {n} × {k}, tile {tile}");
+            assert_eq!(
+                bits(&case.run(tile)),
+                bits(&got),
+                "{rows} × {n} × {k}, tile {tile}"
+            );
         }
         for row in [0, rows / 2, rows - 1] {
             let alone = case.row(row).run(8);
@@ -137,7 +159,10 @@ fn float32_weights_are_one_chain_per_output() {
         assert_product(&got, &x, &w, &packed, Some(&bias));
         for (i, got) in got.iter().enumerate() {
             let (x, w) = (&x[i / n * k..][..k], &w[i % n * k..][..k]);
-            let chain = x.iter().zip(w).fold(0.0_f32, |sum, (x, w)| x.mul_add(*w, sum));
+            let chain = x
+                .iter()
+                .zip(w)
+                .fold(0.0_f32, |sum, (x, w)| x.mul_add(*w, sum));
             assert_eq!(got.to_bits(), (chain + bias[i % n]).to_bits());
         }
     }

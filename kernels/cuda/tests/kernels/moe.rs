@@ -43,12 +43,19 @@ impl Slots {
         for list in lists {
             offsets.push(offsets.last().unwrap() + list.len() as u32);
         }
-        Self { rows: lists.concat(), offsets }
+        Self {
+            rows: lists.concat(),
+            offsets,
+        }
     }
 
     fn tiles(&self, tile: usize) -> (Vec<u32>, Vec<u32>) {
         let groups = self.offsets.len() - 1;
-        let of = |g: usize| (self.offsets[g]..self.offsets[g + 1]).step_by(tile).map(move |f| (g as u32, f));
+        let of = |g: usize| {
+            (self.offsets[g]..self.offsets[g + 1])
+                .step_by(tile)
+                .map(move |f| (g as u32, f))
+        };
         (0..groups).flat_map(of).unzip()
     }
 
@@ -70,7 +77,8 @@ fn gate_up(experts: &Experts, x: &[u16], slots: &Slots, tile: usize, blocks: u32
     call.addresses(&as_bytes(&experts.up));
     slots.give(&mut call, tile);
     let out = call.output::<u16>(slots.rows.len() * experts.inner);
-    call.value(experts.inner as u32).value(experts.hidden as u32);
+    call.value(experts.inner as u32)
+        .value(experts.hidden as u32);
     call.run([blocks, 1, 1]);
     call.read(out)
 }
@@ -81,7 +89,8 @@ fn down(experts: &Experts, x: &[u16], slots: &Slots, tile: usize, blocks: u32) -
     call.addresses(&as_bytes(&experts.down));
     slots.give(&mut call, tile);
     let out = call.output::<f32>(slots.rows.len() * experts.hidden);
-    call.value(experts.hidden as u32).value(experts.inner as u32);
+    call.value(experts.hidden as u32)
+        .value(experts.inner as u32);
     call.run([blocks, 1, 1]);
     call.read(out)
 }
@@ -89,10 +98,15 @@ fn down(experts: &Experts, x: &[u16], slots: &Slots, tile: usize, blocks: u32) -
 fn oracle(experts: &Experts, x: &[u16], slots: &Slots) -> Vec<f32> {
     let (hidden, inner) = (experts.hidden, experts.inner);
     let pack = |all: &[Vec<u16>], n, k| -> Vec<Matrix> {
-        let each = all.iter().map(|w| Matrix::pack(Dtype::Bf16, n, k, &bytes_of(w)).unwrap());
+        let each = all
+            .iter()
+            .map(|w| Matrix::pack(Dtype::Bf16, n, k, &bytes_of(w)).unwrap());
         each.collect()
     };
-    let (gate, up) = (pack(&experts.gate, inner, hidden), pack(&experts.up, inner, hidden));
+    let (gate, up) = (
+        pack(&experts.gate, inner, hidden),
+        pack(&experts.up, inner, hidden),
+    );
     let down = pack(&experts.down, hidden, inner);
     let groups: Vec<ExpertGroup<'_>> = (0..gate.len())
         .map(|g| ExpertGroup {
@@ -105,7 +119,12 @@ fn oracle(experts: &Experts, x: &[u16], slots: &Slots) -> Vec<f32> {
         .collect();
     let mut out = vec![0.0; slots.rows.len() * hidden];
     Oracle
-        .expert_ffn(ExpertFfn { x: &widened(x), hidden, groups: &groups, out: &mut out })
+        .expert_ffn(ExpertFfn {
+            x: &widened(x),
+            hidden,
+            groups: &groups,
+            out: &mut out,
+        })
         .unwrap();
     out
 }
@@ -127,9 +146,9 @@ fn close_to_the_oracle_for_all_tiles_and_grids() {
     let mut random = Random(61);
     for (hidden, inner, counts, rows) in [
         (64, 32, vec![1], 1),
-        (72, 40, vec![3, 0, 18, 1], 5), // an empty expert
+        (72, 40, vec![3, 0, 18, 1], 5),    // an empty expert
         (200, 33, vec![0, 0, 130, 0], 70), // all on one, of odd width
-        (36, 70, vec![9, 8, 7], 11), // rows of no whole run of 8
+        (36, 70, vec![9, 8, 7], 11),       // rows of no whole run of 8
     ] {
         let experts = Experts::random(&mut random, counts.len(), hidden, inner);
         let x = random.halves(rows * hidden);
@@ -160,7 +179,11 @@ fn the_down_product_is_close_by_itself() {
     for slot in 0..17 {
         let w = widened(&experts.down[if slot < 5 { 0 } else { 2 }]);
         for n in 0..70 {
-            let pairs = || widened(&x[slot * 136..(slot + 1) * 136]).into_iter().zip(w[n * 136..].to_vec());
+            let pairs = || {
+                widened(&x[slot * 136..(slot + 1) * 136])
+                    .into_iter()
+                    .zip(w[n * 136..].to_vec())
+            };
             let want: f64 = pairs().map(|(x, w)| f64::from(x) * f64::from(w)).sum();
             let sum: f64 = pairs().map(|(x, w)| f64::from((x * w).abs())).sum();
             let apart = (f64::from(got[slot * 70 + n]) - want).abs();

@@ -54,10 +54,15 @@ fn close_to_the_oracle_and_apart_from_other_rows() {
                     out: &mut want,
                 })
                 .unwrap();
-            assert_eq!(bits(&x[2 * width.min(x.len() / 2)..]), bits(&want_x[2 * width.min(x.len() / 2)..]));
+            assert_eq!(
+                bits(&x[2 * width.min(x.len() / 2)..]),
+                bits(&want_x[2 * width.min(x.len() / 2)..])
+            );
             // Each lane's chain and the tree are below width roundings, halved by the root.
             let most = (width as f64).sqrt() + 8.0;
-            assert_close(&out, &want, |i| most * EPS * f64::from(want[i].abs()) + 1e-30);
+            assert_close(&out, &want, |i| {
+                most * EPS * f64::from(want[i].abs()) + 1e-30
+            });
             for (half, out) in half.iter().zip(&out) {
                 assert!(out.is_nan() || *half == rounded(&[*out])[0]);
             }

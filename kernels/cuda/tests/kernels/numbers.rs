@@ -37,7 +37,10 @@ impl Random {
 
 /// Rounded to bfloat16, as bits.
 pub(crate) fn rounded(values: &[f32]) -> Vec<u16> {
-    values.iter().map(|v| bf16::from_f32(*v).to_bits()).collect()
+    values
+        .iter()
+        .map(|v| bf16::from_f32(*v).to_bits())
+        .collect()
 }
 
 pub(crate) fn widened(bits: &[u16]) -> Vec<f32> {
@@ -53,10 +56,17 @@ pub(crate) fn assert_close(got: &[f32], want: &[f32], bound: impl Fn(usize) -> f
     assert_eq!(got.len(), want.len());
     for (i, (got, want)) in got.iter().zip(want).enumerate() {
         if want.is_nan() || want.is_infinite() {
-            assert!(got == want || got.is_nan() && want.is_nan(), "[{i}]: {got}, want {want}");
+            assert!(
+                got == want || got.is_nan() && want.is_nan(),
+                "[{i}]: {got}, want {want}"
+            );
             continue;
         }
         let apart = (f64::from(*got) - f64::from(*want)).abs();
-        assert!(apart <= bound(i), "[{i}]: {got}, want {want}, bound {}", bound(i));
+        assert!(
+            apart <= bound(i),
+            "[{i}]: {got}, want {want}, bound {}",
+            bound(i)
+        );
     }
 }

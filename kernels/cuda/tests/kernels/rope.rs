@@ -4,7 +4,9 @@ use crate::call::Call;
 use crate::numbers::{EPS, Random, assert_close, bits};
 
 fn frequencies(half: usize) -> Vec<f32> {
-    (0..half).map(|i| 10000_f32.powf(-(i as f32) / half as f32)).collect()
+    (0..half)
+        .map(|i| 10000_f32.powf(-(i as f32) / half as f32))
+        .collect()
 }
 
 fn angles(positions: &[u32], inv_freq: &[f32]) -> (Vec<f32>, Vec<f32>) {
@@ -13,7 +15,8 @@ fn angles(positions: &[u32], inv_freq: &[f32]) -> (Vec<f32>, Vec<f32>) {
     call.memory(positions);
     call.memory(inv_freq);
     let (cos, sin) = (call.output::<f32>(count), call.output::<f32>(count));
-    call.value(inv_freq.len() as u32).run([positions.len() as u32, 1, 1]);
+    call.value(inv_freq.len() as u32)
+        .run([positions.len() as u32, 1, 1]);
     (call.read(cos), call.read(sin))
 }
 
@@ -27,7 +30,15 @@ fn angles_of_the_processor(positions: &[u32], inv_freq: &[f32]) -> (Vec<f32>, Ve
         x.extend(vec![0.0; half]);
     }
     Oracle
-        .rope(Rope { x: &mut x, rows, heads: 1, head_dim: 2 * half, norm: None, clip: None, table: &table })
+        .rope(Rope {
+            x: &mut x,
+            rows,
+            heads: 1,
+            head_dim: 2 * half,
+            norm: None,
+            clip: None,
+            table: &table,
+        })
         .unwrap();
     let rows = || x.chunks_exact(2 * half);
     (
@@ -78,7 +89,13 @@ fn run(case: &Case, x: &[f32], weight: &[f32], positions: &[u32]) -> Vec<f32> {
 #[test]
 fn close_to_the_oracle_and_apart_from_other_rows() {
     let mut random = Random(21);
-    let case = |rows, heads, head_dim, norm, clip| Case { rows, heads, head_dim, norm, clip };
+    let case = |rows, heads, head_dim, norm, clip| Case {
+        rows,
+        heads,
+        head_dim,
+        norm,
+        clip,
+    };
     for case in [
         case(1, 1, 2, None, None),
         case(3, 5, 64, None, Some(0.5)),
@@ -103,7 +120,10 @@ fn close_to_the_oracle_and_apart_from_other_rows() {
                 rows: case.rows,
                 heads: case.heads,
                 head_dim: case.head_dim,
-                norm: case.norm.map(|_| Norm { weight: &weight, eps: 1e-6 }),
+                norm: case.norm.map(|_| Norm {
+                    weight: &weight,
+                    eps: 1e-6,
+                }),
                 clip: case.clip,
                 table: &table,
             })

@@ -7,7 +7,8 @@ fn softmax(logits: &[f32], width: usize) -> Vec<f32> {
     let mut call = Call::new("fg_log_softmax");
     call.memory(logits);
     let out = call.output::<f32>(logits.len());
-    call.value(width as u32).run([(logits.len() / width) as u32, 1, 1]);
+    call.value(width as u32)
+        .run([(logits.len() / width) as u32, 1, 1]);
     call.read(out)
 }
 
@@ -22,11 +23,22 @@ fn log_probabilities_are_close_and_apart_from_other_rows() {
         }
         let got = softmax(&logits, width);
         let mut want = vec![0.0; logits.len()];
-        Oracle.log_softmax(LogSoftmax { logits: &logits, width, out: &mut want }).unwrap();
-        assert_close(&got, &want, |i| 16.0 * EPS * (40.0 + f64::from(want[i].abs())));
+        Oracle
+            .log_softmax(LogSoftmax {
+                logits: &logits,
+                width,
+                out: &mut want,
+            })
+            .unwrap();
+        assert_close(&got, &want, |i| {
+            16.0 * EPS * (40.0 + f64::from(want[i].abs()))
+        });
         for row in 0..4 {
             let range = row * width..(row + 1) * width;
-            assert_eq!(bits(&softmax(&logits[range.clone()], width)), bits(&got[range]));
+            assert_eq!(
+                bits(&softmax(&logits[range.clone()], width)),
+                bits(&got[range])
+            );
         }
     }
 }
