@@ -28,11 +28,18 @@ TENSOR = {
     "asynchronous copies of 16 bytes": r"LDGSTS\.E\.BYPASS\.(LTC128B\.)?128",
     "fragments out of shared memory": r"LDSM\.16\.M88\.",
 }
+WIDE = {"loads of 16 bytes": r"LDG\.E\.128"}
 # What kernels promise, by the beginning of their name.
 PROMISES = {
     "fg_gemm_bf16": TENSOR,
     "fg_gemm_coded": TENSOR,
     "fg_moe_": TENSOR,
+    "fg_add": WIDE,
+    "fg_silu_mul": WIDE,
+    "fg_round_bf16": WIDE,
+    "fg_rms_norm": WIDE,
+    "fg_combine": WIDE,
+    "fg_gather_rows": WIDE,
     "fg_attention_bf16": TENSOR | {"transposed fragments": r"LDSM\.16\.MT88\.4"},
 }
 

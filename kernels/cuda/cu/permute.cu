@@ -4,6 +4,7 @@
 // expert, 4 · choices · groups bytes out of L2. combine: 4 · top_k · width bytes read and 4 · width written per row, 2 · top_k · width FLOP;
 // floor = rows · width · 4 · (top_k + 1) bytes / bandwidth.
 #include "lib/device.cuh"
+#include "lib/vector.cuh"
 
 namespace {
 
@@ -94,14 +95,17 @@ extern "C" __global__ void __launch_bounds__(256)
                uint32_t width, float* out) {
     const uint64_t first = static_cast<uint64_t>(blockIdx.x) * top_k;
     float* row = out + static_cast<uint64_t>(blockIdx.x) * width;
-    for (uint32_t i = threadIdx.x; i < width; i += THREADS) {
-        float sum = 0.0f;
-        for (uint32_t j = 0; j < top_k; ++j) {
-            const uint32_t slot = slot_of_choice[first + j];
+    for (uint32_t i = threadIdx.x * 4; i < width; i += THREADS * 4) {
+        Four sum{};
+        for (uint32_t choice = 0; choice < top_k; ++choice) {
+            const uint32_t slot = slot_of_choice[first + choice];
             if (slot == NONE) continue;
-            sum = fmaf(weights[first + j], parts[static_cast<uint64_t>(slot) * width + i], sum);
+            const float weight = weights[first + choice];
+            const Four part = load_four(parts + static_cast<uint64_t>(slot) * width + i, width - i);
+#pragma unroll
+            for (uint32_t j = 0; j < 4; ++j) sum.of[j] = fmaf(weight, part.of[j], sum.of[j]);
         }
-        row[i] = sum;
+        store_four(row + i, sum, width - i);
     }
 }
 
