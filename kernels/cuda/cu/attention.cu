@@ -301,6 +301,7 @@ __device__ inline void attend_plain(const Problem& p, const float* cache) {
             if (first + lane < end) {
                 key = pages.key(tile.head, first + lane);
                 float dot = 0.0f;
+#pragma unroll 1 // more would spill
                 for (uint32_t d = 0; d < p.head_dim; ++d) dot = fmaf(q[d], cache[key + d], dot);
                 mine = dot * p.scale;
             }
@@ -311,6 +312,7 @@ __device__ inline void attend_plain(const Problem& p, const float* cache) {
 #pragma unroll
             for (uint32_t i = 0; i < PLAIN_DIMS; ++i) out[i] *= shrink;
             const uint32_t keys = end - first < BLOCK ? end - first : BLOCK;
+#pragma unroll 1
             for (uint32_t j = 0; j < keys; ++j) {
                 const float weight = __shfl_sync(ALL_LANES, numerator, static_cast<int>(j));
                 const uint64_t value = __shfl_sync(ALL_LANES, key, static_cast<int>(j)) + pages.to_value();
@@ -328,10 +330,11 @@ __device__ inline void attend_plain(const Problem& p, const float* cache) {
             p.part_max[part] = most;
             p.part_sum[part] = sum;
         }
+        const float divisor = whole ? sum : 1.0f;
 #pragma unroll
         for (uint32_t i = 0; i < PLAIN_DIMS; ++i) {
             const uint32_t d = i * WARP + lane;
-            if (d < p.head_dim) to[d] = whole ? out[i] / sum : out[i];
+            if (d < p.head_dim) to[d] = out[i] / divisor;
         }
     }
 }

@@ -3,9 +3,10 @@
 //! Every launch runs twice, with threads in ascending and in descending order, and must leave the same bytes. With
 //! `FOREGATE_CUDA_RECORD` set to a folder, small launches are written there, for `make sanitize` to run again.
 #![expect(
+    unsafe_code,
     clippy::unwrap_used,
     clippy::cast_possible_truncation,
-    reason = "a test's sizes are small, and what fails there is the test"
+    reason = "launching is unsafe; a test's sizes are small, and what fails there is the test"
 )]
 
 #[path = "kernels/attention.rs"]

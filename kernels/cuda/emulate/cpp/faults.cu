@@ -42,6 +42,7 @@ extern "C" __global__ void fault_early(const float* x, float* out) {
     copy_commit();
     __syncthreads();
     out[threadIdx.x] = row.values[threadIdx.x];
+    __syncthreads();
     copy_wait<0>();
 }
 

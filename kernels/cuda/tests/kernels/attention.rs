@@ -21,7 +21,15 @@ struct World {
 const STRIDE_SPARE: usize = 2;
 
 impl World {
-    fn random(random: &mut Random, shape: KvShape, heads: usize, lengths: &[usize]) -> Self {
+    fn random(
+        random: &mut Random,
+        mut shape: KvShape,
+        heads: usize,
+        lengths: &[usize],
+    ) -> Self {
+        let needed = |l: &usize| l.div_ceil(shape.page_tokens);
+        // A few more than are used.
+        shape.pages = 3 + lengths.iter().map(needed).sum::<usize>();
         // Pages in no order.
         let mut free: Vec<u32> = (0..shape.pages as u32).collect();
         let mut page = || free.swap_remove(random.below(free.len()));
@@ -238,7 +246,7 @@ enum Cache {
 fn shape(dtype: KvDtype, page_tokens: usize, kv_heads: usize, head_dim: usize) -> KvShape {
     KvShape {
         layers: 2,
-        pages: 80,
+        pages: 40,
         page_tokens,
         kv_heads,
         head_dim,

@@ -21,7 +21,7 @@ macro_rules! number {
         }
     )*};
 }
-number!(u16, u32, u64, f32);
+number!(u8, u16, u32, u64, f32);
 
 pub(crate) fn bytes_of<T: Number>(values: &[T]) -> Vec<u8> {
     values.iter().flat_map(|v| v.bytes()).collect()

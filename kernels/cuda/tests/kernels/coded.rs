@@ -2,7 +2,7 @@
 
 use foregate_kernels::{Dtype, MatMul, Matrix, Ops, Oracle};
 
-use crate::call::{Call, bytes_of};
+use crate::call::Call;
 use crate::numbers::{EPS, Random, assert_close, bits, rounded, widened};
 
 const TILES: [usize; 4] = [8, 16, 32, 64];
