@@ -19,7 +19,7 @@ impl Case {
         Self {
             x: random.halves(rows * k),
             w: random.halves(n * k),
-            bias: (n % 2 == 0).then(|| random.floats(n)),
+            bias: n.is_multiple_of(2).then(|| random.floats(n)),
             rows,
             n,
             k,
