@@ -42,6 +42,8 @@ test: ## install what is missing, lint, every test, those on a Kubernetes cluste
 	@mkdir -p $(dir $(SKIPPED)) && rm -f $(SKIPPED)
 	@rm -rf $(CUDA)/cases
 	@FOREGATE_CUDA_RECORD=$(CUDA)/cases $(MAKE) --no-print-directory unit
+	@kernels/cuda/sanitize $(CUDA)/cases $(CUDA)
+	@$(MAKE) --no-print-directory cuda
 	@$(MAKE) --no-print-directory cluster
 	@$(MAKE) --no-print-directory on-cluster
 	@$(MAKE) --no-print-directory fuzz

@@ -147,6 +147,10 @@ void Block::begin(dim3 index) {
         thread.turn = 0;
         thread.copies.begun.clear();
         thread.copies.groups.clear();
+#if defined(__SANITIZE_ADDRESS__)
+        // A fiber never returns, so its last frames are still marked.
+        ASAN_UNPOISON_MEMORY_REGION(stacks.of(i), STACK_BYTES);
+#endif
         prepare(fibers[i].context, stacks.of(i), &thread_main);
     }
     for (uint32_t w = 0; w < threads / 32; ++w) {
