@@ -3,6 +3,7 @@
 mod client;
 mod engine;
 mod kernels;
+mod lookahead;
 mod migrate;
 mod model;
 mod perplexity;
@@ -37,6 +38,8 @@ enum What {
     Rebalance(rebalance::RebalanceArgs),
     /// The operator's planner, EPLB and a placement that stays, each on a cluster of its own under the same shifting mix.
     Planners(planners::PlannersArgs),
+    /// Routing by expected experts against least loaded, on a running cluster, with a placebo.
+    Lookahead(lookahead::LookaheadArgs),
     /// What a live migration adds to the time between two tokens, in this process.
     Migrate(migrate::MigrateArgs),
     /// Decode and prefill speed of the engine alone, in this process.
@@ -65,6 +68,7 @@ pub(crate) async fn run(
         What::Serve(args) => Box::pin(serve::run(&args, progress, drain)).await,
         What::Rebalance(args) => Box::pin(rebalance::run(&args, progress, drain)).await,
         What::Planners(args) => Box::pin(planners::run(&args, progress, drain)).await,
+        What::Lookahead(args) => Box::pin(lookahead::run(&args, progress, drain)).await,
         What::Migrate(args) => Box::pin(migrate::run(&args, progress, &drain)).await,
         What::Engine(args) => Box::pin(engine::run(&args, progress)).await,
         What::Kernels(args) => kernels::run(&args, progress),

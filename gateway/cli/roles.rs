@@ -358,6 +358,7 @@ async fn gateway(role: Role, config: GatewayConfig) -> Result<(), CliError> {
         listener,
         store: role.seams.store,
         registry: role.registry,
+        trial: foregate_gateway::Trial::default(),
         shutdown: role.shutdown,
     };
     let end = foregate_gateway::run(deps).await;

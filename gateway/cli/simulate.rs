@@ -1,6 +1,6 @@
 //! `foregate simulate`: the product's decisions on synthetic loads, without a cluster.
 
-mod bars;
+pub(crate) mod bars;
 mod lookahead;
 mod placement;
 

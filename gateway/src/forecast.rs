@@ -15,5 +15,5 @@ mod publish;
 mod work;
 
 pub use kinds::{Example, Kinds, Words};
-pub use publish::Publisher;
+pub use publish::{Publisher, keep_fitted};
 pub use work::{Expected, Outlook, Work};

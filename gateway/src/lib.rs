@@ -27,11 +27,13 @@ use tokio_util::task::TaskTracker;
 pub mod admission;
 pub mod api_keys;
 pub mod cached;
+pub mod calibration;
 pub mod clock;
 pub mod error;
 pub mod feed;
 pub mod forecast;
 pub mod generate;
+pub mod heat;
 pub mod http;
 pub mod loads;
 pub mod metrics;
@@ -59,7 +61,8 @@ use http::{Defaults, Gateway};
 use loads::Loads;
 use metrics::Metrics;
 use prompt::Prompter;
-use upstream::{Upstream, WIDTH};
+pub use upstream::Trial;
+use upstream::Upstream;
 use view::Views;
 
 /// Longest time that requests in work may take after `shutdown`.
@@ -108,6 +111,8 @@ pub struct Deps {
     pub store: Arc<dyn Store>,
     /// Where metrics are registered; `/metrics` shows all of it.
     pub registry: prometheus::Registry,
+    /// How the window is tried out; `Trial::default()` unless something is measured.
+    pub trial: Trial,
     /// Ends the gateway: new requests are refused, those in work are finished.
     pub shutdown: CancellationToken,
 }
@@ -124,6 +129,7 @@ pub async fn run(deps: Deps) -> Result<(), GatewayError> {
         listener,
         store,
         registry,
+        trial,
         shutdown,
     } = deps;
     check(&config)?;
@@ -154,16 +160,22 @@ pub async fn run(deps: Deps) -> Result<(), GatewayError> {
     let limits = serve::Limits::for_requests(
         (config.max_in_flight as usize).saturating_add(config.max_queued as usize),
     );
-    let mut upstream = upstream(&config, &views, loads, &metrics, keys);
-    if let Some(horizon) = config.forecast_ms.map(Duration::from_millis) {
-        let outlook = Arc::new(Outlook::default());
-        upstream = upstream.with_outlook(Arc::clone(&outlook));
-        let (views, metrics) = (Arc::clone(&views), Arc::clone(&metrics));
-        let publisher = Publisher::new(coord, outlook, views, metrics, horizon);
-        tasks.spawn(publisher.run(ended.clone()));
+    let outlook = Arc::new(Outlook::default());
+    let upstream = upstream(&config, trial, &views, loads, &metrics, keys)
+        .with_outlook(Arc::clone(&outlook));
+    match config.forecast_ms.map(Duration::from_millis) {
+        Some(horizon) => {
+            let (views, metrics) = (Arc::clone(&views), Arc::clone(&metrics));
+            let publisher = Publisher::new(coord, outlook, views, metrics, horizon);
+            tasks.spawn(publisher.run(ended.clone()));
+        }
+        // Nobody asks for a forecast; kinds of text are still what requests are routed by.
+        None => {
+            tasks.spawn(forecast::keep_fitted(outlook, ended.clone()));
+        }
     }
     let gateway = Arc::new(gateway(
-        config, api_keys, prompter, defaults, views, upstream, metrics, past, &shutdown,
+        config, api_keys, prompter, defaults, views, upstream, metrics, past, trial, &shutdown,
     ));
     if gateway.runner.upstream.wants_prefixes() {
         let upstream = Arc::clone(&gateway.runner.upstream);
@@ -226,6 +238,7 @@ async fn model(dir: String) -> Result<(Prompter, Defaults), GatewayError> {
 /// The way to the workers.
 fn upstream(
     config: &GatewayConfig,
+    trial: Trial,
     views: &Arc<Views>,
     loads: Arc<Loads>,
     metrics: &Arc<Metrics>,
@@ -236,7 +249,7 @@ fn upstream(
     match config.routing {
         RoutingPolicy::Window => {
             let longest = Duration::from_millis(config.queue_timeout_ms);
-            upstream.with_window(config.max_in_flight, longest)
+            upstream.with_window(config.max_in_flight, longest, trial)
         }
         RoutingPolicy::Signature
         | RoutingPolicy::PrefixAware
@@ -255,6 +268,7 @@ fn gateway(
     upstream: Upstream,
     metrics: Arc<Metrics>,
     past: past::Past,
+    trial: Trial,
     shutdown: &CancellationToken,
 ) -> Gateway {
     let windowed = config.routing == RoutingPolicy::Window;
@@ -267,7 +281,7 @@ fn gateway(
         // The head of the queue is the window.
         slots: config
             .max_in_flight
-            .saturating_add(if windowed { WIDTH } else { 0 }),
+            .saturating_add(if windowed { trial.width } else { 0 }),
         capacity: config.max_queued,
         patience: Duration::from_millis(config.queue_timeout_ms),
         rules: config.traffic.clone(),

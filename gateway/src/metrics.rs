@@ -8,6 +8,7 @@
 mod cluster;
 mod decode;
 mod forecast;
+mod foresight;
 mod gen_ai;
 mod scraped;
 mod tenants;
@@ -24,17 +25,20 @@ use prometheus::{
     Opts, Registry,
 };
 
+use crate::calibration::State;
+use crate::heat::OfTenant;
 use crate::route::{self, Choice};
 use crate::traffic::{Tally, Tenant};
 use cluster::Cluster;
 use decode::DecodeMetrics;
 use forecast::ForecastMetrics;
+use foresight::Foresight;
 use gen_ai::GenAi;
 use scraped::Scraped;
 use tenants::Tenants;
 use window::WindowMetrics;
 
-pub(crate) use cluster::{imbalance, rank_rows};
+pub(crate) use cluster::{imbalance, rank_rows, top_experts};
 pub(crate) use gen_ai::{Call, Operation};
 pub(crate) use window::WindowState;
 
@@ -76,6 +80,7 @@ pub struct Metrics {
     cluster: Cluster,
     window: WindowMetrics,
     forecast: ForecastMetrics,
+    foresight: Foresight,
     decode: DecodeMetrics,
     tenants: Tenants,
     scraped: Scraped,
@@ -99,6 +104,12 @@ pub(crate) struct Known<'a> {
     pub(crate) window: Option<WindowState>,
     /// What tenants did, and how many of their requests wait.
     pub(crate) tenants: Vec<(Tenant, Tally, u32)>,
+    /// How right predictors of experts were.
+    pub(crate) predictors: [State; 3],
+    /// What tenants asked of the experts.
+    pub(crate) heat: Vec<OfTenant>,
+    /// Parts that tenants brought of the most used experts' rows, in their order.
+    pub(crate) heated: Vec<Vec<(String, f64)>>,
 }
 
 /// What one sequence looked like from outside.
@@ -211,6 +222,7 @@ impl Metrics {
             cluster: Cluster::new(&copied, model)?,
             window: WindowMetrics::new(&copied, &make)?,
             forecast: ForecastMetrics::new(&make)?,
+            foresight: Foresight::new(&copied)?,
             decode: DecodeMetrics::new(&make)?,
             tenants: Tenants::new(&copied)?,
             scraped: Scraped::register(&registry, inner.clone())?,
@@ -235,6 +247,8 @@ impl Metrics {
         self.cluster.show(known.state, known.now);
         self.window.show(known.window.as_ref());
         self.tenants.show(&known.tenants);
+        self.foresight
+            .show(&known.predictors, &known.heat, &known.heated);
     }
 
     /// Has `refresh` called whenever the registry is gathered.

@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hasher};
 use std::sync::{Arc, Mutex, PoisonError};
 
+pub(crate) use profile::sampled_layers;
 pub use profile::{Profile, probability};
 
 /// Tokens per block.

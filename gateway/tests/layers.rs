@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 
 /// From the bottom up.
-const ORDER: [&str; 25] = [
+const ORDER: [&str; 27] = [
     "clock",
     "random",
     "traffic",
@@ -17,6 +17,8 @@ const ORDER: [&str; 25] = [
     "prompt",
     "output",
     "signature",
+    "calibration",
+    "heat",
     "feed",
     "cached",
     "prefixes",

@@ -41,6 +41,7 @@ use tokio::sync::broadcast;
 pub use handle::{
     EngineHandle, EngineState, EventStream, Follower, RequestLimits, StreamError, SubmitError,
 };
+pub use pace::Decoded;
 
 use crate::kv_cache::{Changes, PagePool};
 use crate::load::LoadCounters;
@@ -394,6 +395,6 @@ impl Engine {
             preemptions: self.scheduler.preemptions(),
             ..self.counts
         };
-        self.shared.publish(self.counts);
+        self.shared.publish(self.counts, self.pace.totals());
     }
 }

@@ -417,7 +417,10 @@ async fn gauges(
     loop {
         tokio::select! {
             () = shutdown.cancelled() => return,
-            _ = ticks.tick() => metrics.engine(&engine.load()),
+            _ = ticks.tick() => {
+                metrics.engine(&engine.load());
+                metrics.decoded(&engine.decoded());
+            }
         }
     }
 }

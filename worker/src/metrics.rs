@@ -9,6 +9,7 @@
 //! | `vllm:prompt_tokens_total`, `vllm:generation_tokens_total` | counter | tokens computed; tokens generated |
 //! | `vllm:num_preemptions_total` | counter | sequences put back because pages ran out |
 //! | `foregate_worker_steps_total` | counter | engine steps |
+//! | `foregate_worker_decode_steps_total`, `…_decode_rows_total`, `…_decode_experts_total`, `…_decode_seconds_total` | counter | steps in which every sequence had one row; their rows, distinct experts (mean over MoE layers) and time |
 //! | `foregate_worker_exchange_seconds` | histogram | one layer's exchange, from routing to combined rows |
 //! | `foregate_worker_rows_total{where}` | counter | routed rows run here (`local`), sent to a peer (`remote`), run for a peer (`served`) |
 //! | `foregate_worker_late_rows_total` | counter | rows that came from no copy in time |
@@ -29,9 +30,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use foregate_api::load::EngineLoad;
 use foregate_wire::frame::RefuseReason;
 use prometheus::{
-    Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts,
-    Registry,
+    Counter, Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge,
+    Opts, Registry,
 };
+
+use crate::engine::Decoded;
 
 /// Where a routed row was run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -68,6 +71,7 @@ impl Source {
 #[derive(Debug)]
 pub struct WorkerMetrics {
     engine: EngineMetrics,
+    decode: DecodeMetrics,
     exchange_seconds: Histogram,
     rows: IntCounterVec,
     late_rows: IntCounter,
@@ -100,6 +104,15 @@ struct EngineMetrics {
     steps: IntCounter,
 }
 
+/// Decode steps.
+#[derive(Debug)]
+struct DecodeMetrics {
+    steps: IntCounter,
+    rows: IntCounter,
+    experts: Counter,
+    seconds: Counter,
+}
+
 /// Buckets from 10 µs to 2.6 s, doubling.
 fn seconds_buckets() -> Vec<f64> {
     (0..18).map(|i| 1e-5 * f64::from(1_u32 << i)).collect()
@@ -114,6 +127,22 @@ impl WorkerMetrics {
         let reg = Register { registry };
         Ok(Self {
             engine: EngineMetrics::register(&reg, model_name)?,
+            decode: DecodeMetrics {
+                steps: reg.counter(
+                    "foregate_worker_decode_steps_total",
+                    "Steps in which every sequence had one row",
+                )?,
+                rows: reg
+                    .counter("foregate_worker_decode_rows_total", "Rows of these steps")?,
+                experts: reg.add(Counter::new(
+                    "foregate_worker_decode_experts_total",
+                    "Distinct experts that the rows of these steps chose, mean over MoE layers",
+                )?)?,
+                seconds: reg.add(Counter::new(
+                    "foregate_worker_decode_seconds_total",
+                    "Time of these steps",
+                )?)?,
+            },
             exchange_seconds: reg.histogram(
                 "foregate_worker_exchange_seconds",
                 "One layer's exchange, from routing to combined rows",
@@ -180,6 +209,17 @@ impl WorkerMetrics {
     /// Publishes the engine's state. Call it whenever a load window closes, or more often.
     pub fn engine(&self, load: &EngineLoad) {
         self.engine.set(load);
+    }
+
+    /// Publishes what the engine counted of its decode steps.
+    pub fn decoded(&self, now: &Decoded) {
+        raise(&self.decode.steps, now.steps);
+        raise(&self.decode.rows, now.rows);
+        let rise = |counter: &Counter, total: f64| {
+            counter.inc_by((total - counter.get()).max(0.0));
+        };
+        rise(&self.decode.experts, now.experts);
+        rise(&self.decode.seconds, now.ms / 1000.0);
     }
 
     /// Rows late since start.

@@ -1,6 +1,7 @@
 //! One streamed completion of an OpenAI server, with the time of every token.
 
 use std::fmt::{Display, Formatter};
+use std::hash::{DefaultHasher, Hasher};
 use std::time::Duration;
 
 use futures::StreamExt;
@@ -52,6 +53,8 @@ pub(super) struct Seen {
     pub(super) tokens: u64,
     /// The server said how many tokens there were.
     counted: bool,
+    /// Of the answer's text.
+    text: DefaultHasher,
 }
 
 /// Why a request failed.
@@ -100,6 +103,11 @@ impl Seen {
             .map(|pair| pair[1].saturating_sub(pair[0]))
             .max()
             .unwrap_or_default()
+    }
+
+    /// A number for the answer's text: equal texts, equal numbers.
+    pub(super) fn digest(&self) -> u64 {
+        self.text.finish()
     }
 
     /// Until the first token; `None` if there was none.
@@ -275,6 +283,12 @@ impl Seen {
             self.tokens = data["usage"]["completion_tokens"].as_u64().unwrap_or(0);
         }
         if gives_token(&data["choices"][0]) {
+            self.text.write(
+                data["choices"][0]["text"]
+                    .as_str()
+                    .unwrap_or_default()
+                    .as_bytes(),
+            );
             self.events.push(at);
         }
         Ok(false)

@@ -71,6 +71,11 @@ impl std::fmt::Display for Length {
 }
 
 impl Length {
+    /// The highest of its numbers.
+    pub(super) const fn longest(self) -> u32 {
+        self.high
+    }
+
     /// One of its numbers.
     pub(super) fn draw(self, draw: &mut Draw) -> u32 {
         let range = (self.high - self.low) as usize + 1;

@@ -31,38 +31,38 @@ const COLOURS: [RGBColor; 9] = [
 
 /// One bar: its height, and the thin line of the lowest and the highest seed.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Bar {
-    pub(super) mean: f64,
-    pub(super) lowest: f64,
-    pub(super) highest: f64,
+pub(crate) struct Bar {
+    pub(crate) mean: f64,
+    pub(crate) lowest: f64,
+    pub(crate) highest: f64,
 }
 
 /// Bars of one colour.
 #[derive(Debug)]
-pub(super) struct Series {
-    pub(super) name: String,
+pub(crate) struct Series {
+    pub(crate) name: String,
     /// One per group.
-    pub(super) bars: Vec<Bar>,
+    pub(crate) bars: Vec<Bar>,
 }
 
 /// A plot.
 #[derive(Debug)]
-pub(super) struct Bars {
-    pub(super) title: String,
+pub(crate) struct Bars {
+    pub(crate) title: String,
     /// Words under the groups.
-    pub(super) groups: Vec<&'static str>,
-    pub(super) series: Vec<Series>,
+    pub(crate) groups: Vec<&'static str>,
+    pub(crate) series: Vec<Series>,
     /// Where bars begin.
-    pub(super) base: f64,
+    pub(crate) base: f64,
     /// The bottom and the top; what goes further is cut.
-    pub(super) range: (f64, f64),
+    pub(crate) range: (f64, f64),
     /// Heights that are named, with their words.
-    pub(super) ticks: Vec<(f64, String)>,
+    pub(crate) ticks: Vec<(f64, String)>,
 }
 
 impl Bars {
     /// Writes the plot.
-    pub(super) fn write(&self, path: &Path) -> Result<(), CliError> {
+    pub(crate) fn write(&self, path: &Path) -> Result<(), CliError> {
         let what = format!("plot {}", path.display());
         let mut svg = String::new();
         self.draw(&mut svg)

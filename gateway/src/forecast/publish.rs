@@ -18,6 +18,25 @@ const LEASE_TTL: Duration = Duration::from_secs(5);
 /// Pause after a write that failed: the store has other things to do when it comes back.
 const PAUSE: Duration = Duration::from_secs(2);
 
+/// Pause between two looks whether kinds are due, where nothing is published.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// Keeps the kinds of text up to date until `shutdown`, for a gateway that publishes no forecast.
+pub async fn keep_fitted(outlook: Arc<Outlook>, shutdown: CancellationToken) {
+    let mut ticks = interval(LOOK);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            () = shutdown.cancelled() => return,
+            _ = ticks.tick() => {}
+        }
+        let outlook = Arc::clone(&outlook);
+        if let Err(error) = tokio::task::spawn_blocking(move || outlook.refit()).await {
+            tracing::warn!(%error, "kinds_not_fitted");
+        }
+    }
+}
+
 /// Writes one gateway's forecast.
 #[derive(Debug)]
 pub struct Publisher {

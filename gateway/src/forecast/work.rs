@@ -19,6 +19,8 @@ const REFIT: usize = 64;
 const ANSWER: (f64, f64) = (120.0, 1.0 / 32.0);
 /// Rows of a kind that are blended into a request's own histogram: a short prompt says little of its answer.
 const PSEUDO_ROWS: f64 = 64.0;
+/// Rows that a guess by kinds stands for: kinds are made of many prompts.
+const GUESS_ROWS: f64 = 512.0;
 /// Weight of the last interval in what workers are taken to compute.
 const PACE: f64 = 0.5;
 
@@ -150,6 +152,30 @@ impl Outlook {
     #[must_use]
     pub fn kinds(&self) -> usize {
         self.kinds.load().as_ref().map_or(0, |kinds| kinds.len())
+    }
+
+    /// The experts that a prompt will use by the kinds of text that its words resemble, as a histogram of as many rows as
+    /// such a guess is worth. `None` while fewer than two kinds are known, or if they are of another model than one of
+    /// `layers` MoE layers with `experts` experts, `top_k` of them for a token.
+    #[must_use]
+    pub fn guess(
+        &self,
+        prompt: &[u32],
+        (layers, experts): (usize, usize),
+        top_k: usize,
+    ) -> Option<Signature> {
+        let kinds = self.kinds.load_full()?;
+        if kinds.len() < 2 || !kinds.fits(experts, layers * experts) {
+            return None;
+        }
+        let guess = kinds.guess(&Words::of(prompt));
+        let weights: Vec<f64> = guess.into_iter().map(f64::from).collect();
+        let rows = GUESS_ROWS * top_k as f64;
+        let counts = kinds
+            .shares(&weights)
+            .into_iter()
+            .map(|share| (share * rows).round() as u32);
+        Signature::new(experts, counts.collect())
     }
 
     /// Makes kinds anew if there are enough new examples. Takes long; to be called where nobody waits.
@@ -371,6 +397,15 @@ impl Work {
         });
     }
 
+    /// What it used is not believed to say what it will use: its kinds of text are asked instead.
+    pub fn disregard(&self) {
+        *self
+            .entry
+            .known
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
     /// A token came.
     pub fn token(&self) {
         self.entry.received.fetch_add(1, Ordering::Relaxed);
@@ -477,6 +512,25 @@ mod tests {
         assert!((expected.known - expected.rows).abs() < 1e-9);
         let own: f64 = expected.counts[8..12].iter().sum();
         assert!(own > 0.6 * expected.rows, "{own} of {}", expected.rows);
+    }
+
+    #[test]
+    fn a_prompt_is_guessed_by_its_words_once_there_are_kinds() {
+        let outlook = outlook();
+        let (prompt, _) = example(1, 999);
+        assert!(outlook.guess(&prompt, (2, 16), 1).is_none());
+        for at in 0..96 {
+            let (prompt, example) = example(at % 4, at);
+            let work = outlook.enter(&prompt, &Known::default(), 1, 1);
+            work.read(0, Some(example.signature));
+        }
+        outlook.refit();
+        let guess = outlook.guess(&prompt, (2, 16), 1).unwrap();
+        let layer: u32 = guess.counts[..16].iter().sum();
+        assert!((500..=524).contains(&layer), "{layer}");
+        let own: u32 = guess.counts[4..8].iter().sum();
+        assert!(own > layer / 2, "{own} of {layer}");
+        assert!(outlook.guess(&prompt, (2, 8), 1).is_none(), "another model");
     }
 
     #[test]

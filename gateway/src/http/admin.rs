@@ -15,8 +15,13 @@ use serde_json::{Map, Value, json};
 
 use super::answer::json_response;
 use super::state::Gateway;
+use crate::calibration::Score;
 use crate::error::ApiError;
+use crate::heat::{Hot, OfTenant};
 use crate::metrics::{imbalance, rank_rows};
+
+/// Experts shown of a tenant.
+const HOTTEST: usize = 10;
 
 pub(super) async fn version() -> Response<Body> {
     json_response(
@@ -80,6 +85,8 @@ pub(super) async fn experts(State(gateway): State<Arc<Gateway>>) -> Response<Bod
         "rank_rows": by_rank(rows.iter().map(|(rank, rows)| (*rank, json!(rows))).collect()),
         "imbalance": imbalance(&rows),
         "forecasts": forecasts(state),
+        "predictors": predictors(&gateway),
+        "tenants": tenants(&gateway),
         "workers": by_rank(state.members.keys().map(|rank| (*rank, worker(state, *rank))).collect()),
     });
     json_response(StatusCode::OK, &document)
@@ -109,6 +116,55 @@ fn forecasts(state: &ClusterState) -> Vec<Value> {
         })
     };
     state.forecasts.values().map(of).collect()
+}
+
+/// How right predictors were in their last windows, beside the mean of all answers on the same ones.
+fn predictors(gateway: &Gateway) -> Value {
+    let score = |score: Score| {
+        json!({
+            "answers": score.answers,
+            "hit": score.hit,
+            "log_loss": score.loss,
+            "mean": { "hit": score.mean.0, "log_loss": score.mean.1 },
+        })
+    };
+    let states = gateway.runner.upstream.predictors().into_iter();
+    let entries = states.map(|state| {
+        let of = json!({
+            "believed": state.believed,
+            "switches": state.switches,
+            "last_window": state.score.map(score),
+        });
+        (state.predictor.word().to_owned(), of)
+    });
+    entries.collect::<Map<_, _>>().into()
+}
+
+/// What the most active tenants asked of the experts, the last minutes more than older ones.
+fn tenants(gateway: &Gateway) -> Vec<Value> {
+    let hot = |hot: &Hot| {
+        json!({
+            "layer": hot.layer,
+            "expert": hot.expert,
+            "of_tenant": hot.of_tenant,
+            "of_expert": hot.of_expert,
+        })
+    };
+    let of = |of: &OfTenant| {
+        json!({
+            "tenant": of.tenant,
+            "routed_rows": of.rows,
+            "share": of.share,
+            "hottest": of.hottest.iter().map(hot).collect::<Vec<_>>(),
+        })
+    };
+    gateway
+        .runner
+        .upstream
+        .heat(HOTTEST)
+        .iter()
+        .map(of)
+        .collect()
 }
 
 fn by_rank(entries: Vec<(Rank, Value)>) -> Value {

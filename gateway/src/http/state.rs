@@ -16,7 +16,7 @@ use crate::clock::Clock;
 use crate::error::ApiError;
 use crate::forecast::Work;
 use crate::generate::{Answer, Generation, Job, Runner};
-use crate::metrics::{Known, Metrics};
+use crate::metrics::{Known, Metrics, top_experts};
 use crate::past::Past;
 use crate::prompt::Prompter;
 use crate::random::Random;
@@ -99,13 +99,21 @@ impl Gateway {
 
     /// Writes what only the gateway as a whole knows into its metrics.
     pub(crate) fn show(&self) {
+        let view = self.views.load();
+        let upstream = &self.runner.upstream;
+        let heated = top_experts(&view.state).into_iter();
         self.metrics.show(&Known {
-            state: &self.views.load().state,
+            predictors: upstream.predictors(),
+            heat: upstream.heat(0),
+            heated: heated
+                .map(|(_, layer, expert)| upstream.heated_by(layer, expert))
+                .collect(),
+            state: &view.state,
             now: self.clock.unix_seconds(),
             in_flight: self.admission.running(),
             waiting: self.admission.queued(),
-            prefixes: self.runner.upstream.known_prefixes(),
-            window: self.runner.upstream.window(),
+            prefixes: upstream.known_prefixes(),
+            window: upstream.window(),
             tenants: self.admission.tallies(),
         });
     }

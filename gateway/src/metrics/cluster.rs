@@ -265,7 +265,7 @@ pub(crate) fn imbalance(rows: &BTreeMap<Rank, Vec<u64>>) -> Vec<f64> {
 }
 
 /// The most used experts as (share of the layer's rows, layer, expert), at most ten.
-fn top_experts(state: &ClusterState) -> Vec<(f64, usize, usize)> {
+pub(crate) fn top_experts(state: &ClusterState) -> Vec<(f64, usize, usize)> {
     let Some(first) = state.loads.values().next() else {
         return Vec::new();
     };

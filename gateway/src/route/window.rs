@@ -435,6 +435,11 @@ impl Window {
             }
             running.add(&profile, 1.0);
         }
+        self.learn(profile);
+    }
+
+    /// Remembers for the next fit what a prompt has used.
+    pub fn learn(&mut self, profile: Profile) {
         if self.recent.len() == RECENT {
             self.recent.pop_front();
         }

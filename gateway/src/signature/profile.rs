@@ -109,6 +109,11 @@ fn level(share: f64) -> u8 {
     (share.clamp(0.0, 1.0).sqrt() * 255.0).round() as u8
 }
 
+/// The layers of a model that are looked at where all would take too long.
+pub(crate) fn sampled_layers(layers: usize) -> Vec<usize> {
+    sampled(layers, LAYERS)
+}
+
 /// Layers to sample: all of a shallow model; of a deep one an eighth from its first third, the others evenly from
 /// the rest, because kinds of text separate with depth.
 fn sampled(layers: usize, wanted: usize) -> Vec<usize> {

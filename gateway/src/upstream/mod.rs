@@ -1,5 +1,6 @@
 //! Sequences on workers: choose, connect, guard, and go on elsewhere after a loss.
 
+mod foresight;
 mod prefixes;
 mod sequence;
 mod window;
@@ -18,7 +19,7 @@ use foregate_wire::tonic::transport::Channel;
 use tokio::time::Instant;
 
 pub use sequence::{Event, Sequence};
-pub use window::{Places, WIDTH};
+pub use window::{Places, Trial};
 
 use crate::cached::Cached;
 use crate::error::ApiError;
@@ -31,6 +32,7 @@ use crate::route::{Candidate, Choice, Router};
 use crate::signature::{Known, Signatures};
 use crate::trace::Identity;
 use crate::view::Views;
+use foresight::Hindsight;
 use window::Ahead;
 
 /// How long a worker that was lost is asked last.
@@ -54,6 +56,8 @@ pub struct Upstream {
     suspects: Mutex<BTreeMap<Rank, (u64, Instant)>>,
     /// What is admitted and not yet computed, if a forecast is made of it.
     outlook: Option<Arc<Outlook>>,
+    /// How right that was, and who asked for what.
+    hindsight: Hindsight,
     /// Where sequences wait for their place, if the policy is that of the window.
     ahead: Option<Ahead>,
 }
@@ -81,6 +85,7 @@ impl Upstream {
             channels: Mutex::default(),
             suspects: Mutex::default(),
             outlook: None,
+            hindsight: Hindsight::default(),
             ahead: None,
         }
     }
@@ -92,18 +97,18 @@ impl Upstream {
         self
     }
 
-    /// Counts `sequences` sequences of a prompt as work to come until the guard is dropped; `None` without a forecast.
+    /// Counts `sequences` sequences of a prompt as work to come until the guard is dropped; `None` if nobody counts.
     #[must_use]
     pub fn foresee(&self, prompt: &[u32], max_tokens: u32, sequences: u32) -> Option<Work> {
         let outlook = self.outlook.as_ref()?;
-        let known = self.signatures.known(prompt);
+        let known = self.by_prefix(&self.signatures.known(prompt));
         Some(outlook.enter(prompt, &known, max_tokens, sequences))
     }
 
     /// With `places` for sequences on all workers, for which they wait in a window for `longest` at most.
     #[must_use]
-    pub fn with_window(mut self, places: u32, longest: Duration) -> Self {
-        self.ahead = Some(Ahead::new(places, longest));
+    pub fn with_window(mut self, places: u32, longest: Duration, trial: Trial) -> Self {
+        self.ahead = Some(Ahead::new(places, longest, trial));
         self
     }
 

@@ -19,7 +19,9 @@ use tokio::time::{Instant, sleep, timeout_at};
 use tracing::{Instrument, Span};
 
 use super::Upstream;
+use super::foresight::{Foreseen, rest};
 use super::window::{Grant, Place};
+use crate::calibration::Predictor;
 use crate::error::ApiError;
 use crate::feed::Ended;
 use crate::forecast::Work;
@@ -67,6 +69,8 @@ pub struct Sequence {
     /// When its request came, and when its time is over.
     began: Instant,
     deadline: Instant,
+    /// What predictors said of its prompt, and what of it is believed.
+    foreseen: Foreseen,
     known: Known,
     losses: u32,
     /// Tokens received.
@@ -81,8 +85,10 @@ pub struct Sequence {
     running: Option<Running>,
     /// Its place in the window's count, for as long as it lives.
     place: Option<Place>,
-    /// What its prompt used, as measured.
+    /// What its prompt used, as measured, with what was known of the part that a prefix cache had.
     prompt: Option<Arc<Signature>>,
+    /// The measured part alone.
+    read: Vec<u32>,
     /// What is left of it, for the forecast.
     work: Option<Work>,
 }
@@ -104,9 +110,12 @@ impl Sequence {
         deadline: Instant,
         in_turn: bool,
     ) -> Result<Self, ApiError> {
-        let known = upstream.signatures.known(&request.token_ids);
+        let foreseen = upstream.foresight(&request.token_ids);
+        let known = upstream.known(&foreseen);
         let work = upstream.outlook.as_ref().map(|outlook| {
             let prompt = request.token_ids.get(..request.prompt_len as usize);
+            // Kinds of text are its own: it asks them itself.
+            let known = upstream.by_prefix(&foreseen.prefix);
             outlook.enter(prompt.unwrap_or_default(), &known, request.max_tokens, 1)
         });
         let mut sequence = Self {
@@ -115,6 +124,7 @@ impl Sequence {
             identity,
             began,
             deadline,
+            foreseen,
             known,
             losses: 0,
             received: 0,
@@ -126,6 +136,7 @@ impl Sequence {
             running: None,
             place: None,
             prompt: None,
+            read: Vec::new(),
             work,
         };
         let upstream = Arc::clone(&sequence.upstream);
@@ -224,6 +235,7 @@ impl Sequence {
                     }
                     self.remember_all(&finished);
                     self.tell(&finished);
+                    self.look_back(&finished);
                     self.running = None;
                     if let Some(work) = self.work.take() {
                         work.answered(finished.generated_tokens);
@@ -252,15 +264,19 @@ impl Sequence {
         self.prefilled = true;
         self.cached = prefilled.cached_tokens;
         self.remember_prompt(&mut prefilled);
+        let believed = self.upstream.believes(Predictor::Prefill);
         if let Some(work) = &self.work {
             work.read(self.cached, self.prompt.clone());
+            if !believed {
+                work.disregard();
+            }
         }
         if let Some(running) = &self.running {
             self.upstream
                 .has_read(self.prompt_ids(), running.member.rank);
         }
         if let Some(place) = &self.place {
-            place.read(self.prompt.as_deref());
+            place.read(self.prompt.as_deref(), believed);
         }
         prefilled.routed = reported;
         Some(Event::Prefilled(prefilled))
@@ -308,13 +324,12 @@ impl Sequence {
         else {
             return;
         };
-        let Some(mut signature) =
-            Signature::new(experts, std::mem::take(&mut prefilled.signature))
-        else {
+        self.read = std::mem::take(&mut prefilled.signature);
+        let Some(mut signature) = Signature::new(experts, self.read.clone()) else {
             return;
         };
         if prefilled.cached_tokens > 0
-            && let Some(known) = &self.known.signature
+            && let Some(known) = &self.foreseen.prefix.signature
             && known.counts.len() == signature.counts.len()
         {
             for (sum, count) in signature.counts.iter_mut().zip(&known.counts) {
@@ -325,7 +340,9 @@ impl Sequence {
         let prompt = self.request.prompt_len as usize;
         let prompt = self.request.token_ids.get(..prompt).unwrap_or_default();
         self.upstream.signatures.remember(prompt, &signature);
-        if let Some(running) = &mut self.running {
+        if let Some(running) = &mut self.running
+            && self.upstream.believes(Predictor::Prefill)
+        {
             running.guard.measured(Arc::clone(&signature));
         }
         self.prompt = Some(signature);
@@ -366,22 +383,29 @@ impl Sequence {
         });
     }
 
+    /// Compares what was foreseen with what was used. A sequence that went on elsewhere has no whole histogram.
+    fn look_back(&mut self, finished: &Finished) {
+        if self.losses > 0 {
+            return;
+        }
+        self.upstream.look_back(
+            std::mem::take(&mut self.foreseen),
+            self.prompt.clone(),
+            &self.read,
+            finished,
+            self.identity.tenant.as_ref(),
+        );
+    }
+
     /// Gives the place back, with what the answer used: the whole without the prompt.
     fn leave(&mut self, finished: &Finished) {
         let Some(mut place) = self.place.take() else {
             return;
         };
-        let whole = &finished.signature;
-        let prompt = self.prompt.as_deref().filter(|prompt| {
-            self.losses == 0 && self.cached == 0 && prompt.counts.len() == whole.len()
-        });
-        let answer = prompt.and_then(|prompt| {
-            let both = whole.iter().zip(&prompt.counts);
-            let rest = both
-                .map(|(whole, prompt)| whole.saturating_sub(*prompt))
-                .collect();
-            Signature::new(prompt.experts, rest)
-        });
+        let model = self.upstream.views.load();
+        let experts = model.model().map_or(0, |model| model.experts);
+        let answer = rest(experts, &finished.signature, &self.read);
+        let answer = answer.filter(|_| self.losses == 0);
         place.answered(finished.generated_tokens, answer.as_ref());
     }
 

@@ -6,7 +6,7 @@
 //! several sequences take their places at once and in order ([`Upstream::places`]), because two that each held half of
 //! theirs would wait for ever.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -21,6 +21,7 @@ use super::Upstream;
 use crate::error::ApiError;
 use crate::loads::{LoadGuard, Loads};
 use crate::metrics::WindowState;
+use crate::route::window::clusters::split_mix;
 use crate::route::window::{
     Kinds, LEAST_PER_WORKER, Pick, Settings, StepModel, Waiting, Why, Window, Worker,
 };
@@ -28,7 +29,9 @@ use crate::route::{Choice, Outcome};
 use crate::signature::{Known, Profile, Signature};
 
 /// Requests that the policy looks at.
-pub const WIDTH: u32 = 64;
+const WIDTH: u32 = 64;
+/// Profiles among which they are exchanged.
+const EXCHANGED: usize = 64;
 /// After this share of the longest wait a request is next, but after this time at the latest.
 const PATIENCE: (f64, f64) = (0.25, 4000.0);
 /// How long kinds stay, and how long after a try the next one may come.
@@ -38,9 +41,28 @@ const LOOK: Duration = Duration::from_millis(100);
 /// Tokens that an answer is expected to have before any has ended, and the weight of a new one.
 const ANSWER: (f64, f64) = (120.0, 1.0 / 32.0);
 
+/// How the window is tried out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Trial {
+    /// Requests of the queue that are looked at, at least 1.
+    pub width: u32,
+    /// Each request is placed by what is known of another one: a placebo, that should gain nothing and do no harm.
+    pub exchanged: bool,
+}
+
+impl Default for Trial {
+    fn default() -> Self {
+        Self {
+            width: WIDTH,
+            exchanged: false,
+        }
+    }
+}
+
 /// What the policy of the window needs.
 #[derive(Debug)]
 pub(super) struct Ahead {
+    trial: Trial,
     total: u32,
     places: Arc<Semaphore>,
     longest_wait: Duration,
@@ -58,6 +80,21 @@ struct State {
     /// When kinds were last fitted, and whether somebody does now.
     fitted: Option<Instant>,
     fitting: bool,
+    /// What is known of other requests, where profiles are exchanged.
+    strangers: VecDeque<Option<Profile>>,
+}
+
+impl State {
+    /// What was known of an earlier request, in place of what is known of this one; nothing at the beginning.
+    fn exchange(&mut self, profile: Option<Profile>) -> Option<Profile> {
+        self.strangers.push_back(profile);
+        if self.strangers.len() <= EXCHANGED {
+            return None;
+        }
+        // One of the older half, by its number: neighbours in time may well be alike.
+        let drawn = split_mix(self.next) as usize % (EXCHANGED / 2);
+        self.strangers.swap_remove_back(drawn).flatten()
+    }
 }
 
 #[derive(Debug)]
@@ -95,8 +132,9 @@ pub struct Places {
 struct Leave<'a>(&'a Ahead, u64);
 
 impl Ahead {
-    pub(super) fn new(places: u32, longest_wait: Duration) -> Self {
+    pub(super) fn new(places: u32, longest_wait: Duration, trial: Trial) -> Self {
         Self {
+            trial,
             total: places,
             places: Arc::new(Semaphore::new(places as usize)),
             longest_wait,
@@ -108,6 +146,7 @@ impl Ahead {
                 answer: ANSWER.0,
                 fitted: None,
                 fitting: false,
+                strangers: VecDeque::new(),
             }),
         }
     }
@@ -258,12 +297,19 @@ impl Upstream {
         };
         let signature = known.signature.as_deref();
         let profile = signature.and_then(|signature| Profile::of(signature, model.top_k));
-        let settings = Settings::new(model.experts, model.top_k);
+        let settings = Settings {
+            width: ahead.trial.width.max(1) as usize,
+            ..Settings::new(model.experts, model.top_k)
+        };
         let cached = self.held(&request.token_ids).into_iter().collect();
         let (arrived_ms, patience_ms) = (ahead.now_ms(), ahead.patience_ms(deadline));
         Ok(ahead.with(|state| {
             let id = state.next;
             state.next += 1;
+            let profile = match ahead.trial.exchanged {
+                true => state.exchange(profile),
+                false => profile,
+            };
             let window = state.window.get_or_insert_with(|| Window::new(settings));
             window.push(Waiting {
                 id,
@@ -404,8 +450,8 @@ fn choice(pick: &Pick, known: &Known) -> Choice {
 }
 
 impl Place {
-    /// The worker read the prompt, which used experts like this.
-    pub(super) fn read(&self, signature: Option<&Signature>) {
+    /// The worker read the prompt, which used experts like this; whether that is believed to say what the answer uses.
+    pub(super) fn read(&self, signature: Option<&Signature>, believed: bool) {
         let Some(ahead) = &self.upstream.ahead else {
             return;
         };
@@ -421,7 +467,10 @@ impl Place {
         };
         ahead.with(|state| {
             if let Some(window) = &mut state.window {
-                window.measured(self.id, profile);
+                match believed {
+                    true => window.measured(self.id, profile),
+                    false => window.learn(profile),
+                }
             }
         });
         self.upstream.refit(ahead);

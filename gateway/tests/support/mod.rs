@@ -196,6 +196,7 @@ impl Cluster {
             listener,
             store,
             registry: registry.clone(),
+            trial: foregate_gateway::Trial::default(),
             shutdown: shutdown.clone(),
         };
         #[expect(clippy::disallowed_methods, reason = "the test holds the handle")]

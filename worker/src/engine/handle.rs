@@ -15,6 +15,7 @@ use futures::Stream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast, mpsc, oneshot, watch};
 use tracing::Span;
 
+use super::pace::Decoded;
 use crate::kv_cache::Changes;
 use crate::sampler::SamplerError;
 use crate::scheduler::NeverFits;
@@ -155,13 +156,17 @@ pub(super) struct Shared {
     /// The thread ends after this step.
     pub(super) stopping: AtomicBool,
     epoch: AtomicU64,
-    load: Mutex<EngineLoad>,
+    load: Mutex<(EngineLoad, Decoded)>,
     state: watch::Sender<EngineState>,
 }
 
 impl Shared {
-    pub(super) fn publish(&self, load: EngineLoad) {
-        *self.load.lock().unwrap_or_else(PoisonError::into_inner) = load;
+    pub(super) fn publish(&self, load: EngineLoad, decoded: Decoded) {
+        *self.load.lock().unwrap_or_else(PoisonError::into_inner) = (load, decoded);
+    }
+
+    fn published(&self) -> (EngineLoad, Decoded) {
+        *self.load.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn set_epoch(&self, epoch: Epoch) {
@@ -313,11 +318,13 @@ impl EngineHandle {
     /// What the engine did up to its last step.
     #[must_use]
     pub fn load(&self) -> EngineLoad {
-        *self
-            .shared
-            .load
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        self.shared.published().0
+    }
+
+    /// Decode steps up to its last step.
+    #[must_use]
+    pub fn decoded(&self) -> Decoded {
+        self.shared.published().1
     }
 
     /// The placement of the last step.

@@ -16,13 +16,23 @@ const LEAST: f64 = 256.0;
 /// Standard deviation of the number of experts below which it says nothing about their cost.
 const LEAST_SPREAD: f64 = 0.5;
 
-/// Decode steps: their number, and the sums that a fit needs.
+/// Decode steps since the engine's start: those in which every sequence had one row.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Decoded {
+    /// How many.
+    pub steps: u64,
+    /// Rows of all of them.
+    pub rows: u64,
+    /// Distinct experts that the rows of a step chose, mean over MoE layers; summed over steps.
+    pub experts: f64,
+    /// Milliseconds, summed over steps.
+    pub ms: f64,
+}
+
+/// Decode steps: their totals, and the sums that a fit needs.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Pace {
-    steps: u64,
-    rows: u64,
-    experts: f64,
-    ms: f64,
+    totals: Decoded,
     sums: Sums,
     seen: Vec<bool>,
 }
@@ -65,20 +75,31 @@ impl Pace {
     }
 
     fn add(&mut self, distinct: f64, rows: usize, ms: f64) {
-        self.steps += 1;
-        self.rows += rows as u64;
-        self.experts += distinct;
-        self.ms += ms;
+        self.totals.steps += 1;
+        self.totals.rows += rows as u64;
+        self.totals.experts += distinct;
+        self.totals.ms += ms;
         self.sums.add([1.0, distinct, rows as f64], ms);
+    }
+
+    /// What was counted.
+    pub(super) const fn totals(&self) -> Decoded {
+        self.totals
     }
 
     /// What is known; `None` before the first decode step.
     pub(super) fn report(&self) -> Option<Steps> {
-        (self.steps > 0).then(|| Steps {
-            steps: self.steps,
-            rows: self.rows,
-            experts: self.experts,
-            ms: self.ms,
+        let Decoded {
+            steps,
+            rows,
+            experts,
+            ms,
+        } = self.totals;
+        (steps > 0).then(|| Steps {
+            steps,
+            rows,
+            experts,
+            ms,
             fit: self.sums.fit(),
         })
     }

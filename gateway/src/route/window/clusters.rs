@@ -21,8 +21,13 @@ pub(crate) struct Clusters {
 
 /// Groups `points` (all of one length) into `m` of equal size. Same points and seed, same groups.
 pub(super) fn balanced(points: &[Vec<f32>], m: usize, seed: u64) -> Clusters {
-    let tries = (0..TRIES).map(|at| once(points, m, seed.wrapping_add(at)));
-    tries
+    let once = |at| {
+        rounds(points, m, seed.wrapping_add(at), |costs, of| {
+            assign(costs, m, of)
+        })
+    };
+    (0..TRIES)
+        .map(once)
         .min_by(|a, b| a.spread.total_cmp(&b.spread))
         .unwrap_or(Clusters {
             centres: Vec::new(),
@@ -33,6 +38,17 @@ pub(super) fn balanced(points: &[Vec<f32>], m: usize, seed: u64) -> Clusters {
 
 /// Groups `points` into `m` by their nearest centres, of whatever size. Same points and seed, same groups.
 pub(crate) fn nearest(points: &[Vec<f32>], m: usize, seed: u64) -> Clusters {
+    rounds(points, m, seed, choose)
+}
+
+/// Rounds of assignment and averaging until nothing changes. `assign` gives every point a group by its costs, and
+/// returns their sum.
+fn rounds(
+    points: &[Vec<f32>],
+    m: usize,
+    seed: u64,
+    assign: impl Fn(&[Vec<f32>], &mut [usize]) -> f64,
+) -> Clusters {
     let mut clusters = Clusters {
         centres: seeds(points, m, seed),
         of: vec![0; points.len()],
@@ -41,10 +57,7 @@ pub(crate) fn nearest(points: &[Vec<f32>], m: usize, seed: u64) -> Clusters {
     for _ in 0..ROUNDS {
         let before = clusters.of.clone();
         let costs = distances(points, &clusters.centres);
-        for (of, costs) in clusters.of.iter_mut().zip(&costs) {
-            let near = (0..costs.len()).min_by(|a, b| costs[*a].total_cmp(&costs[*b]));
-            *of = near.unwrap_or(0);
-        }
+        clusters.spread = assign(&costs, &mut clusters.of);
         average(points, &mut clusters);
         if clusters.of == before {
             break;
@@ -53,22 +66,15 @@ pub(crate) fn nearest(points: &[Vec<f32>], m: usize, seed: u64) -> Clusters {
     clusters
 }
 
-fn once(points: &[Vec<f32>], m: usize, seed: u64) -> Clusters {
-    let mut clusters = Clusters {
-        centres: seeds(points, m, seed),
-        of: vec![0; points.len()],
-        spread: 0.0,
-    };
-    for _ in 0..ROUNDS {
-        let before = clusters.of.clone();
-        let costs = distances(points, &clusters.centres);
-        clusters.spread = assign(&costs, m, &mut clusters.of);
-        average(points, &mut clusters);
-        if clusters.of == before {
-            break;
-        }
+/// Gives every point the group of least cost. Returns the sum of the costs.
+fn choose(costs: &[Vec<f32>], of: &mut [usize]) -> f64 {
+    let mut sum = 0.0;
+    for (of, costs) in of.iter_mut().zip(costs) {
+        let near = (0..costs.len()).min_by(|a, b| costs[*a].total_cmp(&costs[*b]));
+        *of = near.unwrap_or(0);
+        sum += costs.get(*of).copied().map_or(0.0, f64::from);
     }
-    clusters
+    sum
 }
 
 /// First centres: each next one a point drawn by its squared distance to the nearest so far.
