@@ -162,7 +162,8 @@ pub async fn run(deps: Deps) -> Result<(), GatewayError> {
     );
     let outlook = Arc::new(Outlook::default());
     let upstream = upstream(&config, trial, &views, loads, &metrics, keys)
-        .with_outlook(Arc::clone(&outlook));
+        .with_outlook(Arc::clone(&outlook))
+        .with_hints(config.expert_hints);
     match config.forecast_ms.map(Duration::from_millis) {
         Some(horizon) => {
             let (views, metrics) = (Arc::clone(&views), Arc::clone(&metrics));

@@ -581,6 +581,7 @@ impl Shared<'_> {
             max_num_seqs: workers.max_num_seqs,
             max_num_batched_tokens: workers.max_num_batched_tokens,
             max_waiting: workers.max_waiting,
+            overtake_ms: workers.overtake_ms,
             max_model_len: self.max_model_len,
             page_tokens: workers.page_tokens,
             kv_bytes: workers.kv_bytes,
@@ -625,6 +626,7 @@ impl Shared<'_> {
             queue_timeout_ms: gateway.queue_timeout_ms,
             request_timeout_ms: gateway.request_timeout_ms,
             forecast_ms: foretold.then_some(balancing.window_ms),
+            expert_hints: self.cluster.workers.overtake_ms > 0,
             traffic: gateway.traffic.clone(),
             api_keys: self.place.api_keys.clone(),
         })

@@ -110,6 +110,8 @@ pub struct ValidatedWorkers {
     pub max_num_batched_tokens: u32,
     /// Most sequences waiting.
     pub max_waiting: u32,
+    /// Milliseconds for which a waiting sequence may be overtaken.
+    pub overtake_ms: u64,
     /// Tokens per KV page, a power of two.
     pub page_tokens: u32,
     /// Bytes of the KV cache.
@@ -334,6 +336,7 @@ fn workers(checks: &mut Checks, spec: WorkersSpec) -> ValidatedWorkers {
         max_num_seqs,
         max_num_batched_tokens,
         max_waiting,
+        overtake_ms,
         page_tokens,
         kv_memory,
         exchange_deadline_ms,
@@ -373,6 +376,7 @@ fn workers(checks: &mut Checks, spec: WorkersSpec) -> ValidatedWorkers {
         max_num_batched_tokens: checks
             .range(&limits::MAX_NUM_BATCHED_TOKENS, max_num_batched_tokens),
         max_waiting: checks.range(&limits::MAX_WAITING, max_waiting),
+        overtake_ms: checks.range(&limits::OVERTAKE_MS, overtake_ms),
         page_tokens: checks.page_tokens(page_tokens),
         kv_bytes,
         exchange_deadline_ms: checks.range(&limits::EXCHANGE_DEADLINE_MS, exchange_deadline_ms),

@@ -68,6 +68,7 @@ fn config() -> WorkerConfig {
         max_num_seqs: SEQUENCES,
         max_num_batched_tokens: 256,
         max_waiting: 8,
+        overtake_ms: 0,
         max_model_len: 1024,
         page_tokens: 16,
         kv_bytes: 0,
@@ -103,6 +104,7 @@ fn request(first: u32) -> Request {
         logprobs: None,
         prompt_logprobs: None,
         routed_experts: false,
+        hint: None,
     }
 }
 

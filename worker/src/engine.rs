@@ -46,7 +46,7 @@ pub use pace::Decoded;
 use crate::kv_cache::{Changes, PagePool};
 use crate::load::LoadCounters;
 use crate::sampler::Sampler;
-use crate::scheduler::{Limits, Plan, Scheduler};
+use crate::scheduler::{Limits, Overtake, Plan, Scheduler};
 use crate::sequence::{Finish, Sequence, SequenceId};
 use handle::{Command, Shared, Submission};
 use outlet::{Outlet, Stage};
@@ -178,6 +178,8 @@ fn request_limits(parts: &EngineParts) -> RequestLimits {
         vocab: spec.vocab,
         max_model_len: (parts.config.max_model_len as usize).min(spec.max_positions),
         kv_tokens: shape.pages * shape.page_tokens,
+        moe_layers: spec.moe_layers(),
+        experts: spec.experts,
         eos: spec.eos.clone(),
     }
 }
@@ -223,6 +225,10 @@ impl Engine {
             max_num_seqs: parts.config.max_num_seqs as usize,
             max_batched_tokens: parts.config.max_num_batched_tokens as usize,
             max_logit_rows: LOGIT_BYTES / (4 * parts.model.spec().vocab.max(1)),
+            overtake: Overtake {
+                patience: parts.config.overtake_ms.saturating_mul(1000),
+                top_k: parts.model.spec().top_k,
+            },
         };
         Self {
             model: parts.model,
@@ -316,7 +322,9 @@ impl Engine {
         let spec = self.model.spec();
         let signature = spec.moe_layers() * spec.experts;
         let (request, mut outlet) = Outlet::open(submission);
-        match self.scheduler.submit(Sequence::new(id, request, signature)) {
+        let mut sequence = Sequence::new(id, request, signature);
+        sequence.arrived = self.clock();
+        match self.scheduler.submit(sequence) {
             Ok(()) => {
                 self.outlets.insert(id, outlet);
             }

@@ -10,15 +10,21 @@
 //!    means steadier streams and slower prompts (`foregate bench engine --mixed` shows both).
 //! 3. **Admit** from the queue in order of age, while there is room in the batch and pages for *all*
 //!    tokens of the sequence plus one for each running one (so that an admission does not cause a
-//!    preemption at once). The head of the queue is never overtaken.
+//!    preemption at once). The head of the queue is overtaken only if [`Limits::overtake`] says so, and only by one
+//!    whose experts the batch reads anyway ([`kin`]).
 //!
-//! Nobody starves: age is the order of arrival and a preempted sequence keeps it. The oldest sequence
+//! Nobody starves: age is the order of arrival and a preempted sequence keeps it. The oldest running sequence
 //! is never preempted by another, is first in each phase, and fits alone (`submit` refuses one that
-//! does not); so it ends, and then the next is the oldest. Running sequences are never more than
+//! does not); so it ends, and then the next is the oldest. A waiting one is passed by nobody once it has waited for
+//! as long as it may be overtaken, or has run before, so it is the next to join. Running sequences are never more than
 //! `max_batched_tokens`, so each decoding one has its row in every step.
+
+mod kin;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
+
+pub use kin::Hint;
 
 use crate::kv_cache::PagePool;
 use crate::sequence::{Sequence, SequenceId, State};
@@ -32,7 +38,21 @@ pub struct Limits {
     pub max_batched_tokens: usize,
     /// Most rows of a step whose logits are computed; raised to `max_num_seqs + 1` if lower.
     pub max_logit_rows: usize,
+    /// How waiting sequences may be overtaken.
+    pub overtake: Overtake,
 }
+
+/// Whether those who came later may join the batch first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Overtake {
+    /// Microseconds after its arrival from which a sequence is passed by nobody; 0: the order is that of arrival.
+    pub patience: u64,
+    /// Experts that a token uses.
+    pub top_k: usize,
+}
+
+/// Waiting sequences that are compared.
+const LOOK: usize = 32;
 
 /// Consecutive positions of one sequence in a step.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -215,7 +235,7 @@ impl Scheduler {
         self.decode(now, &found, &mut budget, plan);
         self.prefill(now, &found, &mut budget, plan);
         self.found = found;
-        self.admit(&mut budget, plan);
+        self.admit(now, &mut budget, plan);
     }
 
     fn decode(
@@ -306,19 +326,49 @@ impl Scheduler {
         plan.chunks.push(chunk);
     }
 
-    fn admit(&mut self, budget: &mut Budget, plan: &mut Plan) {
+    fn admit(&mut self, now: u64, budget: &mut Budget, plan: &mut Plan) {
         while budget.tokens > 0 && self.running.len() < self.limits.max_num_seqs {
-            let Some(id) = self.waiting.first().copied() else {
+            let Some(oldest) = self.waiting.first().copied() else {
                 return;
             };
-            if plan.preempted.contains(&id) || !self.take_pages(id) {
+            if plan.preempted.contains(&oldest) {
                 return;
             }
+            let fittest = self.fittest(oldest, now, plan);
+            let id = match fittest.filter(|id| self.take_pages(*id)) {
+                Some(id) => id,
+                None if self.take_pages(oldest) => oldest,
+                None => return,
+            };
             self.waiting.remove(&id);
             self.running.insert(id);
             plan.admitted.push(id);
             self.add_chunk(id, budget, plan);
         }
+    }
+
+    /// Who may pass the oldest one that waits, because it adds fewer experts to the batch.
+    fn fittest(&self, oldest: SequenceId, now: u64, plan: &Plan) -> Option<SequenceId> {
+        let Overtake { patience, top_k } = self.limits.overtake;
+        let first = self.sequences.get(&oldest)?;
+        let waited = now.saturating_sub(first.arrived);
+        if patience == 0
+            || waited >= patience
+            || first.preemptions > 0
+            || self.waiting.len() < 2
+        {
+            return None;
+        }
+        let of = |id: &SequenceId| self.sequences.get(id);
+        let near = self.waiting.iter().take(LOOK);
+        let waiting: Vec<&Sequence> = near
+            .filter(|id| !plan.preempted.contains(id))
+            .filter_map(of)
+            .collect();
+        let running = self.running.iter().filter_map(of);
+        let at = kin::fittest(waiting.iter().copied(), running, top_k)?;
+        let found = waiting.get(at)?.id;
+        (found != oldest).then_some(found)
     }
 
     fn take_pages(&mut self, id: SequenceId) -> bool {

@@ -17,6 +17,7 @@ use std::ops::Range;
 use crate::kv_cache::{Name, Page, ROOT};
 use crate::sampler::logprobs::Report;
 use crate::sampler::{History, Sampling};
+use crate::scheduler::Hint;
 
 /// Number of a sequence on its engine, ascending with arrival: the lower the older.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -45,6 +46,8 @@ pub struct Request {
     pub prompt_logprobs: Option<usize>,
     /// Report the experts of every position.
     pub routed_experts: bool,
+    /// What the caller expects of its experts.
+    pub hint: Option<Hint>,
 }
 
 impl Request {
@@ -133,6 +136,8 @@ pub struct Sequence {
     pub setbacks: u32,
     /// It is not scheduled before this time (microseconds of the engine's clock).
     pub not_before: u64,
+    /// When it came, on the same clock.
+    pub arrived: u64,
 }
 
 impl Sequence {
@@ -164,6 +169,7 @@ impl Sequence {
             preemptions: 0,
             setbacks: 0,
             not_before: 0,
+            arrived: 0,
         }
     }
 
@@ -306,6 +312,7 @@ pub(crate) mod tests {
             logprobs: None,
             prompt_logprobs: None,
             routed_experts: false,
+            hint: None,
         }
     }
 

@@ -47,6 +47,7 @@ pub(crate) fn check(config: &WorkerConfig) -> Result<(), WorkerError> {
             1..=65_536,
         ),
         ("max_waiting", u64::from(config.max_waiting), 0..=65_536),
+        ("overtake_ms", config.overtake_ms, 0..=60_000),
         (
             "max_model_len",
             u64::from(config.max_model_len),
@@ -260,6 +261,7 @@ mod tests {
             max_num_seqs: 1,
             max_num_batched_tokens: 1,
             max_waiting: 0,
+            overtake_ms: 0,
             max_model_len: 1,
             page_tokens: 1,
             kv_bytes: 1 << 20,
@@ -308,6 +310,7 @@ mod tests {
                 c.max_num_batched_tokens = u32::MAX;
             }),
             ("max_waiting", |c| c.max_waiting = u32::MAX),
+            ("overtake_ms", |c| c.overtake_ms = 60_001),
             ("max_model_len", |c| c.max_model_len = 0),
             ("page_tokens", |c| c.page_tokens = 257),
             ("exchange_deadline_ms", |c| {

@@ -133,6 +133,42 @@ async fn preemption_changes_no_bit() {
     assert!(tight.load().preemptions > 0);
 }
 
+/// Who joins the batch when is another matter than what a sequence answers.
+#[tokio::test]
+async fn overtaking_changes_no_bit() {
+    let rig = Rig::tiny(Family::Qwen3Moe);
+    let experts = rig.spec().experts;
+    let root = |kind: usize, expert: usize| match expert % 2 == kind {
+        true => 255,
+        false => 0,
+    };
+    let asked: Vec<Request> = (0..8)
+        .map(|seed| Request {
+            logprobs: Some(2),
+            hint: (seed != 5).then(|| Hint {
+                layers: vec![1],
+                roots: (0..experts).map(|e| root(seed as usize % 2, e)).collect(),
+            }),
+            ..drawn(&prompt(9, rig.spec().vocab, seed), 12, seed)
+        })
+        .collect();
+    let roomy = rig.alone(Sizes::default());
+    let mut want = Vec::new();
+    for request in &asked {
+        want.push(run(&roomy, request.clone()).await);
+    }
+    let (narrow, pace) = rig.paced(Sizes {
+        seqs: 2,
+        overtake_ms: 60_000,
+        ..Sizes::default()
+    });
+    let streams: Vec<_> = asked.iter().map(|r| submit(&narrow, r.clone())).collect();
+    drop(pace);
+    for (stream, want) in streams.into_iter().zip(&want) {
+        assert_eq!(collect(stream).await.unwrap().bits(), want.bits());
+    }
+}
+
 #[tokio::test]
 async fn a_dropped_stream_frees_its_pages() {
     let rig = Rig::tiny(Family::Olmoe);

@@ -93,6 +93,7 @@ fn request(max_tokens: u32) -> GenerateRequest {
         max_tokens,
         ignore_eos: true,
         deadline_ms: 60_000,
+        expert_hint: None,
         sampling: Some(Sampling {
             top_p: 1.0,
             repetition_penalty: 1.0,

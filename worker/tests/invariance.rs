@@ -20,11 +20,11 @@ mod rig;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use foregate_api::ids::Rank;
-use foregate_api::model::Family;
+use foregate_api::model::{Family, ModelSpec};
 use foregate_api::node::FabricKind;
 use foregate_api::weights::{PlainFormat, Quantization, WeightSettings};
 use foregate_checkpoint::tiny::Tiny;
-use foregate_wire::generation::{GenerateRequest, Sampling};
+use foregate_wire::generation::{ExpertHint, GenerateRequest, Sampling};
 use foregate_worker::serve::validate;
 use futures::future::join_all;
 
@@ -52,7 +52,20 @@ fn draw_form(random: &mut Random) -> Form {
     }
 }
 
-fn draw_request(random: &mut Random, vocab: usize) -> GenerateRequest {
+/// What is said of two requests in three, without a draw: it decides who joins a batch first.
+fn hint(spec: &ModelSpec, prompt_len: u32) -> Option<ExpertHint> {
+    let root = |expert: usize| match expert as u32 % 3 == prompt_len % 3 {
+        true => 250,
+        false => 10,
+    };
+    (prompt_len % 3 != 1).then(|| ExpertHint {
+        layers: vec![0],
+        roots: (0..spec.experts).map(root).collect(),
+    })
+}
+
+fn draw_request(random: &mut Random, spec: &ModelSpec) -> GenerateRequest {
+    let vocab = spec.vocab;
     // Prompts begin alike, so that prefixes are reused.
     let mut token_ids = prompt(random.within(1, 30) as usize, vocab, 0);
     token_ids.extend(prompt(
@@ -71,6 +84,7 @@ fn draw_request(random: &mut Random, vocab: usize) -> GenerateRequest {
         prompt_logprobs: random.chance(30).then_some(2),
         return_routed_experts: random.chance(30),
         deadline_ms: 100_000,
+        expert_hint: hint(spec, prompt_len),
         sampling: Some(Sampling {
             temperature: random.pick(&[0.0, 0.7, 1.0]),
             top_k: random.pick(&[0, 10]),
@@ -128,7 +142,7 @@ async fn run(family: Family, seed: u64, form: Form, random: &mut Random, met: &m
     let requests: Vec<(Rank, GenerateRequest)> = (0..random.within(6, 10))
         .map(|_| {
             let rank = Rank(random.within(0, form.workers - 1));
-            (rank, draw_request(random, rig.spec().vocab))
+            (rank, draw_request(random, rig.spec()))
         })
         .collect();
     let ended = AtomicUsize::new(0);

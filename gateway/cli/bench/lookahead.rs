@@ -53,8 +53,16 @@ pub(crate) struct LookaheadArgs {
     /// Sequences that run at a time, on all workers together.
     #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=4096))]
     places: u32,
+    /// Sequences in a worker's batch; default: half as many again as its share of the places. With fewer than its share
+    /// sequences wait in the worker.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    batch: Option<u32>,
+    /// Milliseconds for which one that waits in a worker may be overtaken by others, if its gateway says what it expects of
+    /// them (arm `hints`).
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u64).range(0..=60_000))]
+    overtake_ms: u64,
     /// Arms, the first is the baseline: least, signature, prefix, ms:W (the window over W requests), placebo:W (the same,
-    /// with what is known of requests exchanged among them).
+    /// with what is known of requests exchanged among them), hints (least, and workers are told what is known).
     #[arg(
         long,
         value_delimiter = ',',
@@ -112,6 +120,11 @@ pub(super) async fn run(
     progress: &Progress,
     drain: CancellationToken,
 ) -> Result<(), CliError> {
+    if args.arms.contains(&Arm::Hints) && args.overtake_ms == 0 {
+        return Err(CliError::Usage(
+            "--arms hints: without --overtake-ms workers keep the order of arrival; give one, such as 500".to_owned(),
+        ));
+    }
     if args.arms.len() < 2 {
         return Err(CliError::Usage(
             "--arms: give at least two to compare".to_owned(),
@@ -144,6 +157,8 @@ pub(super) async fn run(
         workers: args.workers,
         redundant_slots: args.redundant_slots,
         places: args.places,
+        batch: args.batch,
+        overtake_ms: args.overtake_ms,
         load: args.rate.is_none().then_some(args.load),
         requests_per_second: rate,
         requests: args.requests,

@@ -217,6 +217,7 @@ impl Stream {
                 ..Sampling::default()
             }),
             deadline_ms: 3_600_000,
+            expert_hint: None,
             ..GenerateRequest::default()
         }
     }

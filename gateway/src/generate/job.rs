@@ -129,6 +129,7 @@ impl Job {
             prompt_logprobs: self.prompt_logprobs,
             return_routed_experts: asked.return_routed_experts,
             deadline_ms: 0,
+            expert_hint: None,
         }
     }
 }

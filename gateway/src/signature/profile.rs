@@ -38,6 +38,16 @@ impl Profile {
         })
     }
 
+    /// The same for workers, with the MoE layers that it is of; `None` as in [`Profile::of`].
+    #[must_use]
+    pub fn hint(signature: &Signature, top_k: usize) -> Option<(Vec<u32>, Vec<u8>)> {
+        let profile = Self::of(signature, top_k)?;
+        let all = signature.counts.len() / signature.experts;
+        let layers = sampled(all, profile.layers()).into_iter();
+        let layers = layers.map(|layer| u32::try_from(layer).unwrap_or(u32::MAX));
+        Some((layers.collect(), profile.levels.to_vec()))
+    }
+
     /// A profile of given shares, layer-major; `None` if their number is no multiple of `experts`.
     #[must_use]
     pub fn from_shares(experts: usize, shares: &[f64]) -> Option<Self> {
@@ -156,6 +166,9 @@ mod tests {
             let signature = Signature::new(experts, vec![1; layers * experts]).unwrap();
             let profile = Profile::of(&signature, 8.min(experts)).unwrap();
             assert!(profile.len() <= MAX_BYTES, "{layers} × {experts}");
+            let (told, roots) = Profile::hint(&signature, 8.min(experts)).unwrap();
+            assert_eq!(roots.len(), told.len() * experts);
+            assert!(told.iter().all(|layer| (*layer as usize) < layers));
             let chosen = sampled(layers, LAYERS.min(MAX_BYTES / experts));
             assert!(
                 chosen.windows(2).all(|pair| pair[0] < pair[1]),

@@ -2,13 +2,13 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use foregate_wire::generation::Finished;
+use foregate_wire::generation::{ExpertHint, Finished};
 use tokio::time::Instant;
 
 use super::Upstream;
 use crate::calibration::{Calibration, Ended, Predictor, State};
 use crate::heat::{Heat, OfTenant};
-use crate::signature::{Known, Signature};
+use crate::signature::{Known, Profile, Signature};
 use crate::traffic::Tenant;
 
 /// What predictors say of a prompt.
@@ -81,6 +81,24 @@ impl Upstream {
             signature: foreseen.kinds.clone().filter(|_| asked),
             tokens: 0,
         }
+    }
+
+    /// What a worker is told of a sequence: by its prefix, else by its words; `None` where hints are off, or who would say
+    /// something is not believed.
+    pub(super) fn hint(&self, foreseen: &Foreseen) -> Option<ExpertHint> {
+        if !self.hints {
+            return None;
+        }
+        let kinds = || {
+            foreseen
+                .kinds
+                .clone()
+                .filter(|_| self.believes(Predictor::Kinds))
+        };
+        let said = self.by_prefix(&foreseen.prefix).signature.or_else(kinds)?;
+        let top_k = self.views.load().model()?.top_k;
+        let (layers, roots) = Profile::hint(&said, top_k)?;
+        Some(ExpertHint { layers, roots })
     }
 
     /// What is remembered of a prefix, if that is believed.

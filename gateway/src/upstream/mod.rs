@@ -56,6 +56,8 @@ pub struct Upstream {
     suspects: Mutex<BTreeMap<Rank, (u64, Instant)>>,
     /// What is admitted and not yet computed, if a forecast is made of it.
     outlook: Option<Arc<Outlook>>,
+    /// Whether workers are told what is expected of a sequence's experts.
+    hints: bool,
     /// How right that was, and who asked for what.
     hindsight: Hindsight,
     /// Where sequences wait for their place, if the policy is that of the window.
@@ -85,6 +87,7 @@ impl Upstream {
             channels: Mutex::default(),
             suspects: Mutex::default(),
             outlook: None,
+            hints: false,
             hindsight: Hindsight::default(),
             ahead: None,
         }
@@ -94,6 +97,13 @@ impl Upstream {
     #[must_use]
     pub fn with_outlook(mut self, outlook: Arc<Outlook>) -> Self {
         self.outlook = Some(outlook);
+        self
+    }
+
+    /// Tells workers what is expected of a sequence's experts, or not.
+    #[must_use]
+    pub const fn with_hints(mut self, hints: bool) -> Self {
+        self.hints = hints;
         self
     }
 

@@ -104,7 +104,7 @@ struct Running {
 impl Sequence {
     pub(super) async fn open(
         upstream: Arc<Upstream>,
-        request: GenerateRequest,
+        mut request: GenerateRequest,
         identity: Identity,
         began: Instant,
         deadline: Instant,
@@ -112,6 +112,7 @@ impl Sequence {
     ) -> Result<Self, ApiError> {
         let foreseen = upstream.foresight(&request.token_ids);
         let known = upstream.known(&foreseen);
+        request.expert_hint = upstream.hint(&foreseen);
         let work = upstream.outlook.as_ref().map(|outlook| {
             let prompt = request.token_ids.get(..request.prompt_len as usize);
             // Kinds of text are its own: it asks them itself.

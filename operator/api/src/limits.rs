@@ -66,6 +66,8 @@ limits! {
     MAX_NUM_BATCHED_TOKENS: u32 = "spec.workers.maxNumBatchedTokens", Some(512), 1, 65_536;
     /// Sequences waiting in a worker.
     MAX_WAITING: u32 = "spec.workers.maxWaiting", Some(256), 1, 65_536;
+    /// Milliseconds for which a waiting sequence may be overtaken.
+    OVERTAKE_MS: u64 = "spec.workers.overtakeMs", Some(0), 0, 60_000;
     /// Tokens per KV page, a power of two.
     PAGE_TOKENS: u32 = "spec.workers.pageTokens", Some(16), 1, 256;
     /// Milliseconds after which a peer's rows count as late.

@@ -147,6 +147,10 @@ pub struct WorkersSpec {
     /// Most sequences waiting in a worker's queue, default 256.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_waiting: Option<u32>,
+    /// Milliseconds for which a sequence that waits in a worker may be overtaken by ones whose experts the batch reads
+    /// anyway; then it is next. Default 0: the order is that of arrival.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub overtake_ms: Option<u64>,
     /// Tokens per KV page, default 16.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub page_tokens: Option<u32>,

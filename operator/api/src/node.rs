@@ -127,6 +127,9 @@ pub struct GatewayConfig {
     /// Milliseconds that the forecast for the planner looks ahead: a load window. Absent: none is published.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub forecast_ms: Option<u64>,
+    /// Whether workers are told what is expected of a sequence's experts.
+    #[serde(default)]
+    pub expert_hints: bool,
     /// Tenants: limits, priorities, shares.
     pub traffic: Traffic,
     /// File or folder with the keys that clients show, read again when it has changed: lines of `name:key` or `key`. A
@@ -181,6 +184,9 @@ pub struct WorkerConfig {
     pub max_num_batched_tokens: u32,
     /// Most sequences waiting.
     pub max_waiting: u32,
+    /// Milliseconds for which a sequence that waits may be overtaken by ones whose experts fit the batch better; 0: never.
+    #[serde(default)]
+    pub overtake_ms: u64,
     /// Longest sequence in tokens.
     pub max_model_len: u32,
     /// Tokens per KV page.

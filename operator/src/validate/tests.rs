@@ -52,6 +52,7 @@ fn what_is_left_open_gets_the_documented_defaults() {
                 max_num_seqs: 64,
                 max_num_batched_tokens: 512,
                 max_waiting: 256,
+                overtake_ms: 0,
                 page_tokens: 16,
                 kv_bytes: 512 << 20,
                 exchange_deadline_ms: 2000,
@@ -149,6 +150,9 @@ const WRONG: &[Wrong] = &[
     }),
     ("spec.workers.maxNumBatchedTokens", |m| {
         m.spec.workers.max_num_batched_tokens = Some(0);
+    }),
+    ("spec.workers.overtakeMs", |m| {
+        m.spec.workers.overtake_ms = Some(60_001)
     }),
     ("spec.workers.maxWaiting", |m| {
         m.spec.workers.max_waiting = Some(0)

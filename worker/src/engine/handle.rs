@@ -39,6 +39,10 @@ pub struct RequestLimits {
     pub max_model_len: usize,
     /// Most positions of one sequence that the KV cache holds.
     pub kv_tokens: usize,
+    /// MoE layers.
+    pub moe_layers: usize,
+    /// Experts of each.
+    pub experts: usize,
     /// Tokens that end an answer.
     pub eos: Vec<u32>,
 }

@@ -12,8 +12,35 @@ fn scheduler(seqs: usize, tokens: usize, pages: usize) -> Scheduler {
         max_num_seqs: seqs,
         max_batched_tokens: tokens,
         max_logit_rows: 0,
+        overtake: Overtake::default(),
     };
     Scheduler::new(limits, PagePool::new(pages, 4))
+}
+
+/// One in which those who wait may be overtaken for so many microseconds, of a model with one layer of four experts.
+fn overtaking(seqs: usize, tokens: usize, pages: usize, patience: u64) -> Scheduler {
+    let mut s = scheduler(seqs, tokens, pages);
+    s.limits.overtake = Overtake { patience, top_k: 1 };
+    s
+}
+
+/// A request that is expected to use one expert only; of none nothing is known.
+fn hinted(tokens: Vec<u32>, max_tokens: usize, expert: Option<usize>) -> Request {
+    let mut request = request(tokens, max_tokens);
+    request.stop_tokens.clear();
+    request.hint = expert.map(|expert| Hint {
+        layers: vec![0],
+        roots: (0..4)
+            .map(|at| if at == expert { 255 } else { 0 })
+            .collect(),
+    });
+    request
+}
+
+fn submit_at(s: &mut Scheduler, id: u64, request: Request, now: u64) {
+    let mut sequence = Sequence::new(SequenceId(id), request, 4);
+    sequence.arrived = now;
+    s.submit(sequence).unwrap();
 }
 
 fn submit(s: &mut Scheduler, id: u64, request: Request) {
@@ -83,6 +110,54 @@ fn the_youngest_gives_way_and_keeps_its_place_in_the_queue() {
     assert_eq!(order, [1, 2, 3]);
     assert!(s.preemptions() > 0);
     assert_eq!(s.pool().used(), 0);
+}
+
+#[test]
+fn those_whose_experts_are_read_anyway_go_first_for_a_while() {
+    let mut s = overtaking(2, 64, 64, 1000);
+    for (id, expert) in [
+        (1, Some(0)),
+        (2, Some(3)),
+        (3, None),
+        (4, Some(0)),
+        (5, Some(3)),
+    ] {
+        submit_at(&mut s, id, hinted(vec![1; 4], 30, expert), 0);
+    }
+    let first = plan_of(&mut s, 10);
+    assert_eq!(first.admitted, [SequenceId(1), SequenceId(4)]);
+    play(&mut s, &first);
+    s.remove(SequenceId(4));
+    // One of the same kind waits no more; of the others the unknown one costs less than a stranger.
+    let next = plan_of(&mut s, 20);
+    assert_eq!(
+        next.admitted,
+        [SequenceId(2)],
+        "all others add as much: the oldest"
+    );
+    play(&mut s, &next);
+    s.remove(SequenceId(1));
+    assert_eq!(
+        plan_of(&mut s, 1000).admitted,
+        [SequenceId(3)],
+        "it has waited long enough"
+    );
+
+    let mut s = overtaking(2, 64, 64, 0);
+    for id in [1, 2, 3] {
+        let expert = if id == 2 { 3 } else { 0 };
+        submit_at(&mut s, id, hinted(vec![1; 4], 30, Some(expert)), 0);
+    }
+    assert_eq!(plan_of(&mut s, 10).admitted, [SequenceId(1), SequenceId(2)]);
+}
+
+#[test]
+fn one_that_fits_better_but_not_into_the_cache_holds_nobody_up() {
+    let mut s = overtaking(2, 64, 8, 1000);
+    submit_at(&mut s, 1, hinted(vec![1; 4], 20, Some(0)), 0);
+    submit_at(&mut s, 2, hinted(vec![1; 4], 4, Some(3)), 0);
+    submit_at(&mut s, 3, hinted((0..25).collect(), 4, Some(0)), 0);
+    assert_eq!(plan_of(&mut s, 10).admitted, [SequenceId(1), SequenceId(2)]);
 }
 
 #[test]
@@ -248,6 +323,56 @@ proptest! {
             if !left.contains(&id) {
                 prop_assert_eq!(answers[&id], *answer);
             }
+        }
+    }
+
+    /// Whatever is expected of whom: who has waited for its patience is passed by nobody, and everybody ends.
+    #[test]
+    fn nobody_is_passed_beyond_the_patience(
+        seqs in 1_usize..5,
+        tokens in 1_usize..20,
+        pages in 6_usize..14,
+        patience in 0_u64..200_000,
+        arrivals in prop::collection::vec(
+            (0_usize..40, 1_usize..12, 1_usize..12, prop::option::of(0_usize..4)), 1..24),
+    ) {
+        let mut arrivals = arrivals;
+        arrivals.sort_unstable();
+        let mut s = overtaking(seqs, tokens, pages, patience);
+        let mut answers: BTreeMap<SequenceId, usize> = BTreeMap::new();
+        let mut now = 0;
+        for step in 0..3_000_usize {
+            for (id, (at, prompt, answer, expert)) in arrivals.iter().enumerate() {
+                if *at == step {
+                    submit_at(&mut s, id as u64, hinted(vec![7; *prompt], *answer, *expert), now);
+                }
+            }
+            let waiting: Vec<(SequenceId, u64)> = s
+                .sequences()
+                .filter(|q| q.state() == State::Waiting)
+                .map(|q| (q.id, q.arrived))
+                .collect();
+            let plan = plan_of(&mut s, now);
+            check_pages(&s, &plan);
+            for (at, id) in plan.admitted.iter().enumerate() {
+                let passed = waiting.iter().filter(|(other, arrived)| {
+                    other < id && !plan.admitted[..at].contains(other) && now - arrived >= patience
+                });
+                prop_assert_eq!(passed.count(), 0, "{:?} passed one that has waited", id);
+            }
+            for chunk in plan.chunks.iter().filter(|chunk| chunk.sample) {
+                *answers.entry(chunk.id).or_default() += 1;
+            }
+            play(&mut s, &plan);
+            now += 3_000;
+            if s.is_empty() && step > 60 {
+                break;
+            }
+        }
+        prop_assert!(s.is_empty(), "{} sequences never ended", s.sequences().count());
+        prop_assert_eq!(s.pool().used(), 0);
+        for (id, (_, _, answer, _)) in arrivals.iter().enumerate() {
+            prop_assert_eq!(answers[&SequenceId(id as u64)], *answer);
         }
     }
 }

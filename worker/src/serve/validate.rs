@@ -1,9 +1,10 @@
 //! Every field of a `GenerateRequest`, checked once.
 
-use foregate_wire::generation::{GenerateRequest, Sampling as WireSampling};
+use foregate_wire::generation::{ExpertHint, GenerateRequest, Sampling as WireSampling};
 
 use crate::engine::RequestLimits;
 use crate::sampler::Sampling;
+use crate::scheduler::Hint;
 use crate::sequence::Request;
 
 /// Most bytes of a request's id.
@@ -14,6 +15,8 @@ const MAX_STOPS: usize = 256;
 const MAX_LOGPROBS: u32 = 20;
 /// Most entries of `logit_bias`.
 const MAX_BIASES: usize = 1024;
+/// Most bytes of a hint.
+const MAX_HINT: usize = 4096;
 /// Longest deadline: a week.
 const MAX_DEADLINE_MS: u64 = 7 * 24 * 3600 * 1000;
 
@@ -64,6 +67,7 @@ pub fn validate(
         prompt_logprobs,
         return_routed_experts,
         deadline_ms,
+        expert_hint,
     } = message;
     require(request_id.len() <= MAX_ID, "request_id", || {
         format!("{} bytes, at most {MAX_ID}", request_id.len())
@@ -102,7 +106,35 @@ pub fn validate(
         logprobs: logprobs.map(|best| best as usize),
         prompt_logprobs: prompt_logprobs.map(|best| best as usize),
         routed_experts: return_routed_experts,
+        hint: expert_hint
+            .map(|hint| check_hint(hint, limits))
+            .transpose()?,
     })
+}
+
+fn check_hint(hint: ExpertHint, limits: &RequestLimits) -> Result<Hint, FieldError> {
+    let ExpertHint { layers, roots } = hint;
+    let ascending = layers.windows(2).all(|pair| pair[0] < pair[1]);
+    let known = layers
+        .last()
+        .is_some_and(|last| (*last as usize) < limits.moe_layers);
+    require(ascending && known, "expert_hint.layers", || {
+        format!(
+            "must be ascending MoE layers below {}, at least one",
+            limits.moe_layers
+        )
+    })?;
+    let entries = layers.len() * limits.experts;
+    let fits = roots.len() == entries && entries <= MAX_HINT;
+    require(fits, "expert_hint.roots", || {
+        format!(
+            "{} bytes, must be one for each of {} layers × {} experts, at most {MAX_HINT}",
+            roots.len(),
+            layers.len(),
+            limits.experts
+        )
+    })?;
+    Ok(Hint { layers, roots })
 }
 
 fn check_tokens(
@@ -251,8 +283,30 @@ mod tests {
             vocab: 100,
             max_model_len: 50,
             kv_tokens: 1000,
+            moe_layers: 3,
+            experts: 4,
             eos: vec![2],
         }
+    }
+
+    #[test]
+    fn a_hint_is_of_this_model() {
+        let with = |layers: &[u32], roots: usize| {
+            let message = GenerateRequest {
+                expert_hint: Some(ExpertHint {
+                    layers: layers.to_vec(),
+                    roots: vec![7; roots],
+                }),
+                ..good()
+            };
+            validate(message, &limits())
+        };
+        assert_eq!(with(&[0, 2], 8).unwrap().hint.unwrap().layers, [0, 2]);
+        for (layers, roots) in [(&[][..], 0), (&[3], 4), (&[1, 1], 8), (&[2, 0], 8)] {
+            let error = with(layers, roots).unwrap_err();
+            assert_eq!(error.field, "expert_hint.layers", "{layers:?}");
+        }
+        assert_eq!(with(&[0, 2], 7).unwrap_err().field, "expert_hint.roots");
     }
 
     fn good() -> GenerateRequest {

@@ -255,6 +255,8 @@ fn config(dir: &Path, rank: Rank, slots: u32, form: Form) -> WorkerConfig {
         max_num_seqs: form.max_num_seqs,
         max_num_batched_tokens: form.max_num_batched_tokens,
         max_waiting: 64,
+        // Only sequences with a hint are overtaken or overtake.
+        overtake_ms: 2_000,
         max_model_len: 256,
         page_tokens: form.page_tokens,
         kv_bytes: form.kv_bytes,

@@ -183,6 +183,8 @@ pub struct Sizes {
     pub waiting: u32,
     pub page_tokens: usize,
     pub pages: usize,
+    /// How long a waiting sequence may be overtaken.
+    pub overtake_ms: u64,
 }
 
 impl Default for Sizes {
@@ -193,6 +195,7 @@ impl Default for Sizes {
             waiting: 64,
             page_tokens: 4,
             pages: 256,
+            overtake_ms: 0,
         }
     }
 }
@@ -215,6 +218,7 @@ fn config(sizes: Sizes) -> WorkerConfig {
         max_num_seqs: sizes.seqs,
         max_num_batched_tokens: sizes.step_tokens,
         max_waiting: sizes.waiting,
+        overtake_ms: sizes.overtake_ms,
         max_model_len: 100_000,
         page_tokens: sizes.page_tokens as u32,
         kv_bytes: 0,
@@ -237,6 +241,7 @@ pub fn request(prompt: &[u32], max_tokens: usize) -> Request {
         logprobs: None,
         prompt_logprobs: None,
         routed_experts: false,
+        hint: None,
     }
 }
 

@@ -91,6 +91,7 @@ impl Load {
             max_num_seqs: self.sequences,
             max_num_batched_tokens: self.step_tokens,
             max_waiting: self.sequences,
+            overtake_ms: 0,
             max_model_len: u32::try_from(self.length()).unwrap_or(u32::MAX),
             page_tokens: PAGE_TOKENS as u32,
             kv_bytes: 0,

@@ -19,14 +19,21 @@ pub(super) enum Arm {
     Window(u32),
     /// The same with what is known of requests exchanged among them.
     Placebo(u32),
+    /// `least_loaded`, and workers are told what is expected of a sequence's experts.
+    Hints,
 }
 
 impl Arm {
+    /// Whether its gateway tells workers what it expects.
+    pub(super) fn hints(self) -> bool {
+        self == Self::Hints
+    }
+
     /// What its gateway is told.
     pub(super) fn policy(self) -> (RoutingPolicy, Trial) {
         let window = |width, exchanged| (RoutingPolicy::Window, Trial { width, exchanged });
         match self {
-            Self::Least => (RoutingPolicy::LeastLoaded, Trial::default()),
+            Self::Least | Self::Hints => (RoutingPolicy::LeastLoaded, Trial::default()),
             Self::Signature => (RoutingPolicy::Signature, Trial::default()),
             Self::Prefix => (RoutingPolicy::PrefixAware, Trial::default()),
             Self::Window(width) => window(width, false),
@@ -42,6 +49,7 @@ impl fmt::Display for Arm {
             Self::Signature => f.write_str("signature"),
             Self::Prefix => f.write_str("prefix"),
             Self::Window(width) => write!(f, "ms:{width}"),
+            Self::Hints => f.write_str("hints"),
             Self::Placebo(width) => write!(f, "placebo:{width}"),
         }
     }
@@ -53,7 +61,7 @@ impl FromStr for Arm {
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let wrong = || {
             format!(
-                "no arm `{text}`: use least, signature, prefix, ms:W or placebo:W with a window W from 1 to 4096"
+                "no arm `{text}`: use least, signature, prefix, hints, ms:W or placebo:W with a window W from 1 to 4096"
             )
         };
         let width = |width: &str| {
@@ -64,6 +72,7 @@ impl FromStr for Arm {
             None if text == "least" => Ok(Self::Least),
             None if text == "signature" => Ok(Self::Signature),
             None if text == "prefix" => Ok(Self::Prefix),
+            None if text == "hints" => Ok(Self::Hints),
             Some(("ms", w)) => width(w).map(Self::Window),
             Some(("placebo", w)) => width(w).map(Self::Placebo),
             _ => Err(wrong()),
@@ -77,7 +86,14 @@ mod tests {
 
     #[test]
     fn arms_are_read_as_they_are_written() {
-        for text in ["least", "signature", "prefix", "ms:1", "placebo:64"] {
+        for text in [
+            "least",
+            "signature",
+            "prefix",
+            "hints",
+            "ms:1",
+            "placebo:64",
+        ] {
             assert_eq!(text.parse::<Arm>().unwrap().to_string(), text);
         }
         for text in ["", "ms", "ms:0", "placebo:x", "least:3", "band"] {

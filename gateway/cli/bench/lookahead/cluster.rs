@@ -177,6 +177,7 @@ impl Cluster {
             .map_err(|error| CliError::Runtime(error.to_string()))?;
         let (policy, trial) = arm.policy();
         config.routing = policy;
+        config.expert_hints = arm.hints();
         let registry = Registry::new();
         let deps = Deps {
             cluster,
@@ -322,8 +323,9 @@ async fn facts(model: &Path) -> Result<ModelFacts, CliError> {
 /// block has read is gone when the next one comes.
 fn manifest(args: &LookaheadArgs, model: &Path, facts: &ModelFacts) -> String {
     let share = args.places.div_ceil(args.workers);
+    let batch = args.batch.unwrap_or(share + share.div_ceil(2));
     let longest = args.prompt_tokens.longest() + args.output_tokens.longest() + 16;
-    let tokens = u64::from(longest) * u64::from(share + share.div_ceil(2) + 1);
+    let tokens = u64::from(longest) * u64::from(batch + 1);
     let kilobytes = (tokens * facts.kv_bytes_per_token * 5 / 4).div_ceil(1024);
     serde_json::json!({
         "apiVersion": foregate_api::manifest::API_VERSION,
@@ -333,7 +335,7 @@ fn manifest(args: &LookaheadArgs, model: &Path, facts: &ModelFacts) -> String {
             "model": { "uri": model, "servedNames": [MODEL] },
             "workers": {
                 "count": args.workers, "redundantSlots": args.redundant_slots, "threads": args.threads,
-                "maxNumSeqs": share + share.div_ceil(2) + 1,
+                "maxNumSeqs": batch, "overtakeMs": args.overtake_ms,
                 "kvMemory": format!("{kilobytes}Ki"),
             },
             "gateway": {

@@ -34,6 +34,9 @@ pub(super) struct Settings {
     pub(super) workers: u32,
     pub(super) redundant_slots: u32,
     pub(super) places: u32,
+    /// Sequences in a worker's batch; absent: more than its share of the places.
+    pub(super) batch: Option<u32>,
+    pub(super) overtake_ms: u64,
     /// Part of the measured capacity; absent if the rate was given.
     pub(super) load: Option<f64>,
     pub(super) requests_per_second: f64,

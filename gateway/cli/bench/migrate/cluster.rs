@@ -284,6 +284,7 @@ fn config(path: &str, rank: Rank, spec: &ModelSpec, shape: Shape) -> WorkerConfi
         max_num_seqs: shape.streams,
         max_num_batched_tokens: 512.max(shape.streams),
         max_waiting: shape.streams,
+        overtake_ms: 0,
         max_model_len: shape.tokens,
         page_tokens: PAGE_TOKENS,
         kv_bytes: tokens * spec.kv_bytes_per_token() as u64,
