@@ -24,6 +24,7 @@ use foregate_wire::generation::FinishReason;
 use foregate_wire::generation::generate_event::Event;
 use foregate_worker::engine::{Alone, EngineState, StepExperts, StreamError, SubmitError};
 use foregate_worker::load::{LoadCounters, WindowHeader};
+use foregate_worker::scheduler::Hint;
 use foregate_worker::sequence::Request;
 
 use golden::Golden;

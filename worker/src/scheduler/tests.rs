@@ -128,7 +128,6 @@ fn those_whose_experts_are_read_anyway_go_first_for_a_while() {
     assert_eq!(first.admitted, [SequenceId(1), SequenceId(4)]);
     play(&mut s, &first);
     s.remove(SequenceId(4));
-    // One of the same kind waits no more; of the others the unknown one costs less than a stranger.
     let next = plan_of(&mut s, 20);
     assert_eq!(
         next.admitted,

@@ -13,13 +13,10 @@ use foregate_gateway::route::window::{
 use foregate_gateway::route::{Candidate, Router};
 use foregate_gateway::signature::{Known, Profile};
 
-use super::tokens::{EXPERTS, PROMPT, TOP_K};
 use super::traffic::{Traffic, WORKERS};
 
 /// After such a wait, in ms, a request is next.
 pub(super) const PATIENCE: f64 = 4000.0;
-/// Tokens that an answer is expected to have.
-const ANSWER: f64 = 120.0;
 
 /// A policy by name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -102,7 +99,11 @@ pub(super) enum Arm {
         queue: VecDeque<usize>,
         choose: InOrder,
     },
-    Window(Box<Window>),
+    Window {
+        window: Box<Window>,
+        /// Tokens that an answer is expected to have.
+        answer: f64,
+    },
 }
 
 impl Arm {
@@ -118,9 +119,9 @@ impl Arm {
                 || router(RoutingPolicy::LeastLoaded),
                 |kinds| Self::in_order(InOrder::Band(kinds)),
             ),
-            Policy::Prefix => Self::window(1, None, control),
+            Policy::Prefix => Self::window(1, traffic, None, control),
             Policy::Window(width) | Policy::Label(width) | Policy::Placebo(width) => {
-                Self::window(width, kinds(), control)
+                Self::window(width, traffic, kinds(), control)
             }
         }
     }
@@ -132,29 +133,37 @@ impl Arm {
         }
     }
 
-    fn window(width: usize, kinds: Option<Arc<Kinds>>, control: Option<f64>) -> Self {
+    fn window(
+        width: usize,
+        traffic: &Traffic,
+        kinds: Option<Arc<Kinds>>,
+        control: Option<f64>,
+    ) -> Self {
         let mut window = Window::new(Settings {
             width,
             control: control.unwrap_or(CONTROL),
-            ..Settings::new(EXPERTS, TOP_K)
+            ..Settings::new(traffic.shape.experts, traffic.shape.top_k)
         });
         if let Some(kinds) = kinds {
             window.adopt(kinds);
         }
-        Self::Window(Box::new(window))
+        Self::Window {
+            window: Box::new(window),
+            answer: traffic.answer,
+        }
     }
 
     /// A request joins the queue.
-    pub(super) fn push(&mut self, id: usize, now_ms: f64, profile: &Profile) {
+    pub(super) fn push(&mut self, id: usize, now_ms: f64, prompt: u32, profile: &Profile) {
         match self {
             Self::InOrder { queue, .. } => queue.push_back(id),
-            Self::Window(window) => window.push(Waiting {
+            Self::Window { window, answer } => window.push(Waiting {
                 id: id as u64,
                 arrived_ms: now_ms,
                 patience_ms: PATIENCE,
                 profile: Some(profile.clone()),
-                prompt: PROMPT as u32,
-                answer: ANSWER,
+                prompt,
+                answer: *answer,
                 cached: Vec::new(),
             }),
         }
@@ -168,7 +177,7 @@ impl Arm {
         profiles: &[Profile],
     ) -> Option<(usize, Rank)> {
         match self {
-            Self::Window(window) => {
+            Self::Window { window, .. } => {
                 let pick = window.pick(now_ms, workers)?;
                 Some((pick.request.id as usize, pick.worker))
             }
@@ -185,7 +194,7 @@ impl Arm {
 
     /// A request ended, whose answer used experts like this.
     pub(super) fn ended(&mut self, id: usize, used: &Profile) {
-        if let Self::Window(window) = self {
+        if let Self::Window { window, .. } = self {
             window.ended(id as u64, Some(used));
         }
     }
@@ -193,7 +202,7 @@ impl Arm {
     /// The window, if there is one.
     pub(super) const fn seen_ahead(&self) -> Option<&Window> {
         match self {
-            Self::Window(window) => Some(window),
+            Self::Window { window, .. } => Some(window),
             Self::InOrder { .. } => None,
         }
     }

@@ -9,8 +9,7 @@ use foregate_gateway::signature::Profile;
 use tokio::time::Instant;
 
 use super::arm::Arm;
-use super::tokens::{LAYERS, shares};
-use super::traffic::{Traffic, WORKERS, profile};
+use super::traffic::{Traffic, WORKERS};
 
 /// One step of one worker.
 #[derive(Debug, Clone, Copy)]
@@ -123,7 +122,8 @@ impl Cluster<'_> {
         self.lives[request].arrived = now;
         self.waiting[request] = true;
         let began = Instant::now();
-        self.arm.push(request, now, &self.profiles[request]);
+        let prompt = self.traffic.prompts[request];
+        self.arm.push(request, now, prompt, &self.profiles[request]);
         self.lives[request].decision_us = began.elapsed().as_secs_f64() * 1e6;
         self.place(at);
     }
@@ -174,7 +174,7 @@ impl Cluster<'_> {
             let tokens = &self.traffic.requests[*id].tokens;
             self.lives[*id].ended = millis(at);
             self.lives[*id].tokens = tokens.len() as u32;
-            self.arm.ended(*id, &profile(&shares(tokens)));
+            self.arm.ended(*id, &self.traffic.used[*id]);
         }
         if !ended.is_empty() {
             self.place(at);
@@ -186,9 +186,10 @@ impl Cluster<'_> {
     }
 
     fn begin(&mut self, at: u64, worker: usize) {
-        let mut used = [0u128; LAYERS];
+        let shape = self.traffic.shape;
+        let mut used = vec![0_u128; shape.layers * shape.words()];
         for id in &self.active[worker] {
-            let token = self.traffic.requests[*id].tokens[self.done[*id]];
+            let token = &self.traffic.requests[*id].tokens[self.done[*id]];
             used.iter_mut()
                 .zip(token)
                 .for_each(|(used, token)| *used |= token);
@@ -196,7 +197,7 @@ impl Cluster<'_> {
         }
         let bits: u32 = used.iter().map(|bits| bits.count_ones()).sum();
         let (distinct, batch) = (
-            f64::from(bits) / LAYERS as f64,
+            f64::from(bits) / shape.layers as f64,
             self.active[worker].len() as f64,
         );
         let ms = StepModel::default().step(distinct, batch);

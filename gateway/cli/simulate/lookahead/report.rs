@@ -9,7 +9,7 @@ use super::figures::{COMPARED, Change, Figures};
 /// A run of the router's benchmark.
 #[derive(Debug, Serialize)]
 pub(super) struct Report {
-    pub(super) setting: &'static str,
+    pub(super) setting: String,
     pub(super) seeds: Vec<u64>,
     /// Correlation of prompt and answer, mean over experts, layers, requests and seeds.
     pub(super) correlation: f64,

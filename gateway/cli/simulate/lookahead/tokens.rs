@@ -24,8 +24,32 @@ pub(super) const PROMPT: usize = 128;
 const PHI: f64 = 0.95;
 const BASE: f64 = 0.4;
 
-/// The experts of one token, a bit per expert and layer.
-pub(super) type Token = [u128; LAYERS];
+/// Sizes of a token model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Shape {
+    pub(super) layers: usize,
+    /// Per layer.
+    pub(super) experts: usize,
+    /// Of a token and layer.
+    pub(super) top_k: usize,
+}
+
+impl Shape {
+    /// Words of a layer in a token.
+    pub(super) const fn words(self) -> usize {
+        self.experts.div_ceil(128)
+    }
+}
+
+/// Sizes of the drawn model.
+pub(super) const SHAPE: Shape = Shape {
+    layers: LAYERS,
+    experts: EXPERTS,
+    top_k: TOP_K,
+};
+
+/// The experts of one token, a bit per expert, layer by layer, each in whole words.
+pub(super) type Token = Box<[u128]>;
 
 /// How far topic, request and token push the logits.
 #[derive(Debug, Clone, Copy)]
@@ -126,7 +150,7 @@ impl World {
         dice.fill(&mut state);
         let mut token = || {
             dice.fill(&mut step);
-            let mut token = [0; LAYERS];
+            let mut token: Token = [0; LAYERS].into();
             for (layer, bits) in token.iter_mut().enumerate() {
                 let mut arrival = [0.0; EXPERTS];
                 for (expert, arrival) in arrival.iter_mut().enumerate() {
@@ -181,8 +205,9 @@ pub(super) fn experts(mut bits: u128) -> impl Iterator<Item = usize> {
 }
 
 /// Correlation over experts of two tables of shares, mean over layers.
-pub(super) fn correlation(a: &[f64], b: &[f64]) -> f64 {
-    let layers = a.chunks(EXPERTS).zip(b.chunks(EXPERTS));
+pub(super) fn correlation(a: &[f64], b: &[f64], experts: usize) -> f64 {
+    let layers = a.chunks(experts).zip(b.chunks(experts));
+    let number = layers.len() as f64;
     let of = |(a, b): (&[f64], &[f64])| {
         let mean = |x: &[f64]| x.iter().sum::<f64>() / x.len() as f64;
         let (ma, mb) = (mean(a), mean(b));
@@ -191,7 +216,7 @@ pub(super) fn correlation(a: &[f64], b: &[f64]) -> f64 {
         };
         sum(|x, y| x * y) / (sum(|x, _| x * x) * sum(|_, y| y * y)).sqrt()
     };
-    layers.map(of).sum::<f64>() / LAYERS as f64
+    layers.map(of).sum::<f64>() / number
 }
 
 #[cfg(test)]
@@ -217,7 +242,7 @@ mod tests {
             let world = World::new(fit, 1);
             let one = |at: usize| {
                 let request = world.request(1, 1000 + at as u64, at % TOPICS, 120);
-                correlation(&request.prompt, &shares(&request.tokens))
+                correlation(&request.prompt, &shares(&request.tokens), EXPERTS)
             };
             let mean = (0..24).map(one).sum::<f64>() / 24.0;
             assert!((mean - published).abs() < 0.03, "{mean} for {published}");

@@ -3,7 +3,9 @@
 use foregate_gateway::signature::Profile;
 
 use super::settings::Cluster;
-use super::tokens::{EXPERTS, LAYERS, Request, TOPICS, World, correlation, shares};
+use super::tokens::{
+    EXPERTS, LAYERS, PROMPT, Request, SHAPE, Shape, TOPICS, World, correlation, shares,
+};
 use foregate_gateway::route::window::StepModel;
 use foregate_simulate::Dice;
 
@@ -32,11 +34,18 @@ const FIRST_OTHER: u64 = 1 << 32;
 /// A run's requests, ascending by arrival.
 #[derive(Debug)]
 pub(super) struct Traffic {
+    pub(super) shape: Shape,
     pub(super) requests: Vec<Request>,
     /// What the gateway is told of each: its prompt's signature.
     pub(super) profiles: Vec<Profile>,
     /// The mean signature of its topic as labelled, for a gateway without signatures.
     pub(super) labels: Vec<Profile>,
+    /// What their answers use.
+    pub(super) used: Vec<Profile>,
+    /// Tokens of their prompts.
+    pub(super) prompts: Vec<u32>,
+    /// Tokens that an answer is expected to have.
+    pub(super) answer: f64,
     /// Milliseconds.
     pub(super) arrivals: Vec<f64>,
     /// Signatures seen before.
@@ -66,15 +75,13 @@ impl Traffic {
             .for_each(|(_, answer)| *answer = 0);
         let mut requests = draw(&world, seed, FIRST_REQUEST, &drawn);
         let before: Vec<Request> = requests.drain(..BEFORE).collect();
-        let random_batch = random_batch(&requests, f64::from(cluster.slots));
-        let step = StepModel::default().step(random_batch, f64::from(cluster.slots));
-        let rate = cluster.load * WORKERS as f64 * f64::from(cluster.slots) / step / ANSWER.0;
-        let mut clock = 0.0;
-        let mut arrival = || {
-            clock += dice.exponential() / rate;
-            clock
-        };
-        let arrivals = requests.iter().map(|_| arrival()).collect();
+        let random_batch = random_batch(&requests, LAYERS, f64::from(cluster.slots));
+        let arrivals = arrive(
+            requests.len(),
+            (cluster.slots, cluster.load),
+            (random_batch, ANSWER.0),
+            &mut dice,
+        );
         let labels = labels(&requests, &mut dice);
         Self {
             correlation: agreement(&world, seed),
@@ -86,6 +93,13 @@ impl Traffic {
                 .iter()
                 .map(|request| profile(&request.prompt))
                 .collect(),
+            shape: SHAPE,
+            used: requests
+                .iter()
+                .map(|request| profile(&shares(&request.tokens)))
+                .collect(),
+            prompts: vec![PROMPT as u32; requests.len()],
+            answer: ANSWER.0,
             labels,
             arrivals,
             random_batch,
@@ -94,13 +108,32 @@ impl Traffic {
     }
 }
 
+/// So many arrivals of a Poisson process, at a part of what full random batches serve. `batch`: distinct experts of one,
+/// and tokens of an answer.
+pub(super) fn arrive(
+    number: usize,
+    (slots, load): (u32, f64),
+    (distinct, answer): (f64, f64),
+    dice: &mut Dice,
+) -> Vec<f64> {
+    let step = StepModel::default().step(distinct, f64::from(slots));
+    let rate = load * WORKERS as f64 * f64::from(slots) / step / answer;
+    let mut clock = 0.0;
+    let mut arrival = || {
+        clock += dice.exponential() / rate;
+        clock
+    };
+    (0..number).map(|_| arrival()).collect()
+}
+
 /// Mean correlation of prompts with answers of the usual length, over requests of their own.
 fn agreement(world: &World, seed: u64) -> f64 {
     let wanted: Vec<(usize, u32)> = (0..AGREEMENT)
         .map(|at| (at % TOPICS, ANSWER.0 as u32))
         .collect();
     let requests = draw(world, seed, FIRST_OTHER, &wanted);
-    let of = |request: &Request| correlation(&request.prompt, &shares(&request.tokens));
+    let of =
+        |request: &Request| correlation(&request.prompt, &shares(&request.tokens), EXPERTS);
     requests.iter().map(of).sum::<f64>() / AGREEMENT as f64
 }
 
@@ -156,8 +189,9 @@ pub(super) fn profile(shares: &[f64]) -> Profile {
     Profile::from_shares(EXPERTS, shares).unwrap_or_else(|| Profile::nothing(EXPERTS))
 }
 
-fn random_batch(requests: &[Request], slots: f64) -> f64 {
-    let mut mean = vec![0.0; LAYERS * EXPERTS];
+/// Distinct experts of a full batch of random requests.
+pub(super) fn random_batch(requests: &[Request], layers: usize, slots: f64) -> f64 {
+    let mut mean = vec![0.0; requests.first().map_or(0, |request| request.prompt.len())];
     for request in requests {
         for (mean, share) in mean.iter_mut().zip(&request.prompt) {
             *mean += share / requests.len() as f64;
@@ -166,7 +200,7 @@ fn random_batch(requests: &[Request], slots: f64) -> f64 {
     mean.iter()
         .map(|q| 1.0 - (1.0 - q.min(1.0)).powf(slots))
         .sum::<f64>()
-        / LAYERS as f64
+        / layers as f64
 }
 
 /// What is known of requests by a label of their topic alone.
