@@ -646,6 +646,9 @@ async fn metrics_and_the_load_matrix_show_the_cluster() {
         "foregate_gateway_route_decisions_total{outcome=\"load\",policy=\"least_loaded\"} 1",
         "foregate_gateway_top_expert_id{place=\"1\"} 7",
         "foregate_gateway_workers{phase=\"ready\"} 2",
+        "foregate_gateway_predictor_believed{predictor=\"kinds\"} 1",
+        "foregate_gateway_tenant_routed_rows{tenant=\"anonymous\"} ",
+        "foregate_gateway_top_expert_tenant_share{place=\"",
         "vllm:lora_requests_info{max_lora=\"0\",running_lora_adapters=\"\",waiting_lora_adapters=\"\"} ",
     ] {
         assert!(text.contains(line), "{line} is not in\n{text}");
@@ -672,6 +675,13 @@ async fn metrics_and_the_load_matrix_show_the_cluster() {
     assert_eq!(matrix["rank_rows"]["1"], json!([20, 20]));
     assert_eq!(matrix["workers"]["0"]["window"]["engine"]["running"], 3);
     assert_eq!(matrix["workers"]["0"]["phase"], "ready");
+    assert_eq!(matrix["predictors"]["prefix"]["believed"], true);
+    assert_eq!(matrix["predictors"]["prefix"]["last_window"], Value::Null);
+    let tenants = matrix["tenants"].as_array().unwrap();
+    assert_eq!(tenants.len(), 1);
+    assert_eq!(tenants[0]["tenant"], "anonymous");
+    assert_eq!(tenants[0]["share"], 1.0);
+    assert_eq!(tenants[0]["hottest"][0]["of_expert"], 1.0);
 }
 
 /// Whoever pushes the registry sees the cluster too, though nobody asks for `/metrics`.

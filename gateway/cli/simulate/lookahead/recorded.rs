@@ -324,7 +324,7 @@ mod tests {
         assert!(refused(folder.path()).contains("no trace"));
         let mut bytes = foregate_trace::begin(&header());
         for at in 0..150 {
-            foregate_trace::append(&mut bytes, &request(at % 2));
+            request(at % 2).write(&mut bytes);
         }
         std::fs::write(folder.path().join("a.fgt"), &bytes).unwrap();
         assert_eq!(Recorded::read(folder.path()).unwrap().seen.len(), 150);
