@@ -648,7 +648,6 @@ async fn metrics_and_the_load_matrix_show_the_cluster() {
         "foregate_gateway_workers{phase=\"ready\"} 2",
         "foregate_gateway_predictor_believed{predictor=\"kinds\"} 1",
         "foregate_gateway_tenant_routed_rows{tenant=\"anonymous\"} ",
-        "foregate_gateway_top_expert_tenant_share{place=\"",
         "vllm:lora_requests_info{max_lora=\"0\",running_lora_adapters=\"\",waiting_lora_adapters=\"\"} ",
     ] {
         assert!(text.contains(line), "{line} is not in\n{text}");
