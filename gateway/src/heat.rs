@@ -4,6 +4,7 @@
 //! others. Pure: the caller says what time it is.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use crate::traffic::Tenant;
 
@@ -110,7 +111,10 @@ impl Heat {
         if !room {
             self.make_room();
         }
-        self.by_tenant.entry(tenant.clone()).or_default().add(&more);
+        self.by_tenant
+            .entry(Arc::clone(tenant))
+            .or_default()
+            .add(&more);
     }
 
     fn everybody(&self) -> impl Iterator<Item = &Counts> {
@@ -123,7 +127,7 @@ impl Heat {
             .by_tenant
             .iter()
             .min_by(|a, b| a.1.rows.total_cmp(&b.1.rows));
-        if let Some(tenant) = least.map(|(tenant, _)| tenant.clone())
+        if let Some(tenant) = least.map(|(tenant, _)| Arc::clone(tenant))
             && let Some(counts) = self.by_tenant.remove(&tenant)
         {
             self.others.add(&counts);
@@ -146,77 +150,99 @@ impl Heat {
     /// The most active tenants by name, then all others; each with up to `hottest` experts.
     #[must_use]
     pub fn tenants(&self, hottest: usize) -> Vec<OfTenant> {
-        let mut all = Counts::default();
-        self.everybody().for_each(|counts| all.add(counts));
-        if all.rows <= 0.0 {
-            return Vec::new();
+        let groups = self.groups();
+        let all: f64 = groups.iter().map(Group::rows).sum();
+        let of = |group: &Group<'_>| OfTenant {
+            tenant: group.name.to_owned(),
+            rows: group.rows(),
+            share: group.rows() / all,
+            hottest: self.hottest(group, &groups, hottest),
+        };
+        if all > 0.0 {
+            groups.iter().map(of).collect()
+        } else {
+            Vec::new()
         }
-        self.named()
-            .iter()
-            .map(|(tenant, counts)| OfTenant {
-                tenant: (*tenant).to_owned(),
-                rows: counts.rows,
-                share: counts.rows / all.rows,
-                hottest: self.hottest(counts, &all, hottest),
-            })
-            .collect()
     }
 
     /// Parts that tenants bring of one expert's rows, as in [`Heat::tenants`].
     #[must_use]
     pub fn of_expert(&self, layer: usize, expert: usize) -> Vec<(String, f64)> {
         let at = layer * self.experts + expert;
-        let named = self.named();
-        let all: f64 = named.iter().map(|(_, counts)| counts.at(at)).sum();
+        let groups = self.groups();
+        let all: f64 = groups.iter().map(|group| group.at(at)).sum();
         if all <= 0.0 || expert >= self.experts {
             return Vec::new();
         }
-        named
+        let part = |group: &Group<'_>| (group.name.to_owned(), group.at(at) / all);
+        groups.iter().map(part).collect()
+    }
+
+    /// The most active ones, then the rest as one. A tenant that calls itself as the rest is called counts there: a name
+    /// stands for one series.
+    fn groups(&self) -> Vec<Group<'_>> {
+        let mut order: Vec<(&str, &Counts)> = self
+            .by_tenant
             .iter()
-            .map(|(tenant, counts)| ((*tenant).to_owned(), counts.at(at) / all))
-            .collect()
-    }
-
-    /// The most active ones, then the rest as one.
-    fn named(&self) -> Vec<(&str, Counts)> {
-        let mut order: Vec<(&Tenant, &Counts)> = self.by_tenant.iter().collect();
-        order.sort_by(|a, b| b.1.rows.total_cmp(&a.1.rows).then(a.0.cmp(b.0)));
-        let mut rest = self.others.clone();
-        // A tenant that calls itself as the rest is called counts there: a name stands for one series.
-        let (own, same): (Vec<_>, Vec<_>) = order
-            .into_iter()
-            .partition(|(tenant, _)| &***tenant != OTHERS);
-        same.iter().for_each(|(_, counts)| rest.add(counts));
-        own.iter()
-            .skip(SHOWN)
-            .for_each(|(_, counts)| rest.add(counts));
-        let mut named: Vec<(&str, Counts)> = own
-            .into_iter()
-            .take(SHOWN)
-            .map(|(tenant, counts)| (&**tenant, counts.clone()))
+            .map(|(name, counts)| (&**name, counts))
             .collect();
-        if rest.rows > 0.0 {
-            named.push((OTHERS, rest));
+        order.sort_by(|a, b| b.1.rows.total_cmp(&a.1.rows).then(a.0.cmp(b.0)));
+        let mut rest = Group {
+            name: OTHERS,
+            counts: vec![&self.others],
+        };
+        let mut groups = Vec::new();
+        for (name, counts) in order {
+            if name == OTHERS || groups.len() >= SHOWN {
+                rest.counts.push(counts);
+            } else {
+                groups.push(Group {
+                    name,
+                    counts: vec![counts],
+                });
+            }
         }
-        named
+        if rest.rows() > 0.0 {
+            groups.push(rest);
+        }
+        groups
     }
 
-    fn hottest(&self, own: &Counts, all: &Counts, most: usize) -> Vec<Hot> {
-        let mut order: Vec<usize> = (0..own.by_expert.len()).collect();
-        order.sort_by(|a, b| own.at(*b).total_cmp(&own.at(*a)).then(a.cmp(b)));
-        let layers = (own.by_expert.len() / self.experts.max(1)).max(1) as f64;
-        order
-            .into_iter()
-            .take(most)
-            .filter(|at| own.at(*at) > 0.0)
-            .map(|at| Hot {
-                layer: at / self.experts,
-                expert: at % self.experts,
-                // Every layer has the same number of rows.
-                of_tenant: own.at(at) * layers / own.rows,
-                of_expert: own.at(at) / all.at(at),
-            })
-            .collect()
+    fn hottest(&self, own: &Group<'_>, all: &[Group<'_>], most: usize) -> Vec<Hot> {
+        if most == 0 {
+            return Vec::new();
+        }
+        let entries = own.counts.iter().map(|counts| counts.by_expert.len()).max();
+        let entries = entries.unwrap_or(0);
+        let layers = (entries / self.experts.max(1)).max(1) as f64;
+        let mut order: Vec<(usize, f64)> = (0..entries).map(|at| (at, own.at(at))).collect();
+        order.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+        order.truncate(most);
+        order.retain(|(_, rows)| *rows > 0.0);
+        let hot = |(at, rows): (usize, f64)| Hot {
+            layer: at / self.experts,
+            expert: at % self.experts,
+            // Every layer has the same number of rows.
+            of_tenant: rows * layers / own.rows(),
+            of_expert: rows / all.iter().map(|group| group.at(at)).sum::<f64>(),
+        };
+        order.into_iter().map(hot).collect()
+    }
+}
+
+/// Those that are shown under one name.
+struct Group<'a> {
+    name: &'a str,
+    counts: Vec<&'a Counts>,
+}
+
+impl Group<'_> {
+    fn rows(&self) -> f64 {
+        self.counts.iter().map(|counts| counts.rows).sum()
+    }
+
+    fn at(&self, at: usize) -> f64 {
+        self.counts.iter().map(|counts| counts.at(at)).sum()
     }
 }
 

@@ -144,13 +144,13 @@ pub(super) async fn run(
     };
     let source = Source::read(&model, &files, lengths)?;
     progress.say("starting a cluster");
-    let mut cluster = Box::pin(Cluster::start(args, &model)).await?;
+    let (cluster, mut roles) = Box::pin(Cluster::start(args, &model)).await?;
     let measured = tokio::select! {
         measured = Box::pin(measure(args, &cluster, &source, progress, &drain)) => measured,
-        ended = cluster.first_end() => Err(ended),
+        ended = roles.first_end() => Err(ended),
     };
     // Ended in any case: its tasks are of this process.
-    cluster.end().await;
+    roles.end().await;
     let (rate, blocks, gateways) = measured?;
     let settings = Settings {
         model: model.display().to_string(),

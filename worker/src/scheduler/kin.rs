@@ -37,7 +37,7 @@ impl Hint {
 /// waiting ones.
 pub(super) fn fittest<'a>(
     waiting: impl Iterator<Item = &'a Sequence>,
-    running: impl Iterator<Item = &'a Sequence> + Clone,
+    running: impl Iterator<Item = &'a Sequence>,
     top_k: usize,
 ) -> Option<usize> {
     let waiting: Vec<&Sequence> = waiting.collect();

@@ -18,11 +18,11 @@ use foregate_store::memory::MemoryStore;
 use foregate_worker::dense::DenseWeights;
 use foregate_worker::fabric::local::LocalHub;
 use prometheus::Registry;
-use prometheus::proto::MetricFamily;
+use prometheus::proto::{MetricFamily, MetricType};
 use serde::Serialize;
 use serde_json::Value;
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::{Arm, LookaheadArgs};
@@ -81,19 +81,27 @@ pub(super) struct Said {
     pub(super) metrics: BTreeMap<String, f64>,
 }
 
-/// A running cluster.
+/// A running cluster, as the bench sees it.
+#[derive(Debug, Default)]
 pub(super) struct Cluster {
     targets: Vec<Target>,
     gateways: Vec<Registry>,
     workers: Vec<Registry>,
-    /// In the order of draining: gateways, operator, workers.
+}
+
+/// Its roles, in the order of draining: gateways, operator, workers.
+#[derive(Debug, Default)]
+pub(super) struct Roles {
     tokens: [CancellationToken; 3],
-    roles: [JoinSet<Result<(), CliError>>; 3],
+    sets: [JoinSet<Result<(), CliError>>; 3],
 }
 
 impl Cluster {
     /// Starts all roles and waits until every gateway can serve.
-    pub(super) async fn start(args: &LookaheadArgs, model: &Path) -> Result<Self, CliError> {
+    pub(super) async fn start(
+        args: &LookaheadArgs,
+        model: &Path,
+    ) -> Result<(Self, Roles), CliError> {
         let facts = facts(model).await?;
         let manifest = manifest(args, model, &facts);
         let wrong = |error: &dyn std::fmt::Display| CliError::Usage(error.to_string());
@@ -118,32 +126,27 @@ impl Cluster {
             hub: LocalHub::new(),
             dense: DenseWeights::new(),
         };
-        let mut cluster = Self {
-            targets: Vec::new(),
-            gateways: Vec::new(),
-            workers: Vec::new(),
-            tokens: Default::default(),
-            roles: Default::default(),
-        };
+        let (mut cluster, mut roles) = (Self::default(), Roles::default());
         for instance in plan.instances {
             match instance.node.role.clone() {
                 RoleConfig::Operator(_) => {
-                    cluster.role(1, instance.node, &seams);
+                    roles.start(1, instance.node, &seams);
                 }
                 RoleConfig::Worker(_) => {
-                    let registry = cluster.role(2, instance.node, &seams);
+                    let registry = roles.start(2, instance.node, &seams);
                     cluster.workers.push(registry);
                 }
                 RoleConfig::Gateway(config) => {
                     for arm in &args.arms {
                         let name = instance.node.cluster.clone();
-                        cluster.gateway(*arm, config.clone(), name, &seams).await?;
+                        let seat = (&mut roles, &seams);
+                        cluster.gateway(*arm, config.clone(), name, seat).await?;
                     }
                 }
             }
         }
-        match timeout(START, cluster.ready()).await {
-            Ok(ready) => ready.map(|()| cluster),
+        match timeout(START, cluster.ready(&mut roles)).await {
+            Ok(ready) => ready.map(|()| (cluster, roles)),
             Err(_) => Err(CliError::Runtime(format!(
                 "the cluster does not serve after {} s",
                 START.as_secs()
@@ -151,26 +154,12 @@ impl Cluster {
         }
     }
 
-    fn role(&mut self, order: usize, node: NodeConfig, seams: &Seams) -> Registry {
-        let registry = Registry::new();
-        let role = Role {
-            node,
-            seams: seams.clone(),
-            registry: registry.clone(),
-            listener: None,
-            progress: Sink::default(),
-            shutdown: self.tokens[order].clone(),
-        };
-        self.roles[order].spawn(Box::pin(roles::run(role)));
-        registry
-    }
-
     async fn gateway(
         &mut self,
         arm: Arm,
         mut config: GatewayConfig,
         cluster: String,
-        seams: &Seams,
+        (roles, seams): (&mut Roles, &Seams),
     ) -> Result<(), CliError> {
         let (listener, address) = status::bind("127.0.0.1:0")
             .await
@@ -187,9 +176,9 @@ impl Cluster {
             store: Arc::clone(&seams.store),
             registry: registry.clone(),
             trial,
-            shutdown: self.tokens[0].clone(),
+            shutdown: roles.tokens[0].clone(),
         };
-        self.roles[0].spawn(async move {
+        roles.sets[0].spawn(async move {
             let end = Box::pin(foregate_gateway::run(deps)).await;
             end.map_err(|error| CliError::runtime("a gateway", &error))
         });
@@ -199,43 +188,16 @@ impl Cluster {
         Ok(())
     }
 
-    async fn ready(&mut self) -> Result<(), CliError> {
-        for at in 0..self.targets.len() {
-            let target = self.targets[at].clone();
+    async fn ready(&self, roles: &mut Roles) -> Result<(), CliError> {
+        for target in &self.targets {
             while target.text("/ready").await.is_err() {
                 tokio::select! {
-                    ended = self.first_end() => return Err(ended),
+                    ended = roles.first_end() => return Err(ended),
                     () = sleep(Duration::from_millis(100)) => {}
                 }
             }
         }
         Ok(())
-    }
-
-    /// Resolves when any role ends, which none should.
-    pub(super) async fn first_end(&mut self) -> CliError {
-        let [gateways, operator, workers] = &mut self.roles;
-        let ended = tokio::select! {
-            Some(ended) = gateways.join_next() => ended,
-            Some(ended) = operator.join_next() => ended,
-            Some(ended) = workers.join_next() => ended,
-        };
-        match ended {
-            Ok(Ok(())) => CliError::Runtime("a role ended by itself".to_owned()),
-            Ok(Err(error)) => error,
-            Err(error) => CliError::runtime("a role failed", &error),
-        }
-    }
-
-    /// Drains it: gateways first, so that their streams still have workers.
-    pub(super) async fn end(mut self) {
-        for (token, set) in self.tokens.iter().zip(&mut self.roles) {
-            token.cancel();
-            let all = async { while set.join_next().await.is_some() {} };
-            if timeout(DRAIN, all).await.is_err() {
-                set.abort_all();
-            }
-        }
     }
 
     /// The gateway of an arm.
@@ -278,6 +240,49 @@ impl Cluster {
     }
 }
 
+impl Roles {
+    fn start(&mut self, order: usize, node: NodeConfig, seams: &Seams) -> Registry {
+        let registry = Registry::new();
+        let role = Role {
+            node,
+            seams: seams.clone(),
+            registry: registry.clone(),
+            listener: None,
+            progress: Sink::default(),
+            shutdown: self.tokens[order].clone(),
+        };
+        self.sets[order].spawn(async move { Box::pin(roles::run(role)).await });
+        registry
+    }
+
+    /// Resolves when any role ends, which none should.
+    pub(super) async fn first_end(&mut self) -> CliError {
+        let [gateways, operator, workers] = &mut self.sets;
+        let ended = tokio::select! {
+            Some(ended) = gateways.join_next() => ended,
+            Some(ended) = operator.join_next() => ended,
+            Some(ended) = workers.join_next() => ended,
+            else => return CliError::Runtime("the cluster has no role".to_owned()),
+        };
+        match ended {
+            Ok(Ok(())) => CliError::Runtime("a role ended by itself".to_owned()),
+            Ok(Err(error)) => error,
+            Err(error) => CliError::runtime("a role failed", &error),
+        }
+    }
+
+    /// Drains all: gateways first, so that their streams still have workers.
+    pub(super) async fn end(mut self) {
+        for (token, set) in self.tokens.iter().zip(&mut self.sets) {
+            token.cancel();
+            let all = async { while set.join_next().await.is_some() {} };
+            if timeout(DRAIN, all).await.is_err() {
+                set.abort_all();
+            }
+        }
+    }
+}
+
 /// Gauges and counters that say how the window and its routes fared.
 fn told(registry: &Registry) -> BTreeMap<String, f64> {
     let told = [
@@ -296,10 +301,10 @@ fn told(registry: &Registry) -> BTreeMap<String, f64> {
                 .iter()
                 .map(|label| label.value())
                 .collect();
-            let value = match (&*metric.counter, &*metric.gauge) {
-                (Some(counter), _) => counter.value(),
-                (None, Some(gauge)) => gauge.value(),
-                (None, None) => continue,
+            let value = match family.get_field_type() {
+                MetricType::COUNTER => metric.get_counter().get_value(),
+                MetricType::GAUGE => metric.get_gauge().get_value(),
+                _ => continue,
             };
             found.insert([&[name], &labels[..]].concat().join(" "), value);
         }
