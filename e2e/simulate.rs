@@ -1,4 +1,5 @@
-//! `foregate simulate placement` as a user starts it: the document, the table, the plot, and what is refused.
+//! `foregate simulate` as a user starts it: the document, the table, the plot, and what is refused; and
+//! `foregate bench lookahead`, which brings its own cluster.
 #![expect(clippy::unwrap_used, reason = "a failure here is the test's failure")]
 
 use std::process::{Command, Output};
@@ -229,4 +230,147 @@ fn what_makes_no_sense_is_refused_by_name() {
         assert!(error.contains(named), "{arguments:?}: {error}");
         assert!(output.stdout.is_empty(), "{arguments:?}");
     }
+}
+
+fn foregate(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_foregate"))
+        .args(arguments)
+        .output()
+        .unwrap()
+}
+
+fn said(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// Requests of two kinds that use one half of the experts each, as a trace.
+fn traced(folder: &std::path::Path) {
+    let header = foregate_trace::Header {
+        model: "m".to_owned(),
+        layers: 2,
+        experts: 32,
+        top_k: 4,
+        started_ms: 0,
+    };
+    let mut bytes = foregate_trace::begin(&header);
+    for at in 0..600_u64 {
+        let rows = |each: u64| -> Vec<u64> {
+            let own = |expert: u64| expert % 32 / 16 == at / 3 % 2;
+            (0..64)
+                .map(|expert| if own(expert) { each } else { 0 })
+                .collect()
+        };
+        let request = foregate_trace::Event::Request {
+            at_ms: at,
+            number: at + 1,
+            prompt_tokens: 32,
+            answer_tokens: 33,
+            prompt: rows(8),
+            total: rows(16),
+        };
+        request.write(&mut bytes);
+    }
+    std::fs::write(folder.join("a.fgt"), bytes).unwrap();
+}
+
+#[test]
+fn recorded_requests_are_routed_by_what_they_used() {
+    let folder = TempDir::new().unwrap();
+    traced(folder.path());
+    let json = folder.path().join("figures.json");
+    let (dir, file) = (folder.path().to_str().unwrap(), json.to_str().unwrap());
+    let replay = |more: &[&str]| {
+        foregate(
+            &[
+                &[
+                    "simulate",
+                    "lookahead",
+                    "--replay",
+                    dir,
+                    "--seeds",
+                    "0",
+                    "--slots",
+                    "8",
+                ],
+                more,
+            ]
+            .concat(),
+        )
+    };
+    let output = replay(&["--policies", "least,ms:64", "--json", file]);
+    assert!(output.status.success(), "{}", said(&output));
+    let found: Value = serde_json::from_slice(&std::fs::read(&json).unwrap()).unwrap();
+    let policies = found["policies"].as_array().unwrap();
+    let distinct = |at: usize| policies[at]["mean"]["distinct_experts"].as_f64().unwrap();
+    // A batch of one kind has 16 experts at most, a mixed one nearly all 32.
+    assert!(
+        distinct(1) < 0.85 * distinct(0),
+        "{} of {}",
+        distinct(1),
+        distinct(0)
+    );
+    for (wrong, what) in [
+        (&["--policies", "label:64"][..], "no topics"),
+        (&["--setting", "strong-b32"], "--setting"),
+    ] {
+        let refused = replay(wrong);
+        assert_eq!(refused.status.code(), Some(2));
+        assert!(said(&refused).contains(what), "{}", said(&refused));
+    }
+}
+
+#[test]
+fn arms_of_a_running_cluster_give_the_same_answers() {
+    let folder = TempDir::new().unwrap();
+    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let (json, svg) = (at("live.json"), at("live.svg"));
+    let output = foregate(&[
+        "bench",
+        "lookahead",
+        "--workers",
+        "2",
+        "--places",
+        "4",
+        "--batch",
+        "2",
+        "--overtake-ms",
+        "200",
+        "--requests",
+        "24",
+        "--warmup",
+        "12",
+        "--rate",
+        "20",
+        "--prompt-tokens",
+        "40",
+        "--output-tokens",
+        "4-8",
+        "--arms",
+        "least,hints,ms:8,placebo:8",
+        "--json",
+        &json,
+        "--svg",
+        &svg,
+    ]);
+    assert!(output.status.success(), "{}", said(&output));
+    let found: Value = serde_json::from_slice(&std::fs::read(&json).unwrap()).unwrap();
+    assert_eq!(found["differing_answers"], 0);
+    assert_eq!(found["compared_answers"], 3 * 2 * 24);
+    assert!(found["headroom"].as_f64().unwrap() > 0.0);
+    let arms = found["arms"].as_array().unwrap();
+    assert_eq!(arms.len(), 4);
+    for own in arms {
+        assert_eq!(own["failed"], 0, "{own}");
+        assert!(own["figures"]["latency_ms_p95"]["value"].as_f64().unwrap() > 0.0);
+        assert!(own["gateway"]["predictors"]["kinds"]["believed"].is_boolean());
+    }
+    assert_eq!(found["blocks"].as_array().unwrap().len(), 8);
+    assert!(std::fs::read_to_string(svg).unwrap().contains("placebo:8"));
+    let refused = foregate(&["bench", "lookahead", "--arms", "least,hints"]);
+    assert_eq!(refused.status.code(), Some(2));
+    assert!(
+        said(&refused).contains("--overtake-ms"),
+        "{}",
+        said(&refused)
+    );
 }
