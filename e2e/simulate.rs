@@ -340,7 +340,7 @@ fn arms_of_a_running_cluster_give_the_same_answers() {
         "--warmup",
         "12",
         "--rate",
-        "20",
+        "8",
         "--prompt-tokens",
         "40",
         "--output-tokens",

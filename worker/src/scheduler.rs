@@ -137,6 +137,7 @@ impl Scheduler {
                 max_num_seqs,
                 max_batched_tokens,
                 max_logit_rows: limits.max_logit_rows.max(max_num_seqs + 1),
+                overtake: limits.overtake,
             },
             pool,
             sequences: BTreeMap::new(),

@@ -301,7 +301,7 @@ mod tests {
     fn numbers_outside_their_range_are_refused_by_name() {
         assert!(check(&config()).is_ok());
         type Change = fn(&mut WorkerConfig);
-        let changes: [(&str, Change); 10] = [
+        let changes: [(&str, Change); 11] = [
             ("slots", |c| c.slots = 0),
             ("slots", |c| c.duty = Duty::Attention),
             ("threads", |c| c.threads = u32::MAX),

@@ -137,6 +137,7 @@ pub fn config() -> GatewayConfig {
         queue_timeout_ms: 60_000,
         request_timeout_ms: 60_000,
         forecast_ms: None,
+        expert_hints: false,
         traffic: foregate_api::traffic::Traffic::default(),
         api_keys: None,
     }

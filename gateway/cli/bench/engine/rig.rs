@@ -125,6 +125,7 @@ impl Load {
             logprobs: None,
             prompt_logprobs: None,
             routed_experts: false,
+            hint: None,
         }
     }
 }
