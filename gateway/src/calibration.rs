@@ -360,7 +360,8 @@ mod tests {
         let good = prefix.score.unwrap();
         // Three quarters of the choices are on the pair, a quarter on three others: 96 of 126.
         assert!((good.hit - 96.0 / 126.0).abs() < 1e-9, "{good:?}");
-        assert!((good.mean.0 - 0.25).abs() < 0.1, "{good:?}");
+        // Of four kinds in turn the mean leans to those that came last, and the next one is never among them.
+        assert!(good.mean.0 < 0.3, "{good:?}");
         assert!(good.loss < good.mean.1 - 0.3, "{good:?}");
         assert_eq!(kinds.score, None, "it said nothing");
 
