@@ -8,6 +8,7 @@ use std::ops::{Deref, Range};
 use std::path::Path;
 use std::ptr::NonNull;
 
+use crate::place::Region;
 use crate::slab::Piece;
 
 /// A cache line, and the width of the widest vector register.
@@ -18,12 +19,14 @@ const HUGE: usize = 2 << 20;
 /// From this size on, a smaller buffer is cut from a chunk of huge pages.
 const PIECE: usize = 64 << 10;
 
-/// Zeroed bytes on a cache-line boundary, of a length fixed at creation.
+/// Zeroed bytes on a cache-line boundary, of a length fixed at creation; or those of a device.
 #[derive(Debug)]
 pub(crate) enum Buffer {
     Small(Small),
     Piece(Piece),
     Mapped(memmap2::MmapMut),
+    /// A device's; there is nothing to read here.
+    Device(Box<dyn Region>),
 }
 
 impl Buffer {
@@ -48,6 +51,7 @@ impl Buffer {
             Self::Small(small) => small.as_slice(),
             Self::Piece(piece) => piece.as_slice(),
             Self::Mapped(map) => map,
+            Self::Device(_) => &[],
         }
     }
 
@@ -56,6 +60,7 @@ impl Buffer {
             Self::Small(small) => small.as_mut_slice(),
             Self::Piece(piece) => piece.as_mut_slice(),
             Self::Mapped(map) => map,
+            Self::Device(_) => &mut [],
         }
     }
 }

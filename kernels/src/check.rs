@@ -1,7 +1,9 @@
 //! What every op asks of its arguments, whoever computes it.
 
 use crate::error::ShapeError;
-use crate::kv::{KvShape, PageMap};
+use crate::kv::{KvCache, KvShape, PageMap};
+use crate::matrix::Matrix;
+use crate::place::{Extent, Memory};
 use crate::ops::{
     Add, Attention, Combine, Embed, ExpertFfn, Gate, KvWrite, LogSoftmax, MatMul, RmsNorm,
     Rope, SigmoidScale, SiluMul,
@@ -25,45 +27,80 @@ fn at_least_one(op: &'static str, what: &'static str, got: usize) -> Checked {
     }
 }
 
-impl MatMul<'_> {
-    pub(crate) fn check(&self) -> Checked {
+/// A weight that ops on the processor read is in its memory.
+fn here<M: Memory>(op: &'static str, w: &Matrix) -> Checked {
+    if M::HERE && w.region().is_some() {
+        return Err(ShapeError::new(op, "weight, bytes in this process", w.bytes(), 0));
+    }
+    Ok(())
+}
+
+/// As [`here`], for the cache.
+fn cache_here<M: Memory>(op: &'static str, kv: &KvCache) -> Checked {
+    if M::HERE && kv.region().is_some() {
+        let want = kv.shape().page_bytes().unwrap_or(0);
+        return Err(ShapeError::new(op, "kv cache, bytes of a page in this process", want, 0));
+    }
+    Ok(())
+}
+
+impl<M: Memory> MatMul<'_, M> {
+    /// Whether sizes and indices fit each other.
+    ///
+    /// # Errors
+    /// When they do not; the error names the argument.
+    pub fn check(&self) -> Checked {
         const OP: &str = "matmul";
-        ShapeError::check_area(OP, "x", (self.rows, self.w.k()), self.x.len())?;
-        ShapeError::check_area(OP, "out", (self.rows, self.w.n()), self.out.len())?;
+        here::<M>(OP, self.w)?;
+        ShapeError::check_area(OP, "x", (self.rows, self.w.k()), self.x.extent())?;
+        ShapeError::check_area(OP, "out", (self.rows, self.w.n()), self.out.extent())?;
         self.bias.map_or(Ok(()), |b| {
-            ShapeError::check(OP, "bias", self.w.n(), b.len())
+            ShapeError::check(OP, "bias", self.w.n(), b.extent())
         })
     }
 }
 
-impl Embed<'_> {
-    pub(crate) fn check(&self) -> Checked {
+impl<M: Memory> Embed<'_, M> {
+    /// Whether sizes and indices fit each other.
+    ///
+    /// # Errors
+    /// When they do not; the error names the argument.
+    pub fn check(&self) -> Checked {
         const OP: &str = "embed";
+        here::<M>(OP, self.table)?;
         below(OP, "id below the table's rows", self.table.n(), self.ids)?;
-        ShapeError::check_area(OP, "out", (self.ids.len(), self.table.k()), self.out.len())
+        ShapeError::check_area(OP, "out", (self.ids.len(), self.table.k()), self.out.extent())
     }
 }
 
-impl RmsNorm<'_> {
-    pub(crate) fn check(&self) -> Checked {
+impl<M: Memory> RmsNorm<'_, M> {
+    /// Whether sizes and indices fit each other.
+    ///
+    /// # Errors
+    /// When they do not; the error names the argument.
+    pub fn check(&self) -> Checked {
         const OP: &str = "rms_norm";
-        ShapeError::check_area(OP, "x", (self.rows, self.width), self.x.len())?;
-        ShapeError::check(OP, "out", self.x.len(), self.out.len())?;
+        ShapeError::check_area(OP, "x", (self.rows, self.width), self.x.extent())?;
+        ShapeError::check(OP, "out", self.x.extent(), self.out.extent())?;
         if let Some(add) = self.add {
-            ShapeError::check(OP, "add", self.x.len(), add.len())?;
+            ShapeError::check(OP, "add", self.x.extent(), add.extent())?;
         }
-        ShapeError::check(OP, "weight", self.width, self.weight.len())
+        ShapeError::check(OP, "weight", self.width, self.weight.extent())
     }
 }
 
-impl Rope<'_> {
-    pub(crate) fn check(&self) -> Checked {
+impl<M: Memory> Rope<'_, M> {
+    /// Whether sizes and indices fit each other.
+    ///
+    /// # Errors
+    /// When they do not; the error names the argument.
+    pub fn check(&self) -> Checked {
         const OP: &str = "rope";
         let row = self.heads.saturating_mul(self.head_dim);
-        ShapeError::check_area(OP, "x", (self.rows, row), self.x.len())?;
+        ShapeError::check_area(OP, "x", (self.rows, row), self.x.extent())?;
         ShapeError::check(OP, "head_dim", self.table.half * 2, self.head_dim)?;
         if let Some(norm) = self.norm {
-            let width = norm.weight.len();
+            let width = norm.weight.extent();
             if width == 0 || !row.is_multiple_of(width) {
                 return Err(ShapeError::new(
                     OP,
@@ -128,13 +165,18 @@ impl PageMap<'_> {
     }
 }
 
-impl KvWrite<'_> {
-    pub(crate) fn check(&self) -> Checked {
+impl<M: Memory> KvWrite<'_, M> {
+    /// Whether sizes and indices fit each other.
+    ///
+    /// # Errors
+    /// When they do not; the error names the argument.
+    pub fn check(&self) -> Checked {
         const OP: &str = "kv_write";
         let shape = self.kv.shape();
+        cache_here::<M>(OP, self.kv)?;
         let area = (self.positions.len(), shape.kv_heads * shape.head_dim);
-        ShapeError::check_area(OP, "k", area, self.k.len())?;
-        ShapeError::check_area(OP, "v", area, self.v.len())?;
+        ShapeError::check_area(OP, "k", area, self.k.extent())?;
+        ShapeError::check_area(OP, "v", area, self.v.extent())?;
         below_layer(OP, shape, self.layer)?;
         self.pages.check(OP, self.positions, shape, false)
     }
@@ -147,10 +189,15 @@ fn below_layer(op: &'static str, shape: KvShape, layer: usize) -> Checked {
     Ok(())
 }
 
-impl Attention<'_> {
-    pub(crate) fn check(&self) -> Checked {
+impl<M: Memory> Attention<'_, M> {
+    /// Whether sizes and indices fit each other.
+    ///
+    /// # Errors
+    /// When they do not; the error names the argument.
+    pub fn check(&self) -> Checked {
         const OP: &str = "attention";
         let shape = self.kv.shape();
+        cache_here::<M>(OP, self.kv)?;
         at_least_one(OP, "heads", self.heads)?;
         if shape.kv_heads == 0 || !self.heads.is_multiple_of(shape.kv_heads) {
             return Err(ShapeError::new(
@@ -161,15 +208,19 @@ impl Attention<'_> {
             ));
         }
         let row = self.heads.saturating_mul(shape.head_dim);
-        ShapeError::check_area(OP, "q", (self.positions.len(), row), self.q.len())?;
-        ShapeError::check(OP, "out", self.q.len(), self.out.len())?;
+        ShapeError::check_area(OP, "q", (self.positions.len(), row), self.q.extent())?;
+        ShapeError::check(OP, "out", self.q.extent(), self.out.extent())?;
         below_layer(OP, shape, self.layer)?;
         self.pages.check(OP, self.positions, shape, true)
     }
 }
 
-impl Gate<'_> {
-    pub(crate) fn check(&self) -> Checked {
+impl<M: Memory> Gate<'_, M> {
+    /// Whether sizes and indices fit each other.
+    ///
+    /// # Errors
+    /// When they do not; the error names the argument.
+    pub fn check(&self) -> Checked {
         const OP: &str = "gate";
         at_least_one(OP, "top_k", self.top_k)?;
         if self.top_k > self.experts {
@@ -180,29 +231,36 @@ impl Gate<'_> {
                 self.top_k,
             ));
         }
-        ShapeError::check_area(OP, "logits", (self.rows, self.experts), self.logits.len())?;
+        ShapeError::check_area(OP, "logits", (self.rows, self.experts), self.logits.extent())?;
         let area = (self.rows, self.top_k);
-        ShapeError::check_area(OP, "out_experts", area, self.out_experts.len())?;
-        ShapeError::check_area(OP, "out_weights", area, self.out_weights.len())
+        ShapeError::check_area(OP, "out_experts", area, self.out_experts.extent())?;
+        ShapeError::check_area(OP, "out_weights", area, self.out_weights.extent())
     }
 }
 
-impl ExpertFfn<'_> {
-    pub(crate) fn check(&self) -> Checked {
+impl<M: Memory> ExpertFfn<'_, M> {
+    /// Whether sizes and indices fit each other.
+    ///
+    /// # Errors
+    /// When they do not; the error names the argument.
+    pub fn check(&self) -> Checked {
         const OP: &str = "expert_ffn";
         at_least_one(OP, "hidden", self.hidden)?;
-        let rows = self.x.len() / self.hidden;
-        ShapeError::check(OP, "x, whole rows", rows * self.hidden, self.x.len())?;
-        let out_rows = self.out.len() / self.hidden;
+        let rows = self.x.extent() / self.hidden;
+        ShapeError::check(OP, "x, whole rows", rows * self.hidden, self.x.extent())?;
+        let out_rows = self.out.extent() / self.hidden;
         ShapeError::check(
             OP,
             "out, whole rows",
             out_rows * self.hidden,
-            self.out.len(),
+            self.out.extent(),
         )?;
         let mut free = 0;
         for group in self.groups {
             let inner = group.gate.n();
+            for weight in [group.gate, group.up, group.down] {
+                here::<M>(OP, weight)?;
+            }
             ShapeError::check(OP, "gate: inputs", self.hidden, group.gate.k())?;
             ShapeError::check(OP, "up: inputs", self.hidden, group.up.k())?;
             ShapeError::check(OP, "up: outputs", inner, group.up.n())?;
@@ -242,22 +300,34 @@ impl Combine<'_> {
     }
 }
 
-impl Add<'_> {
-    pub(crate) fn check(&self) -> Checked {
-        ShapeError::check("add", "y", self.x.len(), self.y.len())
+impl<M: Memory> Add<'_, M> {
+    /// Whether sizes and indices fit each other.
+    ///
+    /// # Errors
+    /// When they do not; the error names the argument.
+    pub fn check(&self) -> Checked {
+        ShapeError::check("add", "y", self.x.extent(), self.y.extent())
     }
 }
 
-impl SiluMul<'_> {
-    pub(crate) fn check(&self) -> Checked {
-        ShapeError::check("silu_mul", "up", self.gate.len(), self.up.len())
+impl<M: Memory> SiluMul<'_, M> {
+    /// Whether sizes and indices fit each other.
+    ///
+    /// # Errors
+    /// When they do not; the error names the argument.
+    pub fn check(&self) -> Checked {
+        ShapeError::check("silu_mul", "up", self.gate.extent(), self.up.extent())
     }
 }
 
-impl SigmoidScale<'_> {
-    pub(crate) fn check(&self) -> Checked {
-        let area = (self.logits.len(), self.width);
-        ShapeError::check_area("sigmoid_scale", "x", area, self.x.len())
+impl<M: Memory> SigmoidScale<'_, M> {
+    /// Whether sizes and indices fit each other.
+    ///
+    /// # Errors
+    /// When they do not; the error names the argument.
+    pub fn check(&self) -> Checked {
+        let area = (self.logits.extent(), self.width);
+        ShapeError::check_area("sigmoid_scale", "x", area, self.x.extent())
     }
 }
 

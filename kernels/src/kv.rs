@@ -13,6 +13,7 @@
 use std::fmt;
 
 use crate::error::ShapeError;
+use crate::place::Region;
 
 /// Keys beside each other in one vector.
 pub(crate) const KEYS: usize = 16;
@@ -118,6 +119,15 @@ pub(crate) struct Starts {
 }
 
 impl Starts {
+    fn of(shape: KvShape) -> Option<Self> {
+        Some(Self {
+            layers: shape.layers,
+            heads: shape.kv_heads,
+            keys: shape.key_words()?,
+            values: shape.value_words()?,
+        })
+    }
+
     pub(crate) const fn key(self, layer: usize, page: usize, head: usize) -> usize {
         self.block(layer, page) + head * self.keys
     }
@@ -135,8 +145,16 @@ impl Starts {
 pub struct KvCache {
     shape: KvShape,
     starts: Starts,
-    /// All pages, then one vector that may be read beyond the last value. `None` when there is no page.
-    data: Option<memmap2::MmapMut>,
+    data: Data,
+}
+
+/// Where the pages are.
+enum Data {
+    /// There is no page.
+    Nowhere,
+    /// All pages, then one vector that may be read beyond the last value.
+    Host(memmap2::MmapMut),
+    Device(Box<dyn Region>),
 }
 
 impl KvCache {
@@ -153,21 +171,37 @@ impl KvCache {
             .ok_or_else(refused)?;
         let padded = bytes.checked_add(KEYS * 4).ok_or_else(refused)?;
         let data = if bytes == 0 {
-            None
+            Data::Nowhere
         } else {
-            Some(memory(padded).map_err(|_| refused())?)
-        };
-        let starts = Starts {
-            layers: shape.layers,
-            heads: shape.kv_heads,
-            keys: shape.key_words().ok_or_else(refused)?,
-            values: shape.value_words().ok_or_else(refused)?,
+            Data::Host(memory(padded).map_err(|_| refused())?)
         };
         Ok(Self {
             shape,
-            starts,
+            starts: Starts::of(shape).ok_or_else(refused)?,
             data,
         })
+    }
+
+    /// A cache whose pages a device has, laid out as the device wants it.
+    ///
+    /// # Errors
+    /// When a page's size does not fit a machine word.
+    pub fn on_device(shape: KvShape, region: Box<dyn Region>) -> Result<Self, ShapeError> {
+        let refused = || ShapeError::new("kv cache", "size of a page", usize::MAX, 0);
+        Ok(Self {
+            shape,
+            starts: Starts::of(shape).ok_or_else(refused)?,
+            data: Data::Device(region),
+        })
+    }
+
+    /// The device's memory that it is in, if it is on one.
+    #[must_use]
+    pub fn region(&self) -> Option<&dyn Region> {
+        match &self.data {
+            Data::Device(region) => Some(&**region),
+            Data::Nowhere | Data::Host(_) => None,
+        }
     }
 
     /// Its sizes.
@@ -178,14 +212,18 @@ impl KvCache {
 
     /// All words.
     pub(crate) fn words(&self) -> &[u32] {
-        self.data.as_deref().map_or(&[], bytemuck::cast_slice)
+        match &self.data {
+            Data::Host(map) => bytemuck::cast_slice(map),
+            Data::Nowhere | Data::Device(_) => &[],
+        }
     }
 
     /// All words; a float32 is its bits, of two bfloat16 the first is the lower half.
     pub(crate) fn words_mut(&mut self) -> &mut [u32] {
-        self.data
-            .as_deref_mut()
-            .map_or(&mut [], bytemuck::cast_slice_mut)
+        match &mut self.data {
+            Data::Host(map) => bytemuck::cast_slice_mut(map),
+            Data::Nowhere | Data::Device(_) => &mut [],
+        }
     }
 
     /// Where heads start.
@@ -203,10 +241,10 @@ impl KvCache {
         self.starts.value(layer, page, head)
     }
 
-    /// Copies all layers of page `from` over page `to`.
+    /// Copies all layers of page `from` over page `to`, in this process's memory.
     ///
     /// # Errors
-    /// When a page does not exist.
+    /// When a page does not exist, or a device has it.
     pub fn copy_page(&mut self, from: u32, to: u32) -> Result<(), ShapeError> {
         let pages = self.shape.pages;
         for page in [from, to] {
@@ -220,6 +258,9 @@ impl KvCache {
             }
         }
         let words = self.starts.block(0, 1);
+        if self.region().is_some() {
+            return Err(ShapeError::new("copy_page", "words in this process", words, 0));
+        }
         let start = from as usize * words;
         self.words_mut()
             .copy_within(start..start + words, to as usize * words);

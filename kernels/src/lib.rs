@@ -2,7 +2,8 @@
 //!
 //! An *op* is one method of the trait [`Ops`] with one argument struct. [`Cpu`] runs ops with the best
 //! instruction path the processor has; [`Oracle`] runs the same ops by their readable definition with
-//! float64 sums, to judge accuracy.
+//! float64 sums, to judge accuracy. A model walks on an [`Executor`], whose ops take views of values that stay
+//! where they are computed: [`OnHost`] is a processor's, and hands every op on to its [`Ops`].
 //!
 //! **Determinism.** All arithmetic is float32. Each output element is defined by one fixed sequence of
 //! operations (see the documentation of each op), so a result has the same bits on every instruction
@@ -20,10 +21,12 @@ mod codes;
 mod cpu;
 mod dtype;
 mod error;
+mod executor;
 mod kv;
 mod matrix;
 mod ops;
 mod oracle;
+mod place;
 mod sample;
 mod slab;
 
@@ -33,7 +36,10 @@ pub use cpu::{
     UnknownPath, quantize,
 };
 pub use dtype::Dtype;
-pub use error::ShapeError;
+pub use error::{OpError, ShapeError};
+pub use executor::{
+    Clamp, Executor, ExpertLayer, ExpertParts, ExpertTable, Gather, OnHost, Placed, StepRows,
+};
 pub use kv::{KvCache, KvDtype, KvShape, PageMap};
 pub use matrix::{Matrix, PANEL};
 pub use ops::{
@@ -41,4 +47,5 @@ pub use ops::{
     Norm, Ops, RmsNorm, Rope, RopeTable, SigmoidScale, SiluMul,
 };
 pub use oracle::Oracle;
+pub use place::{Anywhere, Array, Element, Extent, Host, Memory, Region, Span, View, ViewMut};
 pub use sample::{argmax, top_n};

@@ -1,12 +1,16 @@
 //! The list of operations: one method and one argument struct per op.
 //!
-//! Matrices of activations are row-major float32 slices. Every method checks the sizes of its slices and
+//! Matrices of activations are row-major float32 values. Every method checks the sizes of its arguments and
 //! every index it is given before it computes, and returns a [`ShapeError`] instead of panicking.
+//!
+//! Those structs that a model's walk needs are generic over [`Memory`]: without a parameter their values are slices of
+//! this process, which is what [`Ops`] takes; an [`Executor`](crate::Executor) takes them with views.
 
 use crate::cpu::Seated;
 use crate::error::ShapeError;
 use crate::kv::{KvCache, PageMap};
 use crate::matrix::Matrix;
+use crate::place::{Host, Memory};
 
 /// `out[r][n] = chain + bias[n]`, where chain is `acc = fma(x[r][k], w[n][k], acc)` from `acc = 0`.
 ///
@@ -21,48 +25,48 @@ use crate::matrix::Matrix;
 /// 32, the even and the odd ones of a step are a chain each from zero, and `acc = acc + (even + odd)`. Inputs that share a
 /// scale are cut into runs of at most 256, from the first on, each such a sum from zero: `total = fma(run, scale, total)`.
 #[derive(Debug)]
-pub struct MatMul<'a> {
+pub struct MatMul<'a, M: Memory = Host> {
     /// `rows × w.k()`.
-    pub x: &'a [f32],
+    pub x: M::In<'a, f32>,
     /// Rows of `x` and `out`.
     pub rows: usize,
     /// The weight.
     pub w: &'a Matrix,
     /// `w.n()`, added after the chain.
-    pub bias: Option<&'a [f32]>,
+    pub bias: Option<M::In<'a, f32>>,
     /// `rows × w.n()`.
-    pub out: &'a mut [f32],
+    pub out: M::Out<'a, f32>,
 }
 
 /// `out[r] = table[ids[r]]`.
 #[derive(Debug)]
-pub struct Embed<'a> {
+pub struct Embed<'a, M: Memory = Host> {
     /// One output per token id.
     pub table: &'a Matrix,
     /// Token ids, one per row.
     pub ids: &'a [u32],
     /// `ids.len() × table.k()`.
-    pub out: &'a mut [f32],
+    pub out: M::Out<'a, f32>,
 }
 
 /// `x += add`, then `out[r] = weight * (x[r] / sqrt(mean(x[r]²) + eps))`, in one pass over the memory. The sum of squares
 /// runs in 16 lanes (lane = column mod 16, one fused multiply-add each, ascending) that are then added pairwise.
 #[derive(Debug)]
-pub struct RmsNorm<'a> {
+pub struct RmsNorm<'a, M: Memory = Host> {
     /// `rows × width`; changed only if there is something to add.
-    pub x: &'a mut [f32],
+    pub x: M::Out<'a, f32>,
     /// A residual branch, of the same size.
-    pub add: Option<&'a [f32]>,
+    pub add: Option<M::In<'a, f32>>,
     /// Rows; a norm per head has `rows × heads` of them.
     pub rows: usize,
     /// Width of a row.
     pub width: usize,
     /// `width`.
-    pub weight: &'a [f32],
+    pub weight: M::In<'a, f32>,
     /// Added to the mean of squares.
     pub eps: f32,
     /// `rows × width`.
-    pub out: &'a mut [f32],
+    pub out: M::Out<'a, f32>,
 }
 
 /// Cosines and sines of the angles `position as f32 * inv_freq[i]` (product in float32), one row per
@@ -74,11 +78,31 @@ pub struct RopeTable {
     pub(crate) sin: Vec<f32>,
 }
 
+impl RopeTable {
+    /// Angles of a position: half a head's width.
+    #[must_use]
+    pub const fn half(&self) -> usize {
+        self.half
+    }
+
+    /// `positions × half`.
+    #[must_use]
+    pub fn cos(&self) -> &[f32] {
+        &self.cos
+    }
+
+    /// `positions × half`.
+    #[must_use]
+    pub fn sin(&self) -> &[f32] {
+        &self.sin
+    }
+}
+
 /// A norm within a row, as [`RmsNorm`] has it.
 #[derive(Debug, Clone, Copy)]
-pub struct Norm<'a> {
+pub struct Norm<'a, M: Memory = Host> {
     /// Its length is the width that is normalised: that of a head, or of a whole row.
-    pub weight: &'a [f32],
+    pub weight: M::In<'a, f32>,
     /// Added to the mean of squares.
     pub eps: f32,
 }
@@ -86,9 +110,9 @@ pub struct Norm<'a> {
 /// Rotates pairs `(x[i], x[i + head_dim / 2])` of every head in place (the `rotate_half` layout), after a norm and a clip
 /// if there are any. Each row is gone through while it is near.
 #[derive(Debug)]
-pub struct Rope<'a> {
+pub struct Rope<'a, M: Memory = Host> {
     /// `rows × heads × head_dim`, changed in place.
-    pub x: &'a mut [f32],
+    pub x: M::Out<'a, f32>,
     /// Rows.
     pub rows: usize,
     /// Heads of a row.
@@ -96,7 +120,7 @@ pub struct Rope<'a> {
     /// Width of a head: twice the frequencies of the table.
     pub head_dim: usize,
     /// Comes first.
-    pub norm: Option<Norm<'a>>,
+    pub norm: Option<Norm<'a, M>>,
     /// Comes second: values are kept in `-clip..=clip`.
     pub clip: Option<f32>,
     /// One row of angles per row of `x`.
@@ -105,11 +129,11 @@ pub struct Rope<'a> {
 
 /// Stores keys and values of each row at its position.
 #[derive(Debug)]
-pub struct KvWrite<'a> {
+pub struct KvWrite<'a, M: Memory = Host> {
     /// `rows × kv_heads × head_dim`.
-    pub k: &'a [f32],
+    pub k: M::In<'a, f32>,
     /// `rows × kv_heads × head_dim`.
-    pub v: &'a [f32],
+    pub v: M::In<'a, f32>,
     /// Position of each row in its sequence.
     pub positions: &'a [u32],
     /// Where each row's sequence lives.
@@ -129,9 +153,9 @@ pub struct KvWrite<'a> {
 /// order. With bfloat16 keys and values, queries and the numerators of probabilities are rounded to it, and chains
 /// take pairs as in [`MatMul`]: dimensions `2i + 1` and `2i`, tokens `2j + 1` and `2j`.
 #[derive(Debug)]
-pub struct Attention<'a> {
+pub struct Attention<'a, M: Memory = Host> {
     /// `rows × heads × head_dim`.
-    pub q: &'a [f32],
+    pub q: M::In<'a, f32>,
     /// Query heads, a multiple of the cache's `kv_heads`.
     pub heads: usize,
     /// Factor of every score, usually `1 / sqrt(head_dim)`.
@@ -145,14 +169,14 @@ pub struct Attention<'a> {
     /// Layer.
     pub layer: usize,
     /// `rows × heads × head_dim`.
-    pub out: &'a mut [f32],
+    pub out: M::Out<'a, f32>,
 }
 
 /// Softmax over all experts, then the `top_k` most probable (of equals the lower id), ascending by id.
 #[derive(Debug)]
-pub struct Gate<'a> {
+pub struct Gate<'a, M: Memory = Host> {
     /// `rows × experts`.
-    pub logits: &'a [f32],
+    pub logits: M::In<'a, f32>,
     /// Rows.
     pub rows: usize,
     /// Experts.
@@ -162,9 +186,9 @@ pub struct Gate<'a> {
     /// Divide the chosen weights by their sum.
     pub normalise: bool,
     /// `rows × top_k`, ascending within a row.
-    pub out_experts: &'a mut [u32],
+    pub out_experts: M::Out<'a, u32>,
     /// `rows × top_k`, in the order of `out_experts`.
-    pub out_weights: &'a mut [f32],
+    pub out_weights: M::Out<'a, f32>,
 }
 
 /// One expert and the rows that go through it.
@@ -185,15 +209,15 @@ pub struct ExpertGroup<'a> {
 /// `out[offset + i] = down(silu(gate · x[rows[i]]) * (up · x[rows[i]]))` for every group, where each of
 /// the three products is as in [`MatMul`].
 #[derive(Debug)]
-pub struct ExpertFfn<'a> {
+pub struct ExpertFfn<'a, M: Memory = Host> {
     /// Rows of `hidden`.
-    pub x: &'a [f32],
+    pub x: M::In<'a, f32>,
     /// Width of a row.
     pub hidden: usize,
     /// Experts with their rows; their ranges of `out` are ascending and do not overlap.
     pub groups: &'a [ExpertGroup<'a>],
     /// Rows of `hidden`.
-    pub out: &'a mut [f32],
+    pub out: M::Out<'a, f32>,
 }
 
 /// `out[r]`: `acc = fma(weight, part, acc)` over the row's parts in the given order, from `acc = 0`.
@@ -213,29 +237,29 @@ pub struct Combine<'a> {
 
 /// `x += y`.
 #[derive(Debug)]
-pub struct Add<'a> {
+pub struct Add<'a, M: Memory = Host> {
     /// Changed in place.
-    pub x: &'a mut [f32],
+    pub x: M::Out<'a, f32>,
     /// Same length.
-    pub y: &'a [f32],
+    pub y: M::In<'a, f32>,
 }
 
 /// `gate = silu(gate) * up`.
 #[derive(Debug)]
-pub struct SiluMul<'a> {
+pub struct SiluMul<'a, M: Memory = Host> {
     /// Changed in place.
-    pub gate: &'a mut [f32],
+    pub gate: M::Out<'a, f32>,
     /// Same length.
-    pub up: &'a [f32],
+    pub up: M::In<'a, f32>,
 }
 
 /// `x[r] *= sigmoid(logits[r])`.
 #[derive(Debug)]
-pub struct SigmoidScale<'a> {
+pub struct SigmoidScale<'a, M: Memory = Host> {
     /// `logits.len() × width`, changed in place.
-    pub x: &'a mut [f32],
+    pub x: M::Out<'a, f32>,
     /// One per row.
-    pub logits: &'a [f32],
+    pub logits: M::In<'a, f32>,
     /// Width of a row.
     pub width: usize,
 }

@@ -153,7 +153,7 @@ impl Ops for Oracle {
         for (x, add) in op.x.iter_mut().zip(op.add.unwrap_or_default()) {
             *x += add;
         }
-        let norm = Norm {
+        let norm: Norm<'_> = Norm {
             weight: op.weight,
             eps: op.eps,
         };

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use foregate_api::model::ModelSpec;
 use foregate_checkpoint::Checkpoint;
-use foregate_kernels::Cpu;
+use foregate_kernels::{Cpu, OnHost};
 use foregate_models::{Model, ModelError, WeakModel};
 
 /// The dense weights that the workers of this process have in memory.
@@ -56,8 +56,8 @@ impl DenseWeights {
             kept.dir == dir && kept.path == cpu.path() && kept.spec == *checkpoint.spec()
         };
         let there = models.iter().find(same);
-        if let Some(model) = there.and_then(|kept| kept.model.upgrade(Arc::<Cpu>::clone(&cpu)))
-        {
+        let executor = Arc::new(OnHost::cpu(Arc::clone(&cpu)));
+        if let Some(model) = there.and_then(|kept| kept.model.upgrade(executor)) {
             let total = checkpoint.spec().dense_bytes() as u64;
             progress(0, total);
             progress(total, total);

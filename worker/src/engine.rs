@@ -32,7 +32,7 @@ use std::time::{Duration, Instant};
 use foregate_api::ids::Epoch;
 use foregate_api::load::EngineLoad;
 use foregate_api::node::WorkerConfig;
-use foregate_kernels::{KvCache, KvShape};
+use foregate_kernels::{Anywhere, Executor, KvCache, KvShape, ViewMut};
 use foregate_models::Model;
 use foregate_models::experts::{ExpertBatch, Experts, ExpertsError, LateRows};
 use foregate_wire::frame::TraceContext;
@@ -71,6 +71,15 @@ impl<E: Experts> Experts for Alone<E> {
         out: &mut [f32],
     ) -> Result<LateRows, ExpertsError> {
         self.0.run(batch, out)
+    }
+
+    fn run_on(
+        &mut self,
+        executor: &dyn Executor,
+        batch: &ExpertBatch<'_, Anywhere>,
+        out: ViewMut<'_, f32>,
+    ) -> Result<LateRows, ExpertsError> {
+        self.0.run_on(executor, batch, out)
     }
 }
 
@@ -251,8 +260,8 @@ impl Engine {
     }
 
     fn run(&mut self) {
-        let ops = Arc::clone(self.model.ops());
-        let _seated = ops.enter();
+        let executor = Arc::clone(self.model.executor());
+        let _seated = executor.enter();
         let mut wake_at = None;
         let mut plan = Plan::default();
         while self.take_commands(wake_at) {

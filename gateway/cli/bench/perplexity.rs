@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use foregate_gateway::prompt::Prompter;
-use foregate_kernels::{Cpu, KvCache, LogSoftmax};
+use foregate_kernels::{Cpu, KvCache, LogSoftmax, Ops};
 use foregate_models::{LocalExperts, Model, StepBatch, StepOutput};
 use serde::Serialize;
 
@@ -162,7 +162,7 @@ fn measure(args: &PerplexityArgs, task: &Task) -> Result<Figures, CliError> {
         Model::load(&checkpoint, Arc::clone(&cpu), |_, _| {}).map_err(|e| failed(&e))?;
     let experts = LocalExperts::load(&checkpoint, Arc::clone(&cpu)).map_err(|e| failed(&e))?;
     drop(checkpoint);
-    let mut reader = Reader::new(model, experts, context as usize)?;
+    let mut reader = Reader::new(Arc::clone(&cpu), model, experts, context as usize)?;
     let windows = |text: &Text| text.tokens.len().saturating_sub(1).div_ceil(reader.span());
     task.set_total(texts.iter().map(windows).sum::<usize>() as u64);
     let mut scores = Vec::new();
@@ -222,6 +222,7 @@ impl Text {
 
 /// The model over one window of tokens after another.
 struct Reader {
+    cpu: Arc<Cpu>,
     model: Model,
     experts: LocalExperts,
     kv: KvCache,
@@ -232,11 +233,17 @@ struct Reader {
 }
 
 impl Reader {
-    fn new(model: Model, experts: LocalExperts, context: usize) -> Result<Self, CliError> {
+    fn new(
+        cpu: Arc<Cpu>,
+        model: Model,
+        experts: LocalExperts,
+        context: usize,
+    ) -> Result<Self, CliError> {
         let pages = context.div_ceil(PAGE_TOKENS);
         let kv = KvCache::new(model.kv_shape(pages, PAGE_TOKENS))
             .map_err(|error| CliError::runtime("KV cache", &error))?;
         Ok(Self {
+            cpu,
             model,
             experts,
             kv,
@@ -292,8 +299,7 @@ impl Reader {
             .map_err(|error| failed(&error))?;
         let width = self.model.spec().vocab;
         self.log_probabilities.resize(out.logits.len(), 0.0);
-        self.model
-            .ops()
+        self.cpu
             .log_softmax(LogSoftmax {
                 logits: &out.logits,
                 width,

@@ -76,7 +76,7 @@ pub(super) fn rms_norm(isa: Isa, threads: &Threads, op: RmsNorm<'_>) {
     if width == 0 {
         return;
     }
-    let norm = Norm { weight, eps };
+    let norm: Norm<'_> = Norm { weight, eps };
     let (x, out) = (Parts::of(x), Parts::of(out));
     let each = (SMALL / 2).div_ceil(width);
     let items = if rows * width < SMALL {

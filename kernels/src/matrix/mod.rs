@@ -13,7 +13,8 @@ pub(crate) mod coded;
 
 use crate::buffer::Buffer;
 use crate::dtype::{Dtype, Sections};
-use crate::error::ShapeError;
+use crate::error::{OpError, ShapeError};
+use crate::place::Region;
 use coded::{Canonical, CanonicalMut, Packing};
 
 /// Outputs of a panel.
@@ -42,6 +43,41 @@ impl Matrix {
             source.pack(panel, out)?;
         }
         Ok(matrix)
+    }
+
+    /// A matrix whose canonical bytes (see [`Dtype`]) a device has, from the start of `region` on; what follows them is
+    /// the device's own affair.
+    ///
+    /// # Errors
+    /// When there is no such matrix, or the region is too small.
+    pub fn on_device(
+        dtype: Dtype,
+        n: usize,
+        k: usize,
+        region: Box<dyn Region>,
+    ) -> Result<Self, ShapeError> {
+        const OP: &str = "matrix on a device";
+        dtype.check(OP, k)?;
+        let want = dtype.bytes(n, k).unwrap_or(usize::MAX);
+        if region.bytes() < want {
+            return Err(ShapeError::new(OP, "bytes, at least", want, region.bytes()));
+        }
+        Ok(Self {
+            dtype,
+            n,
+            k,
+            panel_bytes: 0,
+            data: Buffer::Device(region),
+        })
+    }
+
+    /// The device's memory that it is in, if it is on one.
+    #[must_use]
+    pub fn region(&self) -> Option<&dyn Region> {
+        match &self.data {
+            Buffer::Device(region) => Some(&**region),
+            Buffer::Small(_) | Buffer::Piece(_) | Buffer::Mapped(_) => None,
+        }
     }
 
     /// A zero matrix, after checking that `got` bytes are what its weights have.
@@ -98,10 +134,13 @@ impl Matrix {
         self.dtype
     }
 
-    /// Bytes of memory that the packed form takes.
+    /// Bytes of memory that it takes where it is.
     #[must_use]
-    pub const fn bytes(&self) -> usize {
-        self.panel_bytes * self.panels()
+    pub fn bytes(&self) -> usize {
+        match self.region() {
+            Some(region) => region.bytes(),
+            None => self.panel_bytes * self.panels(),
+        }
     }
 
     pub(crate) const fn panels(&self) -> usize {
@@ -150,6 +189,9 @@ impl Matrix {
             return Err(ShapeError::new("row", "index below n", self.n, index));
         }
         ShapeError::check("row", "out", self.k, out.len())?;
+        if self.region().is_some() {
+            return Err(ShapeError::new("row", "bytes in this process", self.bytes(), 0));
+        }
         for (k, value) in out.iter_mut().enumerate() {
             let weight = self.parts(index, k);
             *value = weight.value * weight.scale;
@@ -166,21 +208,25 @@ impl Matrix {
     }
 
     /// The exact inverse of [`Matrix::pack`]: the same bytes as were packed.
-    #[must_use]
-    pub fn unpack(&self) -> Vec<u8> {
+    ///
+    /// # Errors
+    /// When a device that has the matrix fails.
+    pub fn unpack(&self) -> Result<Vec<u8>, OpError> {
         let parts = self.sections();
         let mut out = vec![0; parts.codes + parts.scales + parts.zeros];
-        if let Some(packing) = self.packing() {
+        if let Some(region) = self.region() {
+            region.read(0, &mut out)?;
+        } else if let Some(packing) = self.packing() {
             let mut to = CanonicalMut::of(parts, &mut out);
             for panel in 0..self.panels() {
                 packing.unpack(self.panel(panel), panel, &mut to);
             }
-            return out;
+        } else {
+            for (panel, rows) in out.chunks_mut((PANEL * parts.row).max(1)).enumerate() {
+                unpack_panel(self.dtype, self.k, self.panel(panel), rows);
+            }
         }
-        for (panel, rows) in out.chunks_mut((PANEL * parts.row).max(1)).enumerate() {
-            unpack_panel(self.dtype, self.k, self.panel(panel), rows);
-        }
-        out
+        Ok(out)
     }
 }
 
@@ -302,7 +348,7 @@ mod tests {
                     }
                 }
                 let matrix = Matrix::pack(dtype, n, k, &bytes[1..]).unwrap();
-                assert_eq!(matrix.unpack(), &bytes[1..], "{dtype} {n}x{k}");
+                assert_eq!(matrix.unpack().unwrap(), &bytes[1..], "{dtype} {n}x{k}");
             }
         }
     }

@@ -112,7 +112,7 @@ fn groups_of(k: usize) {
             Dtype::Fp8 { block_n, block_k } => (block_n, block_k.min(k)),
         };
         let w = weight(dtype, 2, n, k);
-        let canonical = w.unpack();
+        let canonical = w.unpack().unwrap();
         let groups = k.div_ceil(group);
         let width = if matches!(dtype, Dtype::Int4 { .. }) {
             k.div_ceil(2)

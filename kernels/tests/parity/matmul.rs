@@ -55,8 +55,8 @@ proptest! {
         let bytes = quantize(dtype, n, k, &numbers(seed, n * k)).unwrap();
         let cpu = Cpu::new(3);
         let parallel = cpu.pack(dtype, n, k, &bytes).unwrap();
-        prop_assert_eq!(parallel.unpack(), &bytes[..]);
-        prop_assert_eq!(Matrix::pack(dtype, n, k, &bytes).unwrap().unpack(), bytes);
+        prop_assert_eq!(parallel.unpack().unwrap(), &bytes[..]);
+        prop_assert_eq!(Matrix::pack(dtype, n, k, &bytes).unwrap().unpack().unwrap(), bytes);
     }
 }
 

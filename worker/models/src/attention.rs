@@ -4,29 +4,29 @@ use foregate_api::model::ModelSpec;
 use foregate_api::weights::Part;
 use foregate_checkpoint::names::of_block;
 use foregate_kernels::{
-    Attention, KvCache, KvWrite, MatMul, Matrix, Norm, Ops, PageMap, Rope, RopeTable,
-    ShapeError,
+    Array, Attention, Clamp, Executor, KvCache, KvWrite, MatMul, Matrix, Norm, OpError, Placed,
+    Rope, RopeTable, StepRows, View,
 };
 
 use crate::batch::StepBatch;
 use crate::error::ModelError;
 use crate::load::Loader;
-use crate::scratch::{Scratch, sized};
+use crate::scratch::Scratch;
 
 /// A linear layer with an optional bias.
 #[derive(Debug)]
 struct Linear {
     weight: Matrix,
-    bias: Option<Vec<f32>>,
+    bias: Option<Array<f32>>,
 }
 
 /// Norms of queries and keys between projection and rotation.
 #[derive(Debug)]
 pub(crate) struct QkNorm {
     /// Its length is the width of one normalised row: a head, or the whole projection.
-    pub(crate) query: Vec<f32>,
+    pub(crate) query: Array<f32>,
     /// Likewise for keys.
-    pub(crate) key: Vec<f32>,
+    pub(crate) key: Array<f32>,
 }
 
 /// What a family does to queries, keys and values between projection and rotation.
@@ -49,10 +49,22 @@ pub(crate) struct AttentionWeights {
 
 /// What all blocks of a step share.
 pub(crate) struct Step<'a> {
-    pub(crate) ops: &'a dyn Ops,
+    pub(crate) executor: &'a dyn Executor,
     pub(crate) spec: &'a ModelSpec,
     pub(crate) batch: &'a StepBatch<'a>,
     pub(crate) angles: &'a RopeTable,
+    pub(crate) placed: &'a Placed,
+}
+
+impl<'a> Step<'a> {
+    /// Where the batch's rows stand.
+    pub(crate) fn rows(batch: &StepBatch<'a>, angles: &'a RopeTable) -> StepRows<'a> {
+        StepRows {
+            positions: batch.positions,
+            pages: batch.pages(),
+            angles,
+        }
+    }
 }
 
 impl AttentionWeights {
@@ -85,57 +97,57 @@ impl AttentionWeights {
         block: usize,
         kv: &mut KvCache,
         scratch: &mut Scratch,
-    ) -> Result<(), ShapeError> {
+    ) -> Result<(), OpError> {
         let rows = step.batch.rows();
         self.project(step, scratch)?;
         self.rotate(step, scratch)?;
-        let pages = PageMap {
-            sequence_of_row: step.batch.sequence_of_row,
-            tables: step.batch.page_tables,
-        };
-        step.ops.kv_write(KvWrite {
-            k: &scratch.key,
-            v: &scratch.value,
+        let (executor, pages) = (step.executor, step.batch.pages());
+        let write = KvWrite {
+            k: scratch.key.view(),
+            v: scratch.value.view(),
             positions: step.batch.positions,
             pages,
             kv,
             layer: block,
-        })?;
-        step.ops.attention(Attention {
-            q: &scratch.query,
+        };
+        executor.kv_write(write, step.placed)?;
+        let attended = rows * self.output.k();
+        let attention = Attention {
+            q: scratch.query.view(),
             heads: step.spec.heads,
             scale: scale(step.spec.head_dim),
             positions: step.batch.positions,
             pages,
             kv,
             layer: block,
-            out: sized(&mut scratch.attended, rows * self.output.k()),
-        })?;
-        step.ops.matmul(MatMul {
-            x: &scratch.attended,
+            out: scratch.attended.sized(executor, "attention", attended)?,
+        };
+        executor.attention(attention, step.placed)?;
+        let branch = rows * self.output.n();
+        executor.matmul(MatMul {
+            x: scratch.attended.view(),
             rows,
             w: &self.output,
             bias: None,
-            out: sized(&mut scratch.branch, rows * self.output.n()),
+            out: scratch.branch.sized(executor, "a branch", branch)?,
         })
     }
 
-    fn project(&self, step: &Step<'_>, scratch: &mut Scratch) -> Result<(), ShapeError> {
+    fn project(&self, step: &Step<'_>, scratch: &mut Scratch) -> Result<(), OpError> {
         let rows = step.batch.rows();
-        let x = &scratch.normed;
-        self.query.run(step.ops, x, rows, &mut scratch.query)?;
-        self.key.run(step.ops, x, rows, &mut scratch.key)?;
-        self.value.run(step.ops, x, rows, &mut scratch.value)?;
+        let (executor, x) = (step.executor, scratch.normed.view());
+        self.query.run(executor, x, rows, &mut scratch.query)?;
+        self.key.run(executor, x, rows, &mut scratch.key)?;
+        self.value.run(executor, x, rows, &mut scratch.value)?;
         if let Some(limit) = self.after.clip {
-            for value in &mut scratch.value {
-                *value = value.clamp(-limit, limit);
-            }
+            let x = scratch.value.view_mut();
+            executor.clamp(Clamp { x, limit })?;
         }
         Ok(())
     }
 
     /// Queries and keys as they meet: normalised and clipped as the family wants it, turned by their positions.
-    fn rotate(&self, step: &Step<'_>, scratch: &mut Scratch) -> Result<(), ShapeError> {
+    fn rotate(&self, step: &Step<'_>, scratch: &mut Scratch) -> Result<(), OpError> {
         let spec = step.spec;
         let AfterProjection { norm, clip } = &self.after;
         let norm = norm.as_ref();
@@ -143,18 +155,19 @@ impl AttentionWeights {
             (&mut scratch.query, spec.heads, norm.map(|norm| &norm.query)),
             (&mut scratch.key, spec.kv_heads, norm.map(|norm| &norm.key)),
         ] {
-            step.ops.rope(Rope {
-                x,
+            let rope = Rope {
+                x: x.view_mut(),
                 rows: step.batch.rows(),
                 heads,
                 head_dim: spec.head_dim,
                 norm: weight.map(|weight| Norm {
-                    weight,
+                    weight: weight.view(),
                     eps: spec.norm_eps,
                 }),
                 clip: *clip,
                 table: step.angles,
-            })?;
+            };
+            step.executor.rope(rope, step.placed)?;
         }
         Ok(())
     }
@@ -190,17 +203,17 @@ impl Linear {
 
     fn run(
         &self,
-        ops: &dyn Ops,
-        x: &[f32],
+        executor: &dyn Executor,
+        x: View<'_, f32>,
         rows: usize,
-        out: &mut Vec<f32>,
-    ) -> Result<(), ShapeError> {
-        ops.matmul(MatMul {
+        out: &mut Array<f32>,
+    ) -> Result<(), OpError> {
+        executor.matmul(MatMul {
             x,
             rows,
             w: &self.weight,
-            bias: self.bias.as_deref(),
-            out: sized(out, rows * self.weight.n()),
+            bias: self.bias.as_ref().map(Array::view),
+            out: out.sized(executor, "a projection", rows * self.weight.n())?,
         })
     }
 }

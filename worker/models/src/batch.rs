@@ -1,5 +1,7 @@
 //! What goes into a step and what comes out.
 
+use foregate_kernels::PageMap;
+
 use crate::error::ModelError;
 
 /// The rows of one step: any mix of prompt chunks and single new tokens, of any sequences.
@@ -20,7 +22,15 @@ pub struct StepBatch<'a> {
     pub logit_rows: &'a [u32],
 }
 
-impl StepBatch<'_> {
+impl<'a> StepBatch<'a> {
+    /// Where each row's sequence lives.
+    pub(crate) const fn pages(&self) -> PageMap<'a> {
+        PageMap {
+            sequence_of_row: self.sequence_of_row,
+            tables: self.page_tables,
+        }
+    }
+
     /// Number of rows.
     #[must_use]
     pub const fn rows(&self) -> usize {

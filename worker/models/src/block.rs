@@ -2,24 +2,24 @@
 
 use foregate_api::ids::LayerId;
 use foregate_checkpoint::names::of_block;
-use foregate_kernels::{Add, KvCache, RmsNorm, ShapeError};
+use foregate_kernels::{Add, Array, KvCache, OpError, RmsNorm};
 
 use crate::attention::{AttentionWeights, Step};
 use crate::error::ModelError;
 use crate::experts::Experts;
 use crate::family;
 use crate::load::Loader;
-use crate::mixture::{Mlp, Notes};
-use crate::scratch::{Scratch, sized};
+use crate::mixture::Mlp;
+use crate::scratch::Scratch;
 
 /// Weights of one block, without its routed experts.
 #[derive(Debug)]
 pub(crate) struct Block {
     /// Its number, also its layer in the cache.
     number: usize,
-    attention_norm: Vec<f32>,
+    attention_norm: Array<f32>,
     attention: AttentionWeights,
-    mlp_norm: Vec<f32>,
+    mlp_norm: Array<f32>,
     mlp: Mlp,
 }
 
@@ -54,15 +54,15 @@ impl Block {
         kv: &mut KvCache,
         experts: &mut dyn Experts,
         scratch: &mut Scratch,
-        notes: &mut Notes<'_>,
+        dead: &mut [bool],
     ) -> Result<(), ModelError> {
         norm(step, &self.attention_norm, Take::Stream, scratch)?;
         self.attention.run(step, self.number, kv, scratch)?;
         norm(step, &self.mlp_norm, Take::StreamAndBranch, scratch)?;
-        self.mlp.run(step, experts, scratch, notes)?;
-        step.ops.add(Add {
-            x: &mut scratch.stream,
-            y: &scratch.branch,
+        self.mlp.run(step, experts, scratch, dead)?;
+        step.executor.add(Add {
+            x: scratch.stream.view_mut(),
+            y: scratch.branch.view(),
         })?;
         Ok(())
     }
@@ -78,21 +78,21 @@ enum Take {
 
 fn norm(
     step: &Step<'_>,
-    weight: &[f32],
+    weight: &Array<f32>,
     take: Take,
     scratch: &mut Scratch,
-) -> Result<(), ShapeError> {
-    let rows = step.batch.rows();
-    step.ops.rms_norm(RmsNorm {
-        x: &mut scratch.stream,
+) -> Result<(), OpError> {
+    let (rows, width) = (step.batch.rows(), weight.extent());
+    step.executor.rms_norm(RmsNorm {
+        x: scratch.stream.view_mut(),
         add: match take {
             Take::Stream => None,
-            Take::StreamAndBranch => Some(&scratch.branch),
+            Take::StreamAndBranch => Some(scratch.branch.view()),
         },
         rows,
-        width: weight.len(),
-        weight,
+        width,
+        weight: weight.view(),
         eps: step.spec.norm_eps,
-        out: sized(&mut scratch.normed, rows * weight.len()),
+        out: scratch.normed.sized(step.executor, "a norm", rows * width)?,
     })
 }

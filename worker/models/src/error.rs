@@ -1,7 +1,7 @@
 //! Why a step or a load failed.
 
 use foregate_checkpoint::CheckpointError;
-use foregate_kernels::ShapeError;
+use foregate_kernels::{OpError, ShapeError};
 
 use crate::experts::ExpertsError;
 
@@ -17,6 +17,9 @@ pub enum ModelError {
     /// Sizes that do not fit each other; with a checked checkpoint and batch, a page out of range.
     #[error(transparent)]
     Shape(#[from] ShapeError),
+    /// An op that was not done.
+    #[error(transparent)]
+    Op(#[from] OpError),
     /// A whole layer's experts failed.
     #[error(transparent)]
     Experts(#[from] ExpertsError),

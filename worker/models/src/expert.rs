@@ -7,7 +7,9 @@ use std::sync::Arc;
 use foregate_api::ids::{ExpertId, LayerId};
 use foregate_api::model::ModelSpec;
 use foregate_checkpoint::{Checkpoint, ExpertHash, ExpertParts, dtype};
-use foregate_kernels::{Combine, ExpertFfn, ExpertGroup, Matrix, Ops, ShapeError};
+use foregate_kernels::{
+    Combine, Dtype, Executor, ExpertFfn, ExpertGroup, Matrix, OpError, Ops, ShapeError,
+};
 
 use crate::error::ModelError;
 use crate::reuse::emptied;
@@ -27,20 +29,19 @@ impl ExpertWeights {
     /// # Errors
     /// When there are more or fewer bytes than [`ModelSpec::expert_bytes`].
     pub fn from_canonical(spec: &ModelSpec, bytes: &[u8]) -> Result<Self, ShapeError> {
-        let (hidden, inner) = (spec.hidden, spec.expert_inner);
-        let format = spec.formats.expert;
-        let first = format.matrix_bytes(inner, hidden);
-        // A wrong length leaves one of the parts too short or too long, which packing refuses.
-        let (gate, rest) = bytes.split_at(first.min(bytes.len()));
-        let (up, down) = rest.split_at(first.min(rest.len()));
-        Self::from_parts(&ExpertParts {
-            gate: gate.into(),
-            up: up.into(),
-            down: down.into(),
-            format,
-            hidden,
-            inner,
-        })
+        Self::from_parts(&cut(spec, bytes))
+    }
+
+    /// As [`ExpertWeights::from_canonical`], where `executor` computes.
+    ///
+    /// # Errors
+    /// When there are more or fewer bytes than [`ModelSpec::expert_bytes`], or the device has no memory for them.
+    pub fn from_canonical_on(
+        executor: &dyn Executor,
+        spec: &ModelSpec,
+        bytes: &[u8],
+    ) -> Result<Self, OpError> {
+        Self::from_parts_on(executor, &cut(spec, bytes))
     }
 
     /// Packs an expert of a checkpoint.
@@ -48,10 +49,27 @@ impl ExpertWeights {
     /// # Errors
     /// When the parts do not have the sizes they claim.
     pub fn from_parts(parts: &ExpertParts<'_>) -> Result<Self, ShapeError> {
+        Self::packed(parts, Matrix::pack)
+    }
+
+    /// As [`ExpertWeights::from_parts`], where `executor` computes.
+    ///
+    /// # Errors
+    /// When the parts do not have the sizes they claim, or the device has no memory for them.
+    pub fn from_parts_on(
+        executor: &dyn Executor,
+        parts: &ExpertParts<'_>,
+    ) -> Result<Self, OpError> {
+        Self::packed(parts, |dtype, n, k, bytes| executor.matrix(dtype, n, k, bytes))
+    }
+
+    fn packed<E>(
+        parts: &ExpertParts<'_>,
+        matrix: impl Fn(Dtype, usize, usize, &[u8]) -> Result<Matrix, E>,
+    ) -> Result<Self, E> {
         let (hidden, inner) = (parts.hidden, parts.inner);
-        let pack = |n: usize, k: usize, bytes: &[u8]| {
-            Matrix::pack(dtype(parts.format, k), n, k, bytes)
-        };
+        let pack =
+            |n: usize, k: usize, bytes: &[u8]| matrix(dtype(parts.format, k), n, k, bytes);
         Ok(Self {
             gate: pack(inner, hidden, &parts.gate)?,
             up: pack(inner, hidden, &parts.up)?,
@@ -69,16 +87,47 @@ impl ExpertWeights {
         layer: LayerId,
         expert: ExpertId,
     ) -> Result<Self, ModelError> {
-        let packed = Self::from_parts(&checkpoint.expert(layer, expert)?)?;
+        Self::taken(checkpoint, layer, expert, |parts| Ok(Self::from_parts(parts)?))
+    }
+
+    /// As [`ExpertWeights::load`], where `executor` computes.
+    ///
+    /// # Errors
+    /// When the model has no such expert, or the device has no memory for it.
+    pub fn load_on(
+        executor: &dyn Executor,
+        checkpoint: &Checkpoint,
+        layer: LayerId,
+        expert: ExpertId,
+    ) -> Result<Self, ModelError> {
+        Self::taken(checkpoint, layer, expert, |parts| {
+            Ok(Self::from_parts_on(executor, parts)?)
+        })
+    }
+
+    fn taken(
+        checkpoint: &Checkpoint,
+        layer: LayerId,
+        expert: ExpertId,
+        pack: impl FnOnce(&ExpertParts<'_>) -> Result<Self, ModelError>,
+    ) -> Result<Self, ModelError> {
+        let packed = pack(&checkpoint.expert(layer, expert)?)?;
         // Else the weights would be in memory twice: packed, and as the file's pages.
         checkpoint.release_expert(layer, expert);
         Ok(packed)
     }
 
     /// The bytes it was packed from: what a peer is sent.
-    #[must_use]
-    pub fn to_canonical(&self) -> Vec<u8> {
-        [self.gate.unpack(), self.up.unpack(), self.down.unpack()].concat()
+    ///
+    /// # Errors
+    /// When a device that has them fails.
+    pub fn to_canonical(&self) -> Result<Vec<u8>, OpError> {
+        Ok([
+            self.gate.unpack()?,
+            self.up.unpack()?,
+            self.down.unpack()?,
+        ]
+        .concat())
     }
 
     /// BLAKE3 of the canonical bytes.
@@ -87,9 +136,19 @@ impl ExpertWeights {
         self.hash
     }
 
+    /// Its matrices, as executors take them.
+    #[must_use]
+    pub const fn parts(&self) -> foregate_kernels::ExpertParts<'_> {
+        foregate_kernels::ExpertParts {
+            gate: &self.gate,
+            up: &self.up,
+            down: &self.down,
+        }
+    }
+
     /// Bytes of memory that the packed matrices take.
     #[must_use]
-    pub const fn bytes(&self) -> usize {
+    pub fn bytes(&self) -> usize {
         self.gate.bytes() + self.up.bytes() + self.down.bytes()
     }
 
@@ -102,6 +161,23 @@ impl ExpertWeights {
             rows,
             out_offset,
         }
+    }
+}
+
+/// Canonical bytes as parts. A wrong length leaves one of them too short or too long, which packing refuses.
+fn cut<'a>(spec: &ModelSpec, bytes: &'a [u8]) -> ExpertParts<'a> {
+    let (hidden, inner) = (spec.hidden, spec.expert_inner);
+    let format = spec.formats.expert;
+    let first = format.matrix_bytes(inner, hidden);
+    let (gate, rest) = bytes.split_at(first.min(bytes.len()));
+    let (up, down) = rest.split_at(first.min(rest.len()));
+    ExpertParts {
+        gate: gate.into(),
+        up: up.into(),
+        down: down.into(),
+        format,
+        hidden,
+        inner,
     }
 }
 

@@ -1,6 +1,8 @@
 //! A gated feed-forward: a dense block's second half, or a shared expert.
 
-use foregate_kernels::{ExpertFfn, ExpertGroup, Matrix, Ops, ShapeError};
+use foregate_kernels::{
+    Executor, ExpertFfn, ExpertGroup, Matrix, OpError, View, ViewMut,
+};
 
 /// `down(silu(gate · x) * (up · x))`.
 #[derive(Debug)]
@@ -14,12 +16,12 @@ impl Ffn {
     /// All rows through one feed-forward.
     pub(crate) fn run(
         &self,
-        ops: &dyn Ops,
-        x: &[f32],
+        executor: &dyn Executor,
+        x: View<'_, f32>,
         rows: &[u32],
-        out: &mut [f32],
-    ) -> Result<(), ShapeError> {
-        ops.expert_ffn(ExpertFfn {
+        out: ViewMut<'_, f32>,
+    ) -> Result<(), OpError> {
+        executor.expert_ffn(ExpertFfn {
             x,
             hidden: self.down.n(),
             groups: &[ExpertGroup {

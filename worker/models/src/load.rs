@@ -1,10 +1,10 @@
-//! Dense weights out of a checkpoint: packed with all threads, counted for a progress bar.
+//! Dense weights out of a checkpoint: laid out where they are computed, counted for a progress bar.
 
 use foregate_api::model::ModelSpec;
 use foregate_api::weights::Part;
 use foregate_checkpoint::names::MlpNames;
 use foregate_checkpoint::{Checkpoint, dtype};
-use foregate_kernels::{Cpu, Matrix};
+use foregate_kernels::{Array, Executor, Matrix};
 
 use crate::error::ModelError;
 use crate::ffn::Ffn;
@@ -15,7 +15,9 @@ pub(crate) type Progress<'a> = &'a mut dyn FnMut(u64, u64);
 /// Reads tensors by name and reports progress.
 pub(crate) struct Loader<'a> {
     checkpoint: &'a Checkpoint,
-    cpu: &'a Cpu,
+    executor: &'a dyn Executor,
+    /// Of this process, to convert with.
+    threads: usize,
     progress: Progress<'a>,
     done: u64,
     total: u64,
@@ -24,14 +26,16 @@ pub(crate) struct Loader<'a> {
 impl<'a> Loader<'a> {
     pub(crate) fn new(
         checkpoint: &'a Checkpoint,
-        cpu: &'a Cpu,
+        executor: &'a dyn Executor,
+        threads: usize,
         progress: Progress<'a>,
     ) -> Self {
         let total = checkpoint.spec().dense_bytes() as u64;
         progress(0, total);
         Self {
             checkpoint,
-            cpu,
+            executor,
+            threads,
             progress,
             done: 0,
             total,
@@ -51,9 +55,8 @@ impl<'a> Loader<'a> {
         k: usize,
     ) -> Result<Matrix, ModelError> {
         let format = self.spec().formats.of(part);
-        let threads = self.cpu.threads();
-        let bytes = self.checkpoint.matrix(part, name, (n, k), threads)?;
-        let matrix = self.cpu.pack(dtype(format, k), n, k, &bytes)?;
+        let bytes = (self.checkpoint).matrix(part, name, (n, k), self.threads)?;
+        let matrix = self.executor.matrix(dtype(format, k), n, k, &bytes)?;
         // Else the weights would be in memory twice: packed, and as the file's pages.
         self.checkpoint.release(part, name);
         self.count(bytes.len());
@@ -61,10 +64,12 @@ impl<'a> Loader<'a> {
     }
 
     /// A norm or a bias, widened.
-    pub(crate) fn vector(&mut self, name: &str) -> Result<Vec<f32>, ModelError> {
+    pub(crate) fn vector(&mut self, name: &str) -> Result<Array<f32>, ModelError> {
         let values = self.checkpoint.vector(name)?;
-        self.count(size_of_val(values.as_slice()));
-        Ok(values)
+        let bytes = size_of_val(values.as_slice());
+        let array = Array::of(self.executor, "a norm or a bias", values)?;
+        self.count(bytes);
+        Ok(array)
     }
 
     /// A gated feed-forward block.

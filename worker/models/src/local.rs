@@ -6,11 +6,13 @@ use std::sync::{Arc, OnceLock};
 
 use foregate_api::ids::{ExpertId, LayerId};
 use foregate_checkpoint::Checkpoint;
-use foregate_kernels::{Cpu, Ops};
+use foregate_kernels::{
+    Anywhere, Cpu, Executor, ExpertLayer, ExpertParts, ExpertTable, OpError, Ops, View, ViewMut,
+};
 
 use crate::error::ModelError;
 use crate::expert::{ExpertWeights, GroupMemory, combine, run_experts};
-use crate::experts::{ExpertBatch, Experts, ExpertsError, LateRows};
+use crate::experts::{ExpertBatch, Experts, ExpertsError, LateRows, through_host};
 use crate::reuse::emptied;
 
 /// A batch's (row, choice) pairs, sorted by expert.
@@ -84,12 +86,14 @@ const fn id(number: usize) -> u32 {
     number as u32
 }
 
-/// Every expert of a model, in this process.
+/// Every expert of a model, in this process or on its device.
 ///
 /// A clone shares the weights and has memory of its own.
 pub struct LocalExperts {
     ops: Arc<dyn Ops>,
     layers: Vec<Vec<Arc<ExpertWeights>>>,
+    /// Where a device finds the experts of each layer; none on the processor.
+    tables: Arc<[ExpertTable]>,
     memory: Memory,
 }
 
@@ -107,6 +111,7 @@ impl Clone for LocalExperts {
         Self {
             ops: Arc::clone(&self.ops),
             layers: self.layers.clone(),
+            tables: Arc::clone(&self.tables),
             memory: Memory::default(),
         }
     }
@@ -126,15 +131,41 @@ impl LocalExperts {
     /// # Errors
     /// When an expert cannot be read.
     pub fn load(checkpoint: &Checkpoint, cpu: Arc<Cpu>) -> Result<Self, ModelError> {
-        let spec = checkpoint.spec();
-        let (layers, experts) = (spec.moe_layers(), spec.experts);
-        let mut flat = load_all(checkpoint, layers * experts, cpu.threads())?.into_iter();
-        let layers = (0..layers)
-            .map(|_| flat.by_ref().take(experts).collect())
-            .collect();
+        let layers = load_layers(checkpoint, cpu.threads(), &|layer, expert| {
+            ExpertWeights::load(checkpoint, layer, expert)
+        })?;
         Ok(Self {
             ops: cpu,
             layers,
+            tables: Arc::default(),
+            memory: Memory::default(),
+        })
+    }
+
+    /// As [`LocalExperts::load`], on a device. `ops` are the device's for rows that come from this process.
+    ///
+    /// # Errors
+    /// When an expert cannot be read, or the device has no memory for it.
+    pub fn load_on(
+        checkpoint: &Checkpoint,
+        executor: &dyn Executor,
+        ops: Arc<dyn Ops>,
+    ) -> Result<Self, ModelError> {
+        let layers = load_layers(checkpoint, 1, &|layer, expert| {
+            ExpertWeights::load_on(executor, checkpoint, layer, expert)
+        })?;
+        let tables: Result<Vec<ExpertTable>, OpError> = layers
+            .iter()
+            .map(|experts| {
+                let parts: Vec<ExpertParts<'_>> =
+                    experts.iter().map(|expert| expert.parts()).collect();
+                executor.expert_table(&parts)
+            })
+            .collect();
+        Ok(Self {
+            ops,
+            layers,
+            tables: tables?.into(),
             memory: Memory::default(),
         })
     }
@@ -155,13 +186,31 @@ impl LocalExperts {
     }
 }
 
+/// How one expert is loaded.
+type LoadExpert<'a> =
+    &'a (dyn Fn(LayerId, ExpertId) -> Result<ExpertWeights, ModelError> + Sync);
+
+/// All experts of a checkpoint, by layer.
+fn load_layers(
+    checkpoint: &Checkpoint,
+    threads: usize,
+    load: LoadExpert<'_>,
+) -> Result<Vec<Vec<Arc<ExpertWeights>>>, ModelError> {
+    let spec = checkpoint.spec();
+    let (layers, experts) = (spec.moe_layers(), spec.experts);
+    let mut flat = load_all(layers * experts, experts.max(1), threads, load)?.into_iter();
+    Ok((0..layers)
+        .map(|_| flat.by_ref().take(experts).collect())
+        .collect())
+}
+
 /// The first `count` experts, layer by layer. Each thread takes the next one that nobody took.
 fn load_all(
-    checkpoint: &Checkpoint,
     count: usize,
+    per_layer: usize,
     threads: usize,
+    load: LoadExpert<'_>,
 ) -> Result<Vec<Arc<ExpertWeights>>, ModelError> {
-    let per_layer = checkpoint.spec().experts.max(1);
     let next = AtomicUsize::new(0);
     let places: Vec<OnceLock<Arc<ExpertWeights>>> =
         (0..count).map(|_| OnceLock::new()).collect();
@@ -172,7 +221,7 @@ fn load_all(
                 return Ok(());
             };
             let (layer, expert) = (LayerId(id(at / per_layer)), ExpertId(id(at % per_layer)));
-            let loaded = ExpertWeights::load(checkpoint, layer, expert)
+            let loaded = load(layer, expert)
                 .inspect_err(|_| next.store(count, Ordering::Relaxed))?;
             place.get_or_init(|| Arc::new(loaded));
         }
@@ -226,6 +275,34 @@ impl Experts for LocalExperts {
         let done = combine(ops, &parts, batch.weights, batch.top_k, hidden, out);
         *kept = emptied(parts);
         done.map_err(|error| failed(error.to_string()))?;
+        Ok(LateRows::new())
+    }
+
+    /// On a device all of it stays there.
+    fn run_on(
+        &mut self,
+        executor: &dyn Executor,
+        batch: &ExpertBatch<'_, Anywhere>,
+        out: ViewMut<'_, f32>,
+    ) -> Result<LateRows, ExpertsError> {
+        let (View::Device(_), Some(table)) =
+            (batch.input, self.tables.get(batch.layer.index()))
+        else {
+            return through_host(batch, out, |batch, out| self.run(batch, out));
+        };
+        let op = ExpertLayer {
+            x: batch.input,
+            rows: batch.dead.len(),
+            experts: batch.experts,
+            weights: batch.weights,
+            top_k: batch.top_k,
+            table,
+            out,
+        };
+        executor.expert_layer(op).map_err(|error| ExpertsError {
+            layer: batch.layer,
+            what: error.to_string(),
+        })?;
         Ok(LateRows::new())
     }
 }

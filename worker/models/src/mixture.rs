@@ -3,14 +3,14 @@
 use foregate_api::ids::LayerId;
 use foregate_api::weights::Part;
 use foregate_checkpoint::names;
-use foregate_kernels::{Add, Gate, MatMul, Matrix, ShapeError, SigmoidScale};
+use foregate_kernels::{Add, Gate, MatMul, Matrix, OpError, SigmoidScale};
 
 use crate::attention::Step;
 use crate::error::ModelError;
 use crate::experts::{ExpertBatch, Experts};
 use crate::ffn::Ffn;
 use crate::load::Loader;
-use crate::scratch::{Scratch, sized};
+use crate::scratch::Scratch;
 
 /// An expert that every row goes through, weighted by a sigmoid gate of its own (Qwen2-MoE).
 #[derive(Debug)]
@@ -33,14 +33,6 @@ pub(crate) struct Mixture {
 pub(crate) enum Mlp {
     Dense(Ffn),
     Mixture(Mixture),
-}
-
-/// Where a step's routes and lost rows are noted.
-pub(crate) struct Notes<'a> {
-    /// `rows × moe_layers × top_k`.
-    pub(crate) routes: &'a mut [u32],
-    /// One per row.
-    pub(crate) dead: &'a mut [bool],
 }
 
 impl Mlp {
@@ -70,15 +62,16 @@ impl Mlp {
         step: &Step<'_>,
         experts: &mut dyn Experts,
         scratch: &mut Scratch,
-        notes: &mut Notes<'_>,
+        dead: &mut [bool],
     ) -> Result<(), ModelError> {
         match self {
             Self::Dense(ffn) => {
-                let out = sized(&mut scratch.branch, scratch.normed.len());
-                ffn.run(step.ops, &scratch.normed, &scratch.all_rows, out)?;
+                let (executor, x) = (step.executor, scratch.normed.view());
+                let out = scratch.branch.sized(executor, "a branch", scratch.normed.extent())?;
+                ffn.run(executor, x, &scratch.all_rows, out)?;
                 Ok(())
             }
-            Self::Mixture(mixture) => mixture.run(step, experts, scratch, notes),
+            Self::Mixture(mixture) => mixture.run(step, experts, scratch, dead),
         }
     }
 }
@@ -89,27 +82,28 @@ impl Mixture {
         step: &Step<'_>,
         experts: &mut dyn Experts,
         scratch: &mut Scratch,
-        notes: &mut Notes<'_>,
+        dead: &mut [bool],
     ) -> Result<(), ModelError> {
         let spec = step.spec;
         self.choose(step, scratch)?;
-        self.note(step, scratch, notes);
-        let out = sized(&mut scratch.branch, scratch.normed.len());
-        let late = experts.run(
+        let executor = step.executor;
+        let out = scratch.branch.sized(executor, "a branch", scratch.normed.extent())?;
+        let late = experts.run_on(
+            executor,
             &ExpertBatch {
                 layer: self.layer,
-                input: &scratch.normed,
+                input: scratch.normed.view(),
                 hidden: spec.hidden,
-                experts: &scratch.chosen,
-                weights: &scratch.weights,
+                experts: scratch.chosen.view().slice(self.choices(step)),
+                weights: scratch.weights.view(),
                 top_k: spec.top_k,
-                dead: notes.dead,
+                dead,
             },
             out,
         )?;
         // The walk goes on with whatever stands in a late row: rows do not touch each other.
         for row in late {
-            if let Some(dead) = notes.dead.get_mut(row as usize) {
+            if let Some(dead) = dead.get_mut(row as usize) {
                 *dead = true;
             }
         }
@@ -120,64 +114,60 @@ impl Mixture {
     }
 
     /// Router logits in float32, then softmax and top-k.
-    fn choose(&self, step: &Step<'_>, scratch: &mut Scratch) -> Result<(), ShapeError> {
+    fn choose(&self, step: &Step<'_>, scratch: &mut Scratch) -> Result<(), OpError> {
         let spec = step.spec;
         let rows = step.batch.rows();
-        step.ops.matmul(MatMul {
-            x: &scratch.normed,
+        let executor = step.executor;
+        let (logits, weights) = (rows * spec.experts, rows * spec.top_k);
+        executor.matmul(MatMul {
+            x: scratch.normed.view(),
             rows,
             w: &self.router,
             bias: None,
-            out: sized(&mut scratch.router, rows * spec.experts),
+            out: scratch.router.sized(executor, "router logits", logits)?,
         })?;
-        scratch.chosen.resize(rows * spec.top_k, 0);
-        step.ops.gate(Gate {
-            logits: &scratch.router,
+        executor.gate(Gate {
+            logits: scratch.router.view(),
             rows,
             experts: spec.experts,
             top_k: spec.top_k,
             normalise: spec.norm_top_k,
-            out_experts: &mut scratch.chosen,
-            out_weights: sized(&mut scratch.weights, rows * spec.top_k),
+            out_experts: scratch.chosen.slice_mut(self.choices(step)),
+            out_weights: scratch.weights.sized(executor, "weights of experts", weights)?,
         })
     }
 
-    /// Copies the choice into the step's routes, which are ordered by row first.
-    fn note(&self, step: &Step<'_>, scratch: &Scratch, notes: &mut Notes<'_>) {
-        let top_k = step.spec.top_k;
-        let per_row = notes.routes.len() / step.batch.rows().max(1);
-        let at = self.layer.index() * top_k;
-        let rows = notes.routes.chunks_exact_mut(per_row.max(1));
-        for (row, chosen) in rows.zip(scratch.chosen.chunks_exact(top_k)) {
-            if let Some(place) = row.get_mut(at..at + top_k) {
-                place.copy_from_slice(chosen);
-            }
-        }
+    /// Where this layer's choices stand among those of all layers.
+    fn choices(&self, step: &Step<'_>) -> std::ops::Range<usize> {
+        let width = step.batch.rows() * step.spec.top_k;
+        let layer = self.layer.index();
+        layer * width..(layer + 1) * width
     }
 }
 
 impl SharedExpert {
     /// `branch += sigmoid(gate · x) * ffn(x)`.
-    fn add(&self, step: &Step<'_>, scratch: &mut Scratch) -> Result<(), ShapeError> {
-        let rows = step.batch.rows();
-        let x = &scratch.normed;
-        let out = sized(&mut scratch.shared, x.len());
-        self.ffn.run(step.ops, x, &scratch.all_rows, out)?;
-        step.ops.matmul(MatMul {
+    fn add(&self, step: &Step<'_>, scratch: &mut Scratch) -> Result<(), OpError> {
+        let (executor, rows) = (step.executor, step.batch.rows());
+        let x = scratch.normed.view();
+        let values = scratch.normed.extent();
+        let out = scratch.shared.sized(executor, "a shared expert", values)?;
+        self.ffn.run(executor, x, &scratch.all_rows, out)?;
+        executor.matmul(MatMul {
             x,
             rows,
             w: &self.gate,
             bias: None,
-            out: sized(&mut scratch.gate, rows),
+            out: scratch.gate.sized(executor, "a shared expert's gate", rows)?,
         })?;
-        step.ops.sigmoid_scale(SigmoidScale {
-            x: &mut scratch.shared,
-            logits: &scratch.gate,
+        executor.sigmoid_scale(SigmoidScale {
+            x: scratch.shared.view_mut(),
+            logits: scratch.gate.view(),
             width: step.spec.hidden,
         })?;
-        step.ops.add(Add {
-            x: &mut scratch.branch,
-            y: &scratch.shared,
+        executor.add(Add {
+            x: scratch.branch.view_mut(),
+            y: scratch.shared.view(),
         })
     }
 }

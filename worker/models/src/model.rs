@@ -8,7 +8,8 @@ use foregate_api::model::{KvFormat, ModelSpec};
 use foregate_api::weights::Part;
 use foregate_checkpoint::{Checkpoint, names};
 use foregate_kernels::{
-    Cpu, Embed, KvCache, KvDtype, KvShape, MatMul, Matrix, Ops, RmsNorm, ShapeError,
+    Array, Cpu, Embed, Executor, Gather, KvCache, KvDtype, KvShape, MatMul, Matrix, OnHost,
+    OpError, Ops, Placed, RmsNorm, RopeTable, View,
 };
 
 use crate::attention::Step;
@@ -17,14 +18,13 @@ use crate::block::Block;
 use crate::error::ModelError;
 use crate::experts::Experts;
 use crate::load::Loader;
-use crate::mixture::Notes;
-use crate::scratch::{Scratch, sized};
+use crate::scratch::Scratch;
 
 /// The dense part of a model, ready to step, with the memory its steps use.
 ///
 /// A clone shares the weights and has memory of its own.
 pub struct Model {
-    ops: Arc<dyn Ops>,
+    executor: Arc<dyn Executor>,
     weights: Arc<Weights>,
     scratch: Scratch,
 }
@@ -33,7 +33,7 @@ struct Weights {
     spec: ModelSpec,
     embedding: Matrix,
     blocks: Vec<Block>,
-    final_norm: Vec<f32>,
+    final_norm: Array<f32>,
     /// Absent with tied embeddings.
     output: Option<Matrix>,
     /// `theta^(-2i / head_dim)` for each pair `i` of a head.
@@ -56,12 +56,12 @@ impl WeakModel {
         self.0.strong_count() > 0
     }
 
-    /// A model of these weights, unless nobody has them any more. `ops` must lay out matrices as those
-    /// ops did that packed them.
+    /// A model of these weights, unless nobody has them any more. `executor` must lay out matrices as the one
+    /// that they were loaded for.
     #[must_use]
-    pub fn upgrade(&self, ops: Arc<dyn Ops>) -> Option<Model> {
+    pub fn upgrade(&self, executor: Arc<dyn Executor>) -> Option<Model> {
         Some(Model {
-            ops,
+            executor,
             weights: self.0.upgrade()?,
             scratch: Scratch::default(),
         })
@@ -71,7 +71,7 @@ impl WeakModel {
 impl Clone for Model {
     fn clone(&self) -> Self {
         Self {
-            ops: Arc::clone(&self.ops),
+            executor: Arc::clone(&self.executor),
             weights: Arc::clone(&self.weights),
             scratch: Scratch::default(),
         }
@@ -95,21 +95,36 @@ impl Model {
     pub fn load(
         checkpoint: &Checkpoint,
         cpu: Arc<Cpu>,
+        progress: impl FnMut(u64, u64),
+    ) -> Result<Self, ModelError> {
+        let threads = cpu.threads();
+        Self::load_on(checkpoint, Arc::new(OnHost::cpu(cpu)), threads, progress)
+    }
+
+    /// As [`Model::load`], with the weights where `executor` computes; `threads` of this process convert them.
+    ///
+    /// # Errors
+    /// When a tensor cannot be read or packed, or a device has no memory for it.
+    pub fn load_on(
+        checkpoint: &Checkpoint,
+        executor: Arc<dyn Executor>,
+        threads: usize,
         mut progress: impl FnMut(u64, u64),
     ) -> Result<Self, ModelError> {
-        let weights = Weights::load(&mut Loader::new(checkpoint, &cpu, &mut progress))?;
+        let mut loader = Loader::new(checkpoint, &*executor, threads, &mut progress);
+        let weights = Arc::new(Weights::load(&mut loader)?);
         Ok(Self {
-            ops: cpu,
-            weights: Arc::new(weights),
+            executor,
+            weights,
             scratch: Scratch::default(),
         })
     }
 
-    /// The same weights, computed with other ops that give the same results.
+    /// The same weights, computed with other ops of the processor that give the same results.
     #[must_use]
     pub fn with_ops(&self, ops: Arc<dyn Ops>) -> Self {
         Self {
-            ops,
+            executor: Arc::new(OnHost::new(ops)),
             ..self.clone()
         }
     }
@@ -126,10 +141,10 @@ impl Model {
         &self.weights.spec
     }
 
-    /// The ops it computes with.
+    /// What it computes on.
     #[must_use]
-    pub fn ops(&self) -> &Arc<dyn Ops> {
-        &self.ops
+    pub fn executor(&self) -> &Arc<dyn Executor> {
+        &self.executor
     }
 
     /// Sizes of a cache for this model.
@@ -172,16 +187,32 @@ impl Model {
             return Ok(());
         }
         let mut angles = std::mem::take(&mut self.scratch.angles);
+        let mut placed = std::mem::take(&mut self.scratch.placed);
         angles.fill(&weights.inverse_frequencies, batch.positions);
-        let step = Step {
-            ops: self.ops.as_ref(),
-            spec,
-            batch,
-            angles: &angles,
-        };
-        let done = weights.run(&step, kv, experts, &mut self.scratch, out);
+        let done = self.walk(batch, (&angles, &mut placed), kv, experts, out);
         self.scratch.angles = angles;
+        self.scratch.placed = placed;
         done
+    }
+
+    fn walk(
+        &mut self,
+        batch: &StepBatch<'_>,
+        (angles, placed): (&RopeTable, &mut Placed),
+        kv: &mut KvCache,
+        experts: &mut dyn Experts,
+        out: &mut StepOutput,
+    ) -> Result<(), ModelError> {
+        let executor = &*self.executor;
+        executor.place(Step::rows(batch, angles), placed)?;
+        let step = Step {
+            executor,
+            spec: &self.weights.spec,
+            batch,
+            angles,
+            placed,
+        };
+        self.weights.run(&step, kv, experts, &mut self.scratch, out)
     }
 }
 
@@ -224,25 +255,25 @@ impl Weights {
         out: &mut StepOutput,
     ) -> Result<(), ModelError> {
         self.embed(step, scratch)?;
-        let mut notes = Notes {
-            routes: &mut out.routes,
-            dead: &mut out.dead,
-        };
+        let choices = self.spec.moe_layers() * step.batch.rows() * self.spec.top_k;
+        scratch.chosen.sized(step.executor, "choices of experts", choices)?;
         for block in &self.blocks {
-            block.run(step, kv, experts, scratch, &mut notes)?;
+            block.run(step, kv, experts, scratch, &mut out.dead)?;
         }
         self.logits(step, scratch, &mut out.logits)?;
+        self.routes(step, scratch, &mut out.routes)?;
         Ok(())
     }
 
-    fn embed(&self, step: &Step<'_>, scratch: &mut Scratch) -> Result<(), ShapeError> {
+    fn embed(&self, step: &Step<'_>, scratch: &mut Scratch) -> Result<(), OpError> {
         let rows = step.batch.rows();
         scratch.all_rows.clear();
         scratch.all_rows.extend((0_u32..).take(rows));
-        step.ops.embed(Embed {
+        let stream = rows * self.spec.hidden;
+        step.executor.embed(Embed {
             table: &self.embedding,
             ids: step.batch.tokens,
-            out: sized(&mut scratch.stream, rows * self.spec.hidden),
+            out: scratch.stream.sized(step.executor, "the stream", stream)?,
         })
     }
 
@@ -252,35 +283,68 @@ impl Weights {
         step: &Step<'_>,
         scratch: &mut Scratch,
         out: &mut [f32],
-    ) -> Result<(), ShapeError> {
-        let wanted = step.batch.logit_rows;
+    ) -> Result<(), OpError> {
+        let (executor, wanted) = (step.executor, step.batch.logit_rows);
         if wanted.is_empty() {
             return Ok(());
         }
-        let hidden = self.spec.hidden;
-        scratch.branch.clear();
-        for row in wanted {
-            let at = *row as usize * hidden;
-            scratch
-                .branch
-                .extend_from_slice(&scratch.stream[at..at + hidden]);
-        }
-        step.ops.rms_norm(RmsNorm {
-            x: &mut scratch.branch,
-            add: None,
-            rows: wanted.len(),
+        let (rows, hidden) = (wanted.len(), self.spec.hidden);
+        executor.gather(Gather {
+            x: scratch.stream.view(),
             width: hidden,
-            weight: &self.final_norm,
-            eps: self.spec.norm_eps,
-            out: sized(&mut scratch.normed, wanted.len() * hidden),
+            rows: wanted,
+            out: scratch.branch.sized(executor, "rows of logits", rows * hidden)?,
         })?;
-        step.ops.matmul(MatMul {
-            x: &scratch.normed,
-            rows: wanted.len(),
-            w: self.output.as_ref().unwrap_or(&self.embedding),
-            bias: None,
-            out,
-        })
+        executor.rms_norm(RmsNorm {
+            x: scratch.branch.view_mut(),
+            add: None,
+            rows,
+            width: hidden,
+            weight: self.final_norm.view(),
+            eps: self.spec.norm_eps,
+            out: scratch.normed.sized(executor, "a norm", rows * hidden)?,
+        })?;
+        let x = scratch.normed.view();
+        let project = |out| {
+            executor.matmul(MatMul {
+                x,
+                rows,
+                w: self.output.as_ref().unwrap_or(&self.embedding),
+                bias: None,
+                out,
+            })
+        };
+        if let View::Host(_) = x {
+            return project(out.into());
+        }
+        project(scratch.logits.sized(executor, "logits", out.len())?)?;
+        scratch.logits.view().read(out)
+    }
+
+    /// The choices of all layers, by row first.
+    fn routes(
+        &self,
+        step: &Step<'_>,
+        scratch: &mut Scratch,
+        out: &mut [u32],
+    ) -> Result<(), OpError> {
+        let chosen = match scratch.chosen.view() {
+            View::Host(chosen) => chosen,
+            chosen @ View::Device(_) => {
+                scratch.routes.resize(out.len(), 0);
+                chosen.read(&mut scratch.routes)?;
+                &scratch.routes
+            }
+        };
+        let (layers, top_k) = (self.spec.moe_layers(), self.spec.top_k.max(1));
+        let by_layer = chosen.chunks_exact((step.batch.rows() * top_k).max(1));
+        for (layer, chosen) in by_layer.enumerate() {
+            let rows = out.chunks_exact_mut((layers * top_k).max(1));
+            for (row, chosen) in rows.zip(chosen.chunks_exact(top_k)) {
+                row[layer * top_k..(layer + 1) * top_k].copy_from_slice(chosen);
+            }
+        }
+        Ok(())
     }
 }
 

@@ -1,38 +1,38 @@
 //! Memory of a step that the next step uses again.
 
-use foregate_kernels::RopeTable;
+use foregate_kernels::{Array, Placed, RopeTable};
 
-/// Activations of one step, grown to the largest batch seen.
+/// Activations of one step, where they are computed, grown to the largest batch seen.
 #[derive(Debug, Default)]
 pub(crate) struct Scratch {
     /// The residual stream, `rows × hidden`.
-    pub(crate) stream: Vec<f32>,
+    pub(crate) stream: Array<f32>,
     /// Normalised stream, `rows × hidden`.
-    pub(crate) normed: Vec<f32>,
+    pub(crate) normed: Array<f32>,
     /// What a block's half adds to the stream, `rows × hidden`.
-    pub(crate) branch: Vec<f32>,
+    pub(crate) branch: Array<f32>,
     /// A second branch to be added: the shared expert, `rows × hidden`.
-    pub(crate) shared: Vec<f32>,
+    pub(crate) shared: Array<f32>,
     /// Queries, keys, values, and the attention's result.
-    pub(crate) query: Vec<f32>,
-    pub(crate) key: Vec<f32>,
-    pub(crate) value: Vec<f32>,
-    pub(crate) attended: Vec<f32>,
+    pub(crate) query: Array<f32>,
+    pub(crate) key: Array<f32>,
+    pub(crate) value: Array<f32>,
+    pub(crate) attended: Array<f32>,
     /// Angles of the rows' positions; away while a step has them.
     pub(crate) angles: RopeTable,
+    /// What the layers of a step read again, where it is computed; away while a step has it.
+    pub(crate) placed: Placed,
     /// Router logits, `rows × experts`.
-    pub(crate) router: Vec<f32>,
+    pub(crate) router: Array<f32>,
     /// Shared expert's gate, one per row.
-    pub(crate) gate: Vec<f32>,
-    /// Chosen experts and weights, `rows × top_k`.
-    pub(crate) chosen: Vec<u32>,
-    pub(crate) weights: Vec<f32>,
+    pub(crate) gate: Array<f32>,
+    /// Chosen experts, `moe_layers × rows × top_k`: a device is asked for all layers' at once.
+    pub(crate) chosen: Array<u32>,
+    /// Their weights in one layer, `rows × top_k`.
+    pub(crate) weights: Array<f32>,
+    /// The choices and logits that came from a device.
+    pub(crate) routes: Vec<u32>,
+    pub(crate) logits: Array<f32>,
     /// `0..rows`: every row, as the grouped feed-forward wants it.
     pub(crate) all_rows: Vec<u32>,
-}
-
-/// The buffer at exactly this length. What it holds is stale: every op overwrites all of its output.
-pub(crate) fn sized(buffer: &mut Vec<f32>, length: usize) -> &mut [f32] {
-    buffer.resize(length, 0.0);
-    buffer
 }

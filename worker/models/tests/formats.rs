@@ -41,7 +41,7 @@ fn dequantised(
     for (row, out) in out.chunks_exact_mut(k).enumerate() {
         matrix.row(row, out).unwrap();
     }
-    (out, matrix.unpack())
+    (out, matrix.unpack().unwrap())
 }
 
 /// One matrix by name, wherever the checkpoint keeps it.

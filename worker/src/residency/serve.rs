@@ -73,6 +73,8 @@ impl Experts for ExpertsService {
         let (bytes, place) = background::run(move || (weights.to_canonical(), place))
             .await
             .map_err(|_| Status::internal("unpacking the expert failed"))?;
+        let bytes = bytes
+            .map_err(|error| Status::internal(format!("the expert was not read: {error}")))?;
         let chunks = chunks(Bytes::from(bytes), hash.0.to_vec(), place);
         Ok(Response::new(Box::pin(chunks)))
     }

@@ -8,8 +8,8 @@ fn reader(dir: &Path, context: usize) -> Reader {
     let checkpoint = engine::open(dir, WeightSettings::default()).unwrap();
     let cpu = Arc::new(Cpu::new(2));
     let model = Model::load(&checkpoint, Arc::clone(&cpu), |_, _| {}).unwrap();
-    let experts = LocalExperts::load(&checkpoint, cpu).unwrap();
-    Reader::new(model, experts, context).unwrap()
+    let experts = LocalExperts::load(&checkpoint, Arc::clone(&cpu)).unwrap();
+    Reader::new(cpu, model, experts, context).unwrap()
 }
 
 fn text(tokens: &[u32]) -> Text {
