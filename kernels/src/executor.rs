@@ -56,6 +56,8 @@ pub struct ExpertParts<'a> {
 pub struct ExpertTable {
     /// Addresses, in an order that the executor knows.
     pub addresses: Array<u64>,
+    /// The same, in this process.
+    pub here: Vec<u64>,
     /// Experts.
     pub experts: usize,
     /// Width between the products.
@@ -95,6 +97,8 @@ pub struct StepRows<'a> {
     pub pages: PageMap<'a>,
     /// One row of angles per row.
     pub angles: &'a RopeTable,
+    /// Query heads that share a key/value head.
+    pub group: usize,
 }
 
 /// What an executor keeps of [`StepRows`] for all layers of a step: [`Executor::place`] fills it. Kept from step to step
@@ -119,6 +123,10 @@ pub trait Executor: fmt::Debug + Send + Sync {
     /// As [`Ops::enter`].
     fn enter(&self) -> Seated {
         Seated::default()
+    }
+    /// Bytes that nobody has of a device's memory; `None` of who computes in this process's memory.
+    fn free_memory(&self) -> Result<Option<u64>, OpError> {
+        Ok(None)
     }
     /// Memory for values, not zeroed; `None` of who computes in this process's memory. `what` names it in errors.
     fn allocate(
@@ -293,27 +301,27 @@ impl Executor for OnHost {
     fn matmul(&self, op: MatMul<'_, Anywhere>) -> Result<(), OpError> {
         const OP: &str = "matmul";
         let bias = op.bias.map(|bias| bias.host(OP, "bias")).transpose()?;
-        Ok(self.ops.matmul(MatMul {
+        self.ops.matmul(MatMul {
             x: op.x.host(OP, "x")?,
             rows: op.rows,
             w: op.w,
             bias,
             out: op.out.host(OP, "out")?,
-        })?)
+        })
     }
 
     fn embed(&self, op: Embed<'_, Anywhere>) -> Result<(), OpError> {
-        Ok(self.ops.embed(Embed {
+        self.ops.embed(Embed {
             table: op.table,
             ids: op.ids,
             out: op.out.host("embed", "out")?,
-        })?)
+        })
     }
 
     fn rms_norm(&self, op: RmsNorm<'_, Anywhere>) -> Result<(), OpError> {
         const OP: &str = "rms_norm";
         let add = op.add.map(|add| add.host(OP, "add")).transpose()?;
-        Ok(self.ops.rms_norm(RmsNorm {
+        self.ops.rms_norm(RmsNorm {
             x: op.x.host(OP, "x")?,
             add,
             rows: op.rows,
@@ -321,12 +329,12 @@ impl Executor for OnHost {
             weight: op.weight.host(OP, "weight")?,
             eps: op.eps,
             out: op.out.host(OP, "out")?,
-        })?)
+        })
     }
 
     fn rope(&self, op: Rope<'_, Anywhere>, _placed: &Placed) -> Result<(), OpError> {
         const OP: &str = "rope";
-        Ok(self.ops.rope(Rope {
+        self.ops.rope(Rope {
             x: op.x.host(OP, "x")?,
             rows: op.rows,
             heads: op.heads,
@@ -334,24 +342,24 @@ impl Executor for OnHost {
             norm: norm_here(op.norm, OP)?,
             clip: op.clip,
             table: op.table,
-        })?)
+        })
     }
 
     fn kv_write(&self, op: KvWrite<'_, Anywhere>, _placed: &Placed) -> Result<(), OpError> {
         const OP: &str = "kv_write";
-        Ok(self.ops.kv_write(KvWrite {
+        self.ops.kv_write(KvWrite {
             k: op.k.host(OP, "k")?,
             v: op.v.host(OP, "v")?,
             positions: op.positions,
             pages: op.pages,
             kv: op.kv,
             layer: op.layer,
-        })?)
+        })
     }
 
     fn attention(&self, op: Attention<'_, Anywhere>, _placed: &Placed) -> Result<(), OpError> {
         const OP: &str = "attention";
-        Ok(self.ops.attention(Attention {
+        self.ops.attention(Attention {
             q: op.q.host(OP, "q")?,
             heads: op.heads,
             scale: op.scale,
@@ -360,12 +368,12 @@ impl Executor for OnHost {
             kv: op.kv,
             layer: op.layer,
             out: op.out.host(OP, "out")?,
-        })?)
+        })
     }
 
     fn gate(&self, op: Gate<'_, Anywhere>) -> Result<(), OpError> {
         const OP: &str = "gate";
-        Ok(self.ops.gate(Gate {
+        self.ops.gate(Gate {
             logits: op.logits.host(OP, "logits")?,
             rows: op.rows,
             experts: op.experts,
@@ -373,17 +381,17 @@ impl Executor for OnHost {
             normalise: op.normalise,
             out_experts: op.out_experts.host(OP, "out_experts")?,
             out_weights: op.out_weights.host(OP, "out_weights")?,
-        })?)
+        })
     }
 
     fn expert_ffn(&self, op: ExpertFfn<'_, Anywhere>) -> Result<(), OpError> {
         const OP: &str = "expert_ffn";
-        Ok(self.ops.expert_ffn(ExpertFfn {
+        self.ops.expert_ffn(ExpertFfn {
             x: op.x.host(OP, "x")?,
             hidden: op.hidden,
             groups: op.groups,
             out: op.out.host(OP, "out")?,
-        })?)
+        })
     }
 
     /// Who has the choice here sorts it here, and uses [`Executor::expert_ffn`].
@@ -396,19 +404,19 @@ impl Executor for OnHost {
     }
 
     fn add(&self, op: Add<'_, Anywhere>) -> Result<(), OpError> {
-        Ok(self.ops.add(Add {
+        self.ops.add(Add {
             x: op.x.host("add", "x")?,
             y: op.y.host("add", "y")?,
-        })?)
+        })
     }
 
     fn sigmoid_scale(&self, op: SigmoidScale<'_, Anywhere>) -> Result<(), OpError> {
         const OP: &str = "sigmoid_scale";
-        Ok(self.ops.sigmoid_scale(SigmoidScale {
+        self.ops.sigmoid_scale(SigmoidScale {
             x: op.x.host(OP, "x")?,
             logits: op.logits.host(OP, "logits")?,
             width: op.width,
-        })?)
+        })
     }
 
     fn clamp(&self, op: Clamp<'_>) -> Result<(), OpError> {

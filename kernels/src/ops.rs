@@ -1,13 +1,13 @@
 //! The list of operations: one method and one argument struct per op.
 //!
 //! Matrices of activations are row-major float32 values. Every method checks the sizes of its arguments and
-//! every index it is given before it computes, and returns a [`ShapeError`] instead of panicking.
+//! every index it is given before it computes, and returns a [`ShapeError`](crate::ShapeError) instead of panicking.
 //!
 //! Those structs that a model's walk needs are generic over [`Memory`]: without a parameter their values are slices of
 //! this process, which is what [`Ops`] takes; an [`Executor`](crate::Executor) takes them with views.
 
 use crate::cpu::Seated;
-use crate::error::ShapeError;
+use crate::error::OpError;
 use crate::kv::{KvCache, PageMap};
 use crate::matrix::Matrix;
 use crate::place::{Host, Memory};
@@ -275,8 +275,8 @@ pub struct LogSoftmax<'a> {
     pub out: &'a mut [f32],
 }
 
-/// What a model's forward pass is made of. All methods return an error only when sizes or indices in
-/// their arguments do not fit each other; nothing is written then.
+/// What a model's forward pass is made of, over values of this process. On the processor all methods return an error
+/// only when sizes or indices in their arguments do not fit each other; nothing is written then.
 #[expect(
     clippy::missing_errors_doc,
     reason = "the one cause is stated above for all"
@@ -287,29 +287,29 @@ pub trait Ops: Send + Sync {
         Seated::default()
     }
     /// Linear layer: see [`MatMul`].
-    fn matmul(&self, op: MatMul<'_>) -> Result<(), ShapeError>;
+    fn matmul(&self, op: MatMul<'_>) -> Result<(), OpError>;
     /// Rows of a table: see [`Embed`].
-    fn embed(&self, op: Embed<'_>) -> Result<(), ShapeError>;
+    fn embed(&self, op: Embed<'_>) -> Result<(), OpError>;
     /// Root mean square norm: see [`RmsNorm`].
-    fn rms_norm(&self, op: RmsNorm<'_>) -> Result<(), ShapeError>;
+    fn rms_norm(&self, op: RmsNorm<'_>) -> Result<(), OpError>;
     /// Rotary position embedding: see [`Rope`].
-    fn rope(&self, op: Rope<'_>) -> Result<(), ShapeError>;
+    fn rope(&self, op: Rope<'_>) -> Result<(), OpError>;
     /// Keys and values into the cache: see [`KvWrite`].
-    fn kv_write(&self, op: KvWrite<'_>) -> Result<(), ShapeError>;
+    fn kv_write(&self, op: KvWrite<'_>) -> Result<(), OpError>;
     /// Causal attention over the cache: see [`Attention`].
-    fn attention(&self, op: Attention<'_>) -> Result<(), ShapeError>;
+    fn attention(&self, op: Attention<'_>) -> Result<(), OpError>;
     /// Choice of experts: see [`Gate`].
-    fn gate(&self, op: Gate<'_>) -> Result<(), ShapeError>;
+    fn gate(&self, op: Gate<'_>) -> Result<(), OpError>;
     /// Gated feed-forward of several experts: see [`ExpertFfn`].
-    fn expert_ffn(&self, op: ExpertFfn<'_>) -> Result<(), ShapeError>;
+    fn expert_ffn(&self, op: ExpertFfn<'_>) -> Result<(), OpError>;
     /// Weighted sum of experts' results: see [`Combine`].
-    fn combine(&self, op: Combine<'_>) -> Result<(), ShapeError>;
+    fn combine(&self, op: Combine<'_>) -> Result<(), OpError>;
     /// Residual: see [`Add`].
-    fn add(&self, op: Add<'_>) -> Result<(), ShapeError>;
+    fn add(&self, op: Add<'_>) -> Result<(), OpError>;
     /// Gated activation: see [`SiluMul`].
-    fn silu_mul(&self, op: SiluMul<'_>) -> Result<(), ShapeError>;
+    fn silu_mul(&self, op: SiluMul<'_>) -> Result<(), OpError>;
     /// A shared expert's gate: see [`SigmoidScale`].
-    fn sigmoid_scale(&self, op: SigmoidScale<'_>) -> Result<(), ShapeError>;
+    fn sigmoid_scale(&self, op: SigmoidScale<'_>) -> Result<(), OpError>;
     /// Log-probabilities: see [`LogSoftmax`].
-    fn log_softmax(&self, op: LogSoftmax<'_>) -> Result<(), ShapeError>;
+    fn log_softmax(&self, op: LogSoftmax<'_>) -> Result<(), OpError>;
 }

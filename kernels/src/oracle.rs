@@ -4,7 +4,7 @@
     reason = "results are rounded to float32 once"
 )]
 
-use crate::error::ShapeError;
+use crate::error::OpError;
 use crate::kv::{KEYS, KvCache, KvDtype, PageMap};
 use crate::matrix::Matrix;
 use crate::ops::{
@@ -129,7 +129,7 @@ fn normalised<'a>(x: &'a [f32], norm: Norm<'a>) -> impl Iterator<Item = f64> + '
 }
 
 impl Ops for Oracle {
-    fn matmul(&self, op: MatMul<'_>) -> Result<(), ShapeError> {
+    fn matmul(&self, op: MatMul<'_>) -> Result<(), OpError> {
         op.check()?;
         let (n, k) = (op.w.n(), op.w.k());
         for row in 0..op.rows {
@@ -142,12 +142,12 @@ impl Ops for Oracle {
         Ok(())
     }
 
-    fn embed(&self, op: Embed<'_>) -> Result<(), ShapeError> {
+    fn embed(&self, op: Embed<'_>) -> Result<(), OpError> {
         op.check()?;
-        op.table.rows(op.ids, op.out)
+        Ok(op.table.rows(op.ids, op.out)?)
     }
 
-    fn rms_norm(&self, op: RmsNorm<'_>) -> Result<(), ShapeError> {
+    fn rms_norm(&self, op: RmsNorm<'_>) -> Result<(), OpError> {
         op.check()?;
         let width = op.width.max(1);
         for (x, add) in op.x.iter_mut().zip(op.add.unwrap_or_default()) {
@@ -165,7 +165,7 @@ impl Ops for Oracle {
         Ok(())
     }
 
-    fn rope(&self, op: Rope<'_>) -> Result<(), ShapeError> {
+    fn rope(&self, op: Rope<'_>) -> Result<(), OpError> {
         op.check()?;
         let half = op.table.half;
         let row = (op.heads * op.head_dim).max(1);
@@ -196,7 +196,7 @@ impl Ops for Oracle {
         Ok(())
     }
 
-    fn kv_write(&self, op: KvWrite<'_>) -> Result<(), ShapeError> {
+    fn kv_write(&self, op: KvWrite<'_>) -> Result<(), OpError> {
         op.check()?;
         let s = op.kv.shape();
         for (row, position) in op.positions.iter().enumerate() {
@@ -214,7 +214,7 @@ impl Ops for Oracle {
         Ok(())
     }
 
-    fn attention(&self, op: Attention<'_>) -> Result<(), ShapeError> {
+    fn attention(&self, op: Attention<'_>) -> Result<(), OpError> {
         op.check()?;
         let s = op.kv.shape();
         let (dim, words) = (s.head_dim, op.kv.words());
@@ -256,7 +256,7 @@ impl Ops for Oracle {
         Ok(())
     }
 
-    fn gate(&self, op: Gate<'_>) -> Result<(), ShapeError> {
+    fn gate(&self, op: Gate<'_>) -> Result<(), OpError> {
         op.check()?;
         for row in 0..op.rows {
             let logits: Vec<f64> = op.logits[row * op.experts..(row + 1) * op.experts]
@@ -278,7 +278,7 @@ impl Ops for Oracle {
         Ok(())
     }
 
-    fn expert_ffn(&self, op: ExpertFfn<'_>) -> Result<(), ShapeError> {
+    fn expert_ffn(&self, op: ExpertFfn<'_>) -> Result<(), OpError> {
         op.check()?;
         for group in op.groups {
             for (i, row) in group.rows.iter().enumerate() {
@@ -298,7 +298,7 @@ impl Ops for Oracle {
         Ok(())
     }
 
-    fn combine(&self, op: Combine<'_>) -> Result<(), ShapeError> {
+    fn combine(&self, op: Combine<'_>) -> Result<(), OpError> {
         op.check()?;
         for (row, out) in op.out.chunks_exact_mut(op.width).enumerate() {
             let chosen = row * op.top_k..(row + 1) * op.top_k;
@@ -316,7 +316,7 @@ impl Ops for Oracle {
         Ok(())
     }
 
-    fn add(&self, op: Add<'_>) -> Result<(), ShapeError> {
+    fn add(&self, op: Add<'_>) -> Result<(), OpError> {
         op.check()?;
         for (x, y) in op.x.iter_mut().zip(op.y) {
             *x += y;
@@ -324,7 +324,7 @@ impl Ops for Oracle {
         Ok(())
     }
 
-    fn silu_mul(&self, op: SiluMul<'_>) -> Result<(), ShapeError> {
+    fn silu_mul(&self, op: SiluMul<'_>) -> Result<(), OpError> {
         op.check()?;
         for (gate, up) in op.gate.iter_mut().zip(op.up) {
             let g = f64::from(*gate);
@@ -333,7 +333,7 @@ impl Ops for Oracle {
         Ok(())
     }
 
-    fn sigmoid_scale(&self, op: SigmoidScale<'_>) -> Result<(), ShapeError> {
+    fn sigmoid_scale(&self, op: SigmoidScale<'_>) -> Result<(), OpError> {
         op.check()?;
         for (x, logit) in op.x.chunks_exact_mut(op.width.max(1)).zip(op.logits) {
             for x in x {
@@ -343,7 +343,7 @@ impl Ops for Oracle {
         Ok(())
     }
 
-    fn log_softmax(&self, op: LogSoftmax<'_>) -> Result<(), ShapeError> {
+    fn log_softmax(&self, op: LogSoftmax<'_>) -> Result<(), OpError> {
         op.check()?;
         for (x, out) in op
             .logits

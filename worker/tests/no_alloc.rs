@@ -24,7 +24,7 @@ use foregate_api::ids::Epoch;
 use foregate_api::model::Family;
 use foregate_kernels::{
     Add, Attention, Combine, Embed, ExpertFfn, Gate, KvWrite, LogSoftmax, MatMul, Ops, RmsNorm,
-    Rope, ShapeError, SigmoidScale, SiluMul,
+    Rope, OpError, SigmoidScale, SiluMul,
 };
 use foregate_models::experts::{ExpertBatch, Experts, ExpertsError, LateRows};
 use foregate_wire::frame::TraceContext;
@@ -81,8 +81,8 @@ struct Uncounted(Arc<dyn Ops>);
 impl Uncounted {
     fn run(
         &self,
-        op: impl FnOnce(&dyn Ops) -> Result<(), ShapeError>,
-    ) -> Result<(), ShapeError> {
+        op: impl FnOnce(&dyn Ops) -> Result<(), OpError>,
+    ) -> Result<(), OpError> {
         PAUSED.set(true);
         let done = op(self.0.as_ref());
         PAUSED.set(false);
@@ -93,7 +93,7 @@ impl Uncounted {
 macro_rules! uncounted {
     ($($name:ident($op:ident)),* $(,)?) => {
         impl Ops for Uncounted {
-            $(fn $name(&self, op: $op<'_>) -> Result<(), ShapeError> {
+            $(fn $name(&self, op: $op<'_>) -> Result<(), OpError> {
                 self.run(|ops| ops.$name(op))
             })*
         }

@@ -21,7 +21,7 @@ mod threads;
 use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 
 use crate::dtype::Dtype;
-use crate::error::ShapeError;
+use crate::error::{OpError, ShapeError};
 use crate::matrix::{Matrix, Source};
 use crate::ops::{
     Add, Attention, Combine, Embed, ExpertFfn, Gate, KvWrite, LogSoftmax, MatMul, Ops, RmsNorm,
@@ -168,7 +168,7 @@ impl Ops for Cpu {
         self.shared.seats.all().take()
     }
 
-    fn matmul(&self, op: MatMul<'_>) -> Result<(), ShapeError> {
+    fn matmul(&self, op: MatMul<'_>) -> Result<(), OpError> {
         op.check()?;
         self.shared
             .products
@@ -176,30 +176,30 @@ impl Ops for Cpu {
         Ok(())
     }
 
-    fn embed(&self, op: Embed<'_>) -> Result<(), ShapeError> {
+    fn embed(&self, op: Embed<'_>) -> Result<(), OpError> {
         op.check()?;
-        op.table.rows(op.ids, op.out)
+        Ok(op.table.rows(op.ids, op.out)?)
     }
 
-    fn rms_norm(&self, op: RmsNorm<'_>) -> Result<(), ShapeError> {
+    fn rms_norm(&self, op: RmsNorm<'_>) -> Result<(), OpError> {
         op.check()?;
         norm::rms_norm(self.shared.isa, &self.shared.threads, op);
         Ok(())
     }
 
-    fn rope(&self, op: Rope<'_>) -> Result<(), ShapeError> {
+    fn rope(&self, op: Rope<'_>) -> Result<(), OpError> {
         op.check()?;
         rope::rope(self.shared.isa, &self.shared.threads, op);
         Ok(())
     }
 
-    fn kv_write(&self, op: KvWrite<'_>) -> Result<(), ShapeError> {
+    fn kv_write(&self, op: KvWrite<'_>) -> Result<(), OpError> {
         op.check()?;
         attention::kv_write(&self.shared.threads, op);
         Ok(())
     }
 
-    fn attention(&self, op: Attention<'_>) -> Result<(), ShapeError> {
+    fn attention(&self, op: Attention<'_>) -> Result<(), OpError> {
         op.check()?;
         self.shared.attention.lend(|scratch| {
             attention::attention(self.shared.isa, &self.shared.threads, op, scratch)
@@ -207,13 +207,13 @@ impl Ops for Cpu {
         Ok(())
     }
 
-    fn gate(&self, op: Gate<'_>) -> Result<(), ShapeError> {
+    fn gate(&self, op: Gate<'_>) -> Result<(), OpError> {
         op.check()?;
         gate::gate(self.shared.isa, &self.shared.threads, op);
         Ok(())
     }
 
-    fn expert_ffn(&self, op: ExpertFfn<'_>) -> Result<(), ShapeError> {
+    fn expert_ffn(&self, op: ExpertFfn<'_>) -> Result<(), OpError> {
         op.check()?;
         self.shared.products.lend(|scratch| {
             gemm::expert_ffn(self.shared.isa, &self.shared.threads, op, scratch)
@@ -221,31 +221,31 @@ impl Ops for Cpu {
         Ok(())
     }
 
-    fn combine(&self, op: Combine<'_>) -> Result<(), ShapeError> {
+    fn combine(&self, op: Combine<'_>) -> Result<(), OpError> {
         op.check()?;
         combine::combine(self.shared.isa, &self.shared.threads, op);
         Ok(())
     }
 
-    fn add(&self, op: Add<'_>) -> Result<(), ShapeError> {
+    fn add(&self, op: Add<'_>) -> Result<(), OpError> {
         op.check()?;
         activation::add(self.shared.isa, &self.shared.threads, op);
         Ok(())
     }
 
-    fn silu_mul(&self, op: SiluMul<'_>) -> Result<(), ShapeError> {
+    fn silu_mul(&self, op: SiluMul<'_>) -> Result<(), OpError> {
         op.check()?;
         activation::silu_mul(self.shared.isa, &self.shared.threads, op);
         Ok(())
     }
 
-    fn sigmoid_scale(&self, op: SigmoidScale<'_>) -> Result<(), ShapeError> {
+    fn sigmoid_scale(&self, op: SigmoidScale<'_>) -> Result<(), OpError> {
         op.check()?;
         activation::sigmoid_scale(self.shared.isa, op);
         Ok(())
     }
 
-    fn log_softmax(&self, op: LogSoftmax<'_>) -> Result<(), ShapeError> {
+    fn log_softmax(&self, op: LogSoftmax<'_>) -> Result<(), OpError> {
         op.check()?;
         softmax::log_softmax(self.shared.isa, &self.shared.threads, op);
         Ok(())

@@ -3,8 +3,7 @@ use std::sync::{Arc, Mutex};
 use super::*;
 use crate::executor::{Clamp, Gather, OnHost, Placed, StepRows};
 use crate::{
-    Add, Cpu, Dtype, KvCache, KvShape, MatMul, Matrix, Oracle, Ops, PageMap, RopeTable,
-    ShapeError,
+    Add, Cpu, Dtype, KvCache, KvShape, MatMul, Matrix, Ops, Oracle, PageMap, RopeTable,
 };
 
 /// Bytes of another place.
@@ -119,7 +118,7 @@ fn refuses_cache(ops: &dyn Ops) {
         dtype: crate::KvDtype::F32,
     };
     let mut kv = KvCache::on_device(shape, far(64)).unwrap();
-    let refused: Result<(), ShapeError> = ops.kv_write(crate::KvWrite {
+    let refused: Result<(), OpError> = ops.kv_write(crate::KvWrite {
         k: &[0.0; 2],
         v: &[0.0; 2],
         positions: &[0],
@@ -172,6 +171,7 @@ fn rows_are_gathered_and_values_clamped() {
             tables: &[],
         },
         angles: &RopeTable::default(),
+        group: 1,
     };
     host.place(rows, &mut Placed::default()).unwrap();
 }

@@ -3,13 +3,13 @@
 use foregate_kernels::{
     Add, Attention, Combine, Cpu, Dtype, Embed, ExpertFfn, ExpertGroup, Gate, KvCache, KvShape,
     KvWrite, LogSoftmax, MatMul, Norm, Ops, Oracle, PageMap, RmsNorm, Rope, RopeTable,
-    ShapeError, SigmoidScale, SiluMul,
+    OpError, SigmoidScale, SiluMul,
 };
 
 use super::weight;
 
 #[track_caller]
-fn refused(result: Result<(), ShapeError>, what: &str) {
+fn refused(result: Result<(), OpError>, what: &str) {
     let error = result.unwrap_err().to_string();
     assert!(error.contains(what), "{error} does not name {what:?}");
 }

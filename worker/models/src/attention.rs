@@ -58,11 +58,16 @@ pub(crate) struct Step<'a> {
 
 impl<'a> Step<'a> {
     /// Where the batch's rows stand.
-    pub(crate) fn rows(batch: &StepBatch<'a>, angles: &'a RopeTable) -> StepRows<'a> {
+    pub(crate) fn rows(
+        batch: &StepBatch<'a>,
+        angles: &'a RopeTable,
+        spec: &ModelSpec,
+    ) -> StepRows<'a> {
         StepRows {
             positions: batch.positions,
             pages: batch.pages(),
             angles,
+            group: spec.heads / spec.kv_heads.max(1),
         }
     }
 }

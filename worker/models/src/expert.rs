@@ -206,7 +206,7 @@ pub fn run_expert_rows(
     hidden: usize,
     calls: &[ExpertRows<'_>],
     out: &mut [f32],
-) -> Result<(), ShapeError> {
+) -> Result<(), OpError> {
     let calls = calls.iter().map(|call| (&*call.expert, call.rows));
     run_experts(
         ops,
@@ -227,7 +227,7 @@ pub fn run_experts<'a>(
     calls: impl Iterator<Item = (&'a ExpertWeights, &'a [u32])>,
     memory: &mut GroupMemory,
     out: &mut [f32],
-) -> Result<(), ShapeError> {
+) -> Result<(), OpError> {
     let mut groups: Vec<ExpertGroup<'a>> = emptied(std::mem::take(&mut memory.0));
     let mut offset = 0;
     groups.extend(calls.map(|(expert, rows)| {
@@ -259,7 +259,7 @@ pub fn combine(
     top_k: usize,
     hidden: usize,
     out: &mut [f32],
-) -> Result<(), ShapeError> {
+) -> Result<(), OpError> {
     ops.combine(Combine {
         parts,
         weights,

@@ -204,10 +204,11 @@ impl Model {
         out: &mut StepOutput,
     ) -> Result<(), ModelError> {
         let executor = &*self.executor;
-        executor.place(Step::rows(batch, angles), placed)?;
+        let spec = &self.weights.spec;
+        executor.place(Step::rows(batch, angles, spec), placed)?;
         let step = Step {
             executor,
-            spec: &self.weights.spec,
+            spec,
             batch,
             angles,
             placed,

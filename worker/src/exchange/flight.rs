@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use foregate_api::ids::{Epoch, LayerId, Rank};
-use foregate_kernels::ShapeError;
+use foregate_kernels::OpError;
 use foregate_models::experts::{ExpertBatch, LateRows};
 use foregate_planner::split::SplitTable;
 use foregate_wire::frame::{Call, Reply, Route, TraceContext};
@@ -136,7 +136,7 @@ impl<'a> Flight<'a> {
     }
 
     /// Sends, computes and collects. Afterwards every pair has its row or is late.
-    pub(super) fn fly(&mut self, shipments: Vec<Shipment>) -> Result<(), ShapeError> {
+    pub(super) fn fly(&mut self, shipments: Vec<Shipment>) -> Result<(), OpError> {
         let own = self.parts.exchange.rank;
         let mut waiting: Vec<Waiting> = shipments
             .into_iter()
@@ -153,7 +153,7 @@ impl<'a> Flight<'a> {
     }
 
     /// Waits for answers, and runs calls of peers meanwhile: a peer waits for its answer as this worker does.
-    fn collect(&mut self) -> Result<(), ShapeError> {
+    fn collect(&mut self) -> Result<(), OpError> {
         let exchange = self.parts.exchange;
         while !self.outstanding.is_empty() && self.results.missing > 0 {
             let seen = exchange.inbox.events();
@@ -177,7 +177,7 @@ impl<'a> Flight<'a> {
         Ok(())
     }
 
-    fn serve_peers(&mut self) -> Result<(), ShapeError> {
+    fn serve_peers(&mut self) -> Result<(), OpError> {
         let exchange = self.parts.exchange;
         let ops = exchange.ops.as_ref();
         exchange.server.serve(ops, None, self.parts.desk).map(drop)
@@ -189,7 +189,7 @@ impl<'a> Flight<'a> {
         clippy::disallowed_methods,
         reason = "the engine thread waits on the wall clock"
     )]
-    fn wait_for_company(&mut self) -> Result<(), ShapeError> {
+    fn wait_for_company(&mut self) -> Result<(), OpError> {
         if std::mem::replace(&mut self.waited, true) || self.outstanding.is_empty() {
             return Ok(());
         }
@@ -226,7 +226,7 @@ impl<'a> Flight<'a> {
     }
 
     /// Sends or runs shipments; one that is not accepted goes to other copies, as long as there are any.
-    fn launch(&mut self, mut waiting: Vec<Waiting>) -> Result<(), ShapeError> {
+    fn launch(&mut self, mut waiting: Vec<Waiting>) -> Result<(), OpError> {
         waiting.reverse();
         while let Some((shipment, mut tried)) = waiting.pop() {
             tried.insert(shipment.rank);
@@ -289,7 +289,7 @@ impl<'a> Flight<'a> {
         clippy::disallowed_methods,
         reason = "the engine thread measures on the wall clock"
     )]
-    fn run_here(&mut self, shipment: Shipment) -> Result<Option<Shipment>, ShapeError> {
+    fn run_here(&mut self, shipment: Shipment) -> Result<Option<Shipment>, OpError> {
         let exchange = self.parts.exchange;
         let batch = self.parts.batch;
         let table = exchange.residency.snapshot();
@@ -316,7 +316,7 @@ impl<'a> Flight<'a> {
     }
 
     /// Takes the end of a call. One that is not outstanding belongs to an earlier layer.
-    fn land(&mut self, completion: Completion) -> Result<(), ShapeError> {
+    fn land(&mut self, completion: Completion) -> Result<(), OpError> {
         let Some(call) = self.outstanding.remove(&completion.call) else {
             return Ok(());
         };
@@ -351,7 +351,7 @@ impl<'a> Flight<'a> {
 
     /// The soft deadline has passed: asks other copies for what is missing. The slow calls stay
     /// outstanding; whichever answer comes first counts, both have the same bits.
-    fn hedge(&mut self) -> Result<(), ShapeError> {
+    fn hedge(&mut self) -> Result<(), OpError> {
         let mut slow = Vec::new();
         for call in self.outstanding.values_mut().filter(|call| !call.hedged) {
             call.hedged = true;
@@ -367,7 +367,7 @@ impl<'a> Flight<'a> {
         Ok(())
     }
 
-    fn elsewhere(&mut self, pairs: &[u32], tried: &BTreeSet<Rank>) -> Result<(), ShapeError> {
+    fn elsewhere(&mut self, pairs: &[u32], tried: &BTreeSet<Rank>) -> Result<(), OpError> {
         let again = self.other_copies(pairs, tried);
         self.launch(again.into_iter().map(|s| (s, tried.clone())).collect())
     }

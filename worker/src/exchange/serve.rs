@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use foregate_api::ids::{LayerId, Rank};
 use foregate_api::model::ModelSpec;
-use foregate_kernels::{Ops, ShapeError};
+use foregate_kernels::{Ops, OpError};
 use foregate_wire::frame::{Call, RefuseReason, Route};
 use tokio_util::sync::CancellationToken;
 
@@ -154,7 +154,7 @@ impl Server {
         ops: &dyn Ops,
         own: Option<Own<'_>>,
         desk: &mut Desk,
-    ) -> Result<Vec<f32>, ShapeError> {
+    ) -> Result<Vec<f32>, OpError> {
         self.inner.queue.take(&mut desk.jobs);
         self.inner.serve(ops, own, desk)
     }
@@ -168,7 +168,7 @@ impl Server {
         ops: &dyn Ops,
         layer: LayerId,
         desk: &mut Desk,
-    ) -> Result<(), ShapeError> {
+    ) -> Result<(), OpError> {
         self.inner.queue.take_but(layer, &mut desk.jobs);
         self.inner.serve(ops, None, desk).map(drop)
     }
@@ -277,7 +277,7 @@ impl Inner {
         ops: &dyn Ops,
         mut own: Option<Own<'_>>,
         desk: &mut Desk,
-    ) -> Result<Vec<f32>, ShapeError> {
+    ) -> Result<Vec<f32>, OpError> {
         let table = self.parts.residency.snapshot();
         self.refuse_some(&table, &mut desk.jobs);
         let first = own.map(|own| own.layer);
@@ -347,7 +347,7 @@ impl Inner {
         with: usize,
         own: Option<Own<'_>>,
         desk: &mut Desk,
-    ) -> Result<(), ShapeError> {
+    ) -> Result<(), OpError> {
         let jobs = &desk.jobs[..with];
         let spans: Vec<tracing::Span> = jobs.iter().filter_map(span_of).collect();
         let hidden = self.parts.spec.hidden;

@@ -2,7 +2,7 @@
 //! them. Rows of one expert are brought together whoever sent them, which does not change their bits.
 
 use foregate_api::ids::{ExpertId, LayerId};
-use foregate_kernels::{Ops, ShapeError};
+use foregate_kernels::{Ops, OpError};
 use foregate_models::{GroupMemory, run_experts};
 
 use super::plan::Shipment;
@@ -41,7 +41,7 @@ impl Workbench {
         (layer, table): (LayerId, &Resident),
         jobs: &[Job],
         own: Option<Own<'_>>,
-    ) -> Result<(), ShapeError> {
+    ) -> Result<(), OpError> {
         self.gather(hidden, jobs, own);
         let input = match (jobs, own) {
             ([one], None) => one.call.rows.as_slice(),

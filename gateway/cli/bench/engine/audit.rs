@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use foregate_kernels::{
     Add, Attention, Combine, Embed, ExpertFfn, Gate, KvWrite, LogSoftmax, MatMul, Ops, RmsNorm,
-    Rope, Seated, ShapeError, SigmoidScale, SiluMul,
+    Rope, Seated, OpError, SigmoidScale, SiluMul,
 };
 use tokio::time::Instant;
 
@@ -62,8 +62,8 @@ impl Audited {
         &self,
         purpose: Purpose,
         work: impl Into<Spent>,
-        op: impl FnOnce(&dyn Ops) -> Result<(), ShapeError>,
-    ) -> Result<(), ShapeError> {
+        op: impl FnOnce(&dyn Ops) -> Result<(), OpError>,
+    ) -> Result<(), OpError> {
         let since = Instant::now();
         op(self.inner.as_ref())?;
         let time = since.elapsed();
@@ -128,7 +128,7 @@ impl Ops for Audited {
         self.inner.enter()
     }
 
-    fn matmul(&self, op: MatMul<'_>) -> Result<(), ShapeError> {
+    fn matmul(&self, op: MatMul<'_>) -> Result<(), OpError> {
         let bias = op.bias.map_or(0, size_of_val);
         let spent = Spent {
             bytes: op.w.bytes() + bias,
@@ -137,13 +137,13 @@ impl Ops for Audited {
         self.timed(Purpose::Next, spent, |ops| ops.matmul(op))
     }
 
-    fn embed(&self, op: Embed<'_>) -> Result<(), ShapeError> {
+    fn embed(&self, op: Embed<'_>) -> Result<(), OpError> {
         let row = op.table.dtype().bytes(1, op.table.k());
         let bytes = op.ids.len() * row.unwrap_or(0);
         self.timed(Purpose::Rest, bytes, |ops| ops.embed(op))
     }
 
-    fn rms_norm(&self, op: RmsNorm<'_>) -> Result<(), ShapeError> {
+    fn rms_norm(&self, op: RmsNorm<'_>) -> Result<(), OpError> {
         if op.add.is_some() {
             self.timed(Purpose::Residual, 0, |_| Ok(()))?;
         }
@@ -152,48 +152,48 @@ impl Ops for Audited {
         })
     }
 
-    fn rope(&self, op: Rope<'_>) -> Result<(), ShapeError> {
+    fn rope(&self, op: Rope<'_>) -> Result<(), OpError> {
         let norm = op.norm.map_or(0, |norm| size_of_val(norm.weight));
         self.timed(Purpose::Attention, norm, |ops| ops.rope(op))
     }
 
-    fn kv_write(&self, op: KvWrite<'_>) -> Result<(), ShapeError> {
+    fn kv_write(&self, op: KvWrite<'_>) -> Result<(), OpError> {
         self.timed(Purpose::Attention, 0, |ops| ops.kv_write(op))
     }
 
-    fn attention(&self, op: Attention<'_>) -> Result<(), ShapeError> {
+    fn attention(&self, op: Attention<'_>) -> Result<(), OpError> {
         self.timed(Purpose::Attention, context_bytes(&op), |ops| {
             ops.attention(op)
         })
     }
 
-    fn gate(&self, op: Gate<'_>) -> Result<(), ShapeError> {
+    fn gate(&self, op: Gate<'_>) -> Result<(), OpError> {
         self.timed(Purpose::Gate, 0, |ops| ops.gate(op))
     }
 
-    fn expert_ffn(&self, op: ExpertFfn<'_>) -> Result<(), ShapeError> {
+    fn expert_ffn(&self, op: ExpertFfn<'_>) -> Result<(), OpError> {
         self.timed(Purpose::Experts, expert_work(&op), |ops| ops.expert_ffn(op))
     }
 
     /// Its time is that of the exchange, which is measured around all of it.
-    fn combine(&self, op: Combine<'_>) -> Result<(), ShapeError> {
+    fn combine(&self, op: Combine<'_>) -> Result<(), OpError> {
         self.inner.combine(op)
     }
 
-    fn add(&self, op: Add<'_>) -> Result<(), ShapeError> {
+    fn add(&self, op: Add<'_>) -> Result<(), OpError> {
         self.timed(Purpose::Residual, 0, |ops| ops.add(op))
     }
 
-    fn silu_mul(&self, op: SiluMul<'_>) -> Result<(), ShapeError> {
+    fn silu_mul(&self, op: SiluMul<'_>) -> Result<(), OpError> {
         self.timed(Purpose::Experts, 0, |ops| ops.silu_mul(op))
     }
 
-    fn sigmoid_scale(&self, op: SigmoidScale<'_>) -> Result<(), ShapeError> {
+    fn sigmoid_scale(&self, op: SigmoidScale<'_>) -> Result<(), OpError> {
         self.timed(Purpose::Experts, 0, |ops| ops.sigmoid_scale(op))
     }
 
     /// Sampling, after the forward pass.
-    fn log_softmax(&self, op: LogSoftmax<'_>) -> Result<(), ShapeError> {
+    fn log_softmax(&self, op: LogSoftmax<'_>) -> Result<(), OpError> {
         self.inner.log_softmax(op)
     }
 }

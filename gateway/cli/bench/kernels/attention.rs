@@ -1,7 +1,7 @@
 //! Attention over keys and values that were written before.
 
 use foregate_kernels::{
-    Attention, KvCache, KvDtype, KvShape, KvWrite, Ops, PageMap, ShapeError,
+    Attention, KvCache, KvDtype, KvShape, KvWrite, Ops, PageMap, OpError,
 };
 
 use super::Bench;
@@ -22,7 +22,7 @@ struct Written {
     length: usize,
 }
 
-fn failed(error: &ShapeError) -> CliError {
+fn failed(error: &OpError) -> CliError {
     CliError::runtime("keys and values", error)
 }
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use foregate_kernels::ShapeError;
+use foregate_kernels::OpError;
 use tokio::time::Instant;
 
 use crate::error::CliError;
@@ -26,7 +26,7 @@ impl Clock {
     /// Seconds of the best of many passes; each is told its number.
     pub(super) fn best(
         self,
-        mut pass: impl FnMut(usize) -> Result<(), ShapeError>,
+        mut pass: impl FnMut(usize) -> Result<(), OpError>,
     ) -> Result<f64, CliError> {
         let begin = Instant::now();
         let mut best = Duration::MAX;
