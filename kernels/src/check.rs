@@ -3,11 +3,11 @@
 use crate::error::ShapeError;
 use crate::kv::{KvCache, KvShape, PageMap};
 use crate::matrix::Matrix;
-use crate::place::{Extent, Memory};
 use crate::ops::{
     Add, Attention, Combine, Embed, ExpertFfn, Gate, KvWrite, LogSoftmax, MatMul, RmsNorm,
     Rope, SigmoidScale, SiluMul,
 };
+use crate::place::{Extent, Memory};
 
 type Checked = Result<(), ShapeError>;
 
@@ -30,7 +30,12 @@ fn at_least_one(op: &'static str, what: &'static str, got: usize) -> Checked {
 /// A weight that ops on the processor read is in its memory.
 fn here<M: Memory>(op: &'static str, w: &Matrix) -> Checked {
     if M::HERE && w.region().is_some() {
-        return Err(ShapeError::new(op, "weight, bytes in this process", w.bytes(), 0));
+        return Err(ShapeError::new(
+            op,
+            "weight, bytes in this process",
+            w.bytes(),
+            0,
+        ));
     }
     Ok(())
 }
@@ -39,7 +44,12 @@ fn here<M: Memory>(op: &'static str, w: &Matrix) -> Checked {
 fn cache_here<M: Memory>(op: &'static str, kv: &KvCache) -> Checked {
     if M::HERE && kv.region().is_some() {
         let want = kv.shape().page_bytes().unwrap_or(0);
-        return Err(ShapeError::new(op, "kv cache, bytes of a page in this process", want, 0));
+        return Err(ShapeError::new(
+            op,
+            "kv cache, bytes of a page in this process",
+            want,
+            0,
+        ));
     }
     Ok(())
 }
@@ -69,7 +79,12 @@ impl<M: Memory> Embed<'_, M> {
         const OP: &str = "embed";
         here::<M>(OP, self.table)?;
         below(OP, "id below the table's rows", self.table.n(), self.ids)?;
-        ShapeError::check_area(OP, "out", (self.ids.len(), self.table.k()), self.out.extent())
+        ShapeError::check_area(
+            OP,
+            "out",
+            (self.ids.len(), self.table.k()),
+            self.out.extent(),
+        )
     }
 }
 
@@ -99,7 +114,7 @@ impl<M: Memory> Rope<'_, M> {
         let row = self.heads.saturating_mul(self.head_dim);
         ShapeError::check_area(OP, "x", (self.rows, row), self.x.extent())?;
         ShapeError::check(OP, "head_dim", self.table.half * 2, self.head_dim)?;
-        if let Some(norm) = self.norm {
+        if let Some(norm) = &self.norm {
             let width = norm.weight.extent();
             if width == 0 || !row.is_multiple_of(width) {
                 return Err(ShapeError::new(
@@ -231,7 +246,12 @@ impl<M: Memory> Gate<'_, M> {
                 self.top_k,
             ));
         }
-        ShapeError::check_area(OP, "logits", (self.rows, self.experts), self.logits.extent())?;
+        ShapeError::check_area(
+            OP,
+            "logits",
+            (self.rows, self.experts),
+            self.logits.extent(),
+        )?;
         let area = (self.rows, self.top_k);
         ShapeError::check_area(OP, "out_experts", area, self.out_experts.extent())?;
         ShapeError::check_area(OP, "out_weights", area, self.out_weights.extent())

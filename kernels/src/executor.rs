@@ -135,7 +135,8 @@ pub trait Executor: fmt::Debug + Send + Sync {
         bytes: usize,
     ) -> Result<Option<Box<dyn Region>>, OpError>;
     /// A weight of canonical bytes (see [`Dtype`]), laid out as products want it.
-    fn matrix(&self, dtype: Dtype, n: usize, k: usize, bytes: &[u8]) -> Result<Matrix, OpError>;
+    fn matrix(&self, dtype: Dtype, n: usize, k: usize, bytes: &[u8])
+    -> Result<Matrix, OpError>;
     /// Room for keys and values.
     fn kv_cache(&self, shape: KvShape) -> Result<KvCache, OpError>;
     /// Prepares the experts of a layer, by id.
@@ -178,7 +179,12 @@ impl Clamp<'_> {
     /// When it is not; the error names the argument.
     pub fn check(&self) -> Result<(), ShapeError> {
         if self.limit.is_nan() || self.limit < 0.0 {
-            return Err(ShapeError::new("clamp", "limit, not negative and a number", 0, 0));
+            return Err(ShapeError::new(
+                "clamp",
+                "limit, not negative and a number",
+                0,
+                0,
+            ));
         }
         Ok(())
     }
@@ -228,8 +234,7 @@ pub struct OnHost {
 }
 
 /// As [`Matrix::pack`].
-type Pack =
-    Box<dyn Fn(Dtype, usize, usize, &[u8]) -> Result<Matrix, ShapeError> + Send + Sync>;
+type Pack = Box<dyn Fn(Dtype, usize, usize, &[u8]) -> Result<Matrix, ShapeError> + Send + Sync>;
 
 impl OnHost {
     /// Ops whose weights are packed on the calling thread.
@@ -280,7 +285,13 @@ impl Executor for OnHost {
         Ok(None)
     }
 
-    fn matrix(&self, dtype: Dtype, n: usize, k: usize, bytes: &[u8]) -> Result<Matrix, OpError> {
+    fn matrix(
+        &self,
+        dtype: Dtype,
+        n: usize,
+        k: usize,
+        bytes: &[u8],
+    ) -> Result<Matrix, OpError> {
         Ok((self.pack)(dtype, n, k, bytes)?)
     }
 

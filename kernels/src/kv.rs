@@ -259,7 +259,12 @@ impl KvCache {
         }
         let words = self.starts.block(0, 1);
         if self.region().is_some() {
-            return Err(ShapeError::new("copy_page", "words in this process", words, 0));
+            return Err(ShapeError::new(
+                "copy_page",
+                "words in this process",
+                words,
+                0,
+            ));
         }
         let start = from as usize * words;
         self.words_mut()

@@ -8,8 +8,8 @@ use crate::error::OpError;
 use crate::kv::{KEYS, KvCache, KvDtype, PageMap};
 use crate::matrix::Matrix;
 use crate::ops::{
-    Add, Attention, Combine, Embed, ExpertFfn, Gate, KvWrite, LogSoftmax, MatMul, Norm, Ops,
-    RmsNorm, Rope, SigmoidScale, SiluMul,
+    Add, Attention, Combine, Embed, ExpertFfn, Gate, KvWrite, LogSoftmax, MatMul, Ops, RmsNorm,
+    Rope, SigmoidScale, SiluMul,
 };
 
 /// Runs ops slowly and exactly. Not bit-equal to [`crate::Cpu`]: equal within rounding.
@@ -119,10 +119,10 @@ impl Place {
 }
 
 /// A norm in double precision.
-fn normalised<'a>(x: &'a [f32], norm: Norm<'a>) -> impl Iterator<Item = f64> + 'a {
+fn normalised<'a>(x: &'a [f32], weight: &'a [f32], eps: f32) -> impl Iterator<Item = f64> + 'a {
     let squares: f64 = x.iter().map(|x| f64::from(*x).powi(2)).sum();
-    let root = (squares / x.len() as f64 + f64::from(norm.eps)).sqrt();
-    let weights = norm.weight.iter().map(|w| f64::from(*w));
+    let root = (squares / x.len() as f64 + f64::from(eps)).sqrt();
+    let weights = weight.iter().map(|w| f64::from(*w));
     x.iter()
         .zip(weights)
         .map(move |(x, w)| f64::from(*x) / root * w)
@@ -153,12 +153,8 @@ impl Ops for Oracle {
         for (x, add) in op.x.iter_mut().zip(op.add.unwrap_or_default()) {
             *x += add;
         }
-        let norm: Norm<'_> = Norm {
-            weight: op.weight,
-            eps: op.eps,
-        };
         for (x, out) in op.x.chunks_exact(width).zip(op.out.chunks_exact_mut(width)) {
-            for (value, out) in normalised(x, norm).zip(out) {
+            for (value, out) in normalised(x, op.weight, op.eps).zip(out) {
                 *out = value as f32;
             }
         }
@@ -172,7 +168,7 @@ impl Ops for Oracle {
         for (r, x) in op.x.chunks_exact_mut(row).enumerate() {
             if let Some(norm) = op.norm {
                 for part in x.chunks_exact_mut(norm.weight.len()) {
-                    let values: Vec<f64> = normalised(part, norm).collect();
+                    let values: Vec<f64> = normalised(part, norm.weight, norm.eps).collect();
                     for (x, value) in part.iter_mut().zip(values) {
                         *x = value as f32;
                     }

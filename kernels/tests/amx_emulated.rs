@@ -271,7 +271,7 @@ fn experts_have_the_bits_of_the_definition() {
     let x = numbers(400, 40 * hidden);
     let run = |cpu: &Cpu| {
         let mut out = vec![f32::NAN; out_offset * hidden];
-        let op = ExpertFfn {
+        let op: ExpertFfn<'_> = ExpertFfn {
             x: &x,
             hidden,
             groups: &groups,

@@ -23,8 +23,8 @@ use std::sync::{Arc, Mutex};
 use foregate_api::ids::Epoch;
 use foregate_api::model::Family;
 use foregate_kernels::{
-    Add, Attention, Combine, Embed, ExpertFfn, Gate, KvWrite, LogSoftmax, MatMul, Ops, RmsNorm,
-    Rope, OpError, SigmoidScale, SiluMul,
+    Add, Attention, Combine, Embed, ExpertFfn, Gate, KvWrite, LogSoftmax, MatMul, OpError, Ops,
+    RmsNorm, Rope, SigmoidScale, SiluMul,
 };
 use foregate_models::experts::{ExpertBatch, Experts, ExpertsError, LateRows};
 use foregate_wire::frame::TraceContext;
@@ -79,10 +79,7 @@ static COUNTING: Counting = Counting;
 struct Uncounted(Arc<dyn Ops>);
 
 impl Uncounted {
-    fn run(
-        &self,
-        op: impl FnOnce(&dyn Ops) -> Result<(), OpError>,
-    ) -> Result<(), OpError> {
+    fn run(&self, op: impl FnOnce(&dyn Ops) -> Result<(), OpError>) -> Result<(), OpError> {
         PAUSED.set(true);
         let done = op(self.0.as_ref());
         PAUSED.set(false);

@@ -190,7 +190,12 @@ impl Matrix {
         }
         ShapeError::check("row", "out", self.k, out.len())?;
         if self.region().is_some() {
-            return Err(ShapeError::new("row", "bytes in this process", self.bytes(), 0));
+            return Err(ShapeError::new(
+                "row",
+                "bytes in this process",
+                self.bytes(),
+                0,
+            ));
         }
         for (k, value) in out.iter_mut().enumerate() {
             let weight = self.parts(index, k);

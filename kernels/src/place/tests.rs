@@ -88,7 +88,10 @@ fn the_processor_refuses_what_a_device_has() {
         y: x.view(),
     };
     let error = host().add(add).unwrap_err();
-    assert_eq!(error.to_string(), "add: y is in a device's memory, where the processor cannot compute");
+    assert_eq!(
+        error.to_string(),
+        "add: y is in a device's memory, where the processor cannot compute"
+    );
 
     let w = Matrix::on_device(Dtype::F32, 2, 3, far(24)).unwrap();
     assert_eq!((w.bytes(), w.unpack().unwrap()), (24, vec![0; 24]));

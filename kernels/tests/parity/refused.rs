@@ -2,8 +2,8 @@
 
 use foregate_kernels::{
     Add, Attention, Combine, Cpu, Dtype, Embed, ExpertFfn, ExpertGroup, Gate, KvCache, KvShape,
-    KvWrite, LogSoftmax, MatMul, Norm, Ops, Oracle, PageMap, RmsNorm, Rope, RopeTable,
-    OpError, SigmoidScale, SiluMul,
+    KvWrite, LogSoftmax, MatMul, Norm, OpError, Ops, Oracle, PageMap, RmsNorm, Rope, RopeTable,
+    SigmoidScale, SiluMul,
 };
 
 use super::weight;

@@ -93,6 +93,8 @@ fn norm(
         width,
         weight: weight.view(),
         eps: step.spec.norm_eps,
-        out: scratch.normed.sized(step.executor, "a norm", rows * width)?,
+        out: scratch
+            .normed
+            .sized(step.executor, "a norm", rows * width)?,
     })
 }

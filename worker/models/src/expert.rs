@@ -60,7 +60,9 @@ impl ExpertWeights {
         executor: &dyn Executor,
         parts: &ExpertParts<'_>,
     ) -> Result<Self, OpError> {
-        Self::packed(parts, |dtype, n, k, bytes| executor.matrix(dtype, n, k, bytes))
+        Self::packed(parts, |dtype, n, k, bytes| {
+            executor.matrix(dtype, n, k, bytes)
+        })
     }
 
     fn packed<E>(
@@ -87,7 +89,9 @@ impl ExpertWeights {
         layer: LayerId,
         expert: ExpertId,
     ) -> Result<Self, ModelError> {
-        Self::taken(checkpoint, layer, expert, |parts| Ok(Self::from_parts(parts)?))
+        Self::taken(checkpoint, layer, expert, |parts| {
+            Ok(Self::from_parts(parts)?)
+        })
     }
 
     /// As [`ExpertWeights::load`], where `executor` computes.
@@ -122,12 +126,7 @@ impl ExpertWeights {
     /// # Errors
     /// When a device that has them fails.
     pub fn to_canonical(&self) -> Result<Vec<u8>, OpError> {
-        Ok([
-            self.gate.unpack()?,
-            self.up.unpack()?,
-            self.down.unpack()?,
-        ]
-        .concat())
+        Ok([self.gate.unpack()?, self.up.unpack()?, self.down.unpack()?].concat())
     }
 
     /// BLAKE3 of the canonical bytes.

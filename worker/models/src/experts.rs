@@ -94,6 +94,22 @@ pub fn through_host(
     Ok(late)
 }
 
+impl ExpertBatch<'_> {
+    /// The same batch for as long as this one is borrowed: the lifetime of a generic struct does not shorten by itself.
+    #[must_use]
+    pub const fn again(&self) -> ExpertBatch<'_> {
+        ExpertBatch {
+            layer: self.layer,
+            input: self.input,
+            hidden: self.hidden,
+            experts: self.experts,
+            weights: self.weights,
+            top_k: self.top_k,
+            dead: self.dead,
+        }
+    }
+}
+
 impl ExpertBatch<'_, Anywhere> {
     /// The same batch with its values in this process.
     fn here<'b>(

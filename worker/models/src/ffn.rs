@@ -1,8 +1,6 @@
 //! A gated feed-forward: a dense block's second half, or a shared expert.
 
-use foregate_kernels::{
-    Executor, ExpertFfn, ExpertGroup, Matrix, OpError, View, ViewMut,
-};
+use foregate_kernels::{Executor, ExpertFfn, ExpertGroup, Matrix, OpError, View, ViewMut};
 
 /// `down(silu(gate · x) * (up · x))`.
 #[derive(Debug)]

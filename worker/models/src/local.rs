@@ -221,8 +221,8 @@ fn load_all(
                 return Ok(());
             };
             let (layer, expert) = (LayerId(id(at / per_layer)), ExpertId(id(at % per_layer)));
-            let loaded = load(layer, expert)
-                .inspect_err(|_| next.store(count, Ordering::Relaxed))?;
+            let loaded =
+                load(layer, expert).inspect_err(|_| next.store(count, Ordering::Relaxed))?;
             place.get_or_init(|| Arc::new(loaded));
         }
     };

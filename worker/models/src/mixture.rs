@@ -67,7 +67,10 @@ impl Mlp {
         match self {
             Self::Dense(ffn) => {
                 let (executor, x) = (step.executor, scratch.normed.view());
-                let out = scratch.branch.sized(executor, "a branch", scratch.normed.extent())?;
+                let out =
+                    scratch
+                        .branch
+                        .sized(executor, "a branch", scratch.normed.extent())?;
                 ffn.run(executor, x, &scratch.all_rows, out)?;
                 Ok(())
             }
@@ -87,7 +90,9 @@ impl Mixture {
         let spec = step.spec;
         self.choose(step, scratch)?;
         let executor = step.executor;
-        let out = scratch.branch.sized(executor, "a branch", scratch.normed.extent())?;
+        let out = scratch
+            .branch
+            .sized(executor, "a branch", scratch.normed.extent())?;
         let late = experts.run_on(
             executor,
             &ExpertBatch {
@@ -133,7 +138,9 @@ impl Mixture {
             top_k: spec.top_k,
             normalise: spec.norm_top_k,
             out_experts: scratch.chosen.slice_mut(self.choices(step)),
-            out_weights: scratch.weights.sized(executor, "weights of experts", weights)?,
+            out_weights: scratch
+                .weights
+                .sized(executor, "weights of experts", weights)?,
         })
     }
 
@@ -158,7 +165,9 @@ impl SharedExpert {
             rows,
             w: &self.gate,
             bias: None,
-            out: scratch.gate.sized(executor, "a shared expert's gate", rows)?,
+            out: scratch
+                .gate
+                .sized(executor, "a shared expert's gate", rows)?,
         })?;
         executor.sigmoid_scale(SigmoidScale {
             x: scratch.shared.view_mut(),

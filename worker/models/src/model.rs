@@ -257,7 +257,9 @@ impl Weights {
     ) -> Result<(), ModelError> {
         self.embed(step, scratch)?;
         let choices = self.spec.moe_layers() * step.batch.rows() * self.spec.top_k;
-        scratch.chosen.sized(step.executor, "choices of experts", choices)?;
+        scratch
+            .chosen
+            .sized(step.executor, "choices of experts", choices)?;
         for block in &self.blocks {
             block.run(step, kv, experts, scratch, &mut out.dead)?;
         }
@@ -294,7 +296,9 @@ impl Weights {
             x: scratch.stream.view(),
             width: hidden,
             rows: wanted,
-            out: scratch.branch.sized(executor, "rows of logits", rows * hidden)?,
+            out: scratch
+                .branch
+                .sized(executor, "rows of logits", rows * hidden)?,
         })?;
         executor.rms_norm(RmsNorm {
             x: scratch.branch.view_mut(),

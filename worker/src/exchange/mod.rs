@@ -135,6 +135,7 @@ impl Exchange {
         batch: &ExpertBatch<'_>,
         out: &mut [f32],
     ) -> Result<LateRows, ExpertsError> {
+        let batch = &batch.again();
         let failed = |what: String| ExpertsError {
             layer: batch.layer,
             what,

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use foregate_api::ids::{LayerId, Rank};
 use foregate_api::model::ModelSpec;
-use foregate_kernels::{Ops, OpError};
+use foregate_kernels::{OpError, Ops};
 use foregate_wire::frame::{Call, RefuseReason, Route};
 use tokio_util::sync::CancellationToken;
 

@@ -2,7 +2,7 @@
 //! them. Rows of one expert are brought together whoever sent them, which does not change their bits.
 
 use foregate_api::ids::{ExpertId, LayerId};
-use foregate_kernels::{Ops, OpError};
+use foregate_kernels::{OpError, Ops};
 use foregate_models::{GroupMemory, run_experts};
 
 use super::plan::Shipment;

@@ -4,8 +4,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use foregate_kernels::{
-    Add, Attention, Combine, Embed, ExpertFfn, Gate, KvWrite, LogSoftmax, MatMul, Ops, RmsNorm,
-    Rope, Seated, OpError, SigmoidScale, SiluMul,
+    Add, Attention, Combine, Embed, ExpertFfn, Gate, KvWrite, LogSoftmax, MatMul, OpError, Ops,
+    RmsNorm, Rope, Seated, SigmoidScale, SiluMul,
 };
 use tokio::time::Instant;
 

@@ -1,8 +1,6 @@
 //! Attention over keys and values that were written before.
 
-use foregate_kernels::{
-    Attention, KvCache, KvDtype, KvShape, KvWrite, Ops, PageMap, OpError,
-};
+use foregate_kernels::{Attention, KvCache, KvDtype, KvShape, KvWrite, OpError, Ops, PageMap};
 
 use super::Bench;
 use super::figures::Pass;
@@ -22,7 +20,7 @@ struct Written {
     length: usize,
 }
 
-fn failed(error: &OpError) -> CliError {
+fn failed(error: &impl std::error::Error) -> CliError {
     CliError::runtime("keys and values", error)
 }
 

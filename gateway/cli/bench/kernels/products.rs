@@ -1,6 +1,6 @@
 //! Products with weights: linear layers and experts.
 
-use foregate_kernels::{Cpu, Dtype, ExpertFfn, ExpertGroup, MatMul, Matrix, Ops, OpError};
+use foregate_kernels::{Cpu, Dtype, ExpertFfn, ExpertGroup, MatMul, Matrix, OpError, Ops};
 
 use super::clock::Clock;
 use super::figures::Pass;
@@ -20,7 +20,7 @@ pub(super) fn noise(count: usize, seed: u64) -> Vec<f32> {
     (0..count).map(|_| one()).collect()
 }
 
-fn failed(error: &OpError) -> CliError {
+fn failed(error: &impl std::error::Error) -> CliError {
     CliError::runtime("weights", error)
 }
 
