@@ -143,7 +143,7 @@ fn run(c: &mut Criterion) -> Result<(), Failure> {
             let weights = vec![0.25_f32; experts.len()];
             let dead = vec![false; rows];
             let mut out = vec![0.0; input.len()];
-            let batch = ExpertBatch {
+            let batch: ExpertBatch<'_> = ExpertBatch {
                 layer: LayerId(0),
                 input: &input,
                 hidden: spec.hidden,

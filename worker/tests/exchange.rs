@@ -149,7 +149,7 @@ fn run(exchange: &mut Exchange, chosen: &[[u32; 2]]) -> LateRows {
     let input = drawn(5, chosen.len() * spec.hidden);
     let weights = drawn(6, chosen.len() * 2);
     let dead = vec![false; chosen.len()];
-    let batch = ExpertBatch {
+    let batch: ExpertBatch<'_> = ExpertBatch {
         layer: LayerId(2),
         input: &input,
         hidden: spec.hidden,

@@ -397,7 +397,7 @@ fn compare(
         })
         .collect();
     let dead: Vec<bool> = (0..rows).map(|row| row % 7 == 3).collect();
-    let batch = ExpertBatch {
+    let batch: ExpertBatch<'_> = ExpertBatch {
         layer,
         input: &input,
         hidden: spec.hidden,

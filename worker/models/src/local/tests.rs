@@ -66,7 +66,7 @@ fn a_batch_gives_the_bits_of_its_rows_alone_and_leaves_dead_rows_out() {
     let weights = [0.25, 0.75, 0.5, 0.5, 0.125, 0.875, 1.0, 0.0];
     let run = |experts: &mut LocalExperts, rows: std::ops::Range<usize>, dead: &[bool]| {
         let mut out = vec![f32::NAN; rows.len() * hidden];
-        let batch = ExpertBatch {
+        let batch: ExpertBatch<'_> = ExpertBatch {
             layer: LayerId(1),
             input: &input[rows.start * hidden..rows.end * hidden],
             hidden,
@@ -95,7 +95,7 @@ fn a_batch_gives_the_bits_of_its_rows_alone_and_leaves_dead_rows_out() {
 fn a_layer_that_does_not_exist_is_an_error() {
     let (_dir, checkpoint) = tiny(WeightFormat::Float32);
     let mut experts = LocalExperts::load(&checkpoint, Arc::new(Cpu::new(1))).unwrap();
-    let batch = ExpertBatch {
+    let batch: ExpertBatch<'_> = ExpertBatch {
         layer: LayerId(3),
         input: &[],
         hidden: 32,
@@ -116,7 +116,7 @@ proptest! {
     ) {
         let top_k = 2;
         let pairs = &experts[..experts.len() / top_k * top_k];
-        let batch = ExpertBatch {
+        let batch: ExpertBatch<'_> = ExpertBatch {
             layer: LayerId(0),
             input: &[],
             hidden: 0,
