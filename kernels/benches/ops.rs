@@ -88,7 +88,7 @@ fn matmul(c: &mut Criterion) {
                     b.iter(|| {
                         next = (next + 1) % weights.len();
                         let (x, w) = (&x[..], &weights[next]);
-                        let op = MatMul {
+                        let op: MatMul<'_> = MatMul {
                             x,
                             rows,
                             w,
@@ -149,7 +149,7 @@ fn expert_ffn(c: &mut Criterion) {
                     });
                     out_offset += rows.len();
                 }
-                let op = ExpertFfn {
+                let op: ExpertFfn<'_> = ExpertFfn {
                     x: &x,
                     hidden,
                     groups: &groups,

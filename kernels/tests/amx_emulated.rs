@@ -116,7 +116,7 @@ fn weight(values: &[f32], n: usize, k: usize) -> Matrix {
 fn product(cpu: &Cpu, x: &[f32], w: &Matrix, bias: Option<&[f32]>) -> Vec<f32> {
     let rows = x.len() / w.k();
     let mut out = vec![f32::NAN; rows * w.n()];
-    let op = MatMul {
+    let op: MatMul<'_> = MatMul {
         x,
         rows,
         w,

@@ -83,7 +83,7 @@ impl Sequence {
         })
         .unwrap();
         let range = rows.start * wide..rows.end * wide;
-        let attention = Attention {
+        let attention: Attention<'_> = Attention {
             q: &self.q[range.clone()],
             heads: s.kv_heads * s.group,
             scale: 1.0 / (s.head_dim as f32).sqrt(),
@@ -207,7 +207,7 @@ fn each_alone(dtype: KvDtype) {
             .flat_map(|(s, p)| [&a, &b][*s].q[p * width..(p + 1) * width].to_vec())
             .collect();
         let mut out = vec![f32::NAN; q.len()];
-        let op = Attention {
+        let op: Attention<'_> = Attention {
             q: &q,
             heads: shape.kv_heads * shape.group,
             scale: 1.0 / 32_f32.sqrt(),

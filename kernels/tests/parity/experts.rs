@@ -71,7 +71,7 @@ fn an_expert_is_two_products_an_activation_and_a_product() {
         for cpu in cpus() {
             let product = |x: &[f32], w: &Matrix| {
                 let mut out = vec![f32::NAN; rows * w.n()];
-                let op = MatMul {
+                let op: MatMul<'_> = MatMul {
                     x,
                     rows,
                     w,
@@ -82,7 +82,7 @@ fn an_expert_is_two_products_an_activation_and_a_product() {
                 out
             };
             let (mut gate, up) = (product(&x, &expert[0].gate), product(&x, &expert[0].up));
-            let op = SiluMul {
+            let op: SiluMul<'_> = SiluMul {
                 gate: &mut gate,
                 up: &up,
             };
@@ -170,7 +170,7 @@ proptest! {
         let mut ids: Vec<Vec<u32>> = Vec::new();
         judge(1e-5, "gate", |ops| {
             let (mut chosen, mut weights) = (vec![0; rows * top_k], vec![0.0; rows * top_k]);
-            let op = Gate {
+            let op: Gate<'_> = Gate {
                 logits: &logits, rows, experts, top_k, normalise,
                 out_experts: &mut chosen, out_weights: &mut weights,
             };

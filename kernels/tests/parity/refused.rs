@@ -69,7 +69,7 @@ fn dense_ops() {
             }),
             "up",
         );
-        let scale = SigmoidScale {
+        let scale: SigmoidScale<'_> = SigmoidScale {
             x: &mut [0.0; 5],
             logits: &[0.0; 2],
             width: 2,
@@ -88,7 +88,7 @@ fn dense_ops() {
         };
         refused(ops.log_softmax(softmax), "width");
         let weight = &[0.0; 3];
-        let norm = RmsNorm {
+        let norm: RmsNorm<'_> = RmsNorm {
             x: &mut [0.0; 4],
             add: None,
             rows: 2,
@@ -98,7 +98,7 @@ fn dense_ops() {
             out: &mut [0.0; 4],
         };
         refused(ops.rms_norm(norm), "weight");
-        let norm = RmsNorm {
+        let norm: RmsNorm<'_> = RmsNorm {
             x: &mut [0.0; 4],
             add: Some(&[0.0; 3]),
             rows: 2,
