@@ -1,6 +1,6 @@
 //! Attention over keys and values that were written before.
 
-use foregate_kernels::{Attention, KvCache, KvDtype, KvShape, KvWrite, OpError, Ops, PageMap};
+use foregate_kernels::{Attention, KvCache, KvDtype, KvShape, KvWrite, Ops, PageMap};
 
 use super::Bench;
 use super::figures::Pass;

@@ -1,6 +1,6 @@
 //! Products with weights: linear layers and experts.
 
-use foregate_kernels::{Cpu, Dtype, ExpertFfn, ExpertGroup, MatMul, Matrix, OpError, Ops};
+use foregate_kernels::{Cpu, Dtype, ExpertFfn, ExpertGroup, MatMul, Matrix, Ops};
 
 use super::clock::Clock;
 use super::figures::Pass;
