@@ -17,7 +17,7 @@ const MARGIN: u32 = 56;
 /// Width of a letter of the legend, and of the gap after a word.
 const LETTER: f64 = 6.2;
 const GAP: f64 = 14.0;
-const COLOURS: [RGBColor; 9] = [
+const COLOURS: [RGBColor; 10] = [
     RGBColor(150, 150, 150),
     RGBColor(200, 170, 90),
     RGBColor(220, 120, 60),
@@ -27,6 +27,7 @@ const COLOURS: [RGBColor; 9] = [
     RGBColor(180, 110, 180),
     RGBColor(40, 130, 80),
     RGBColor(190, 50, 70),
+    RGBColor(70, 70, 70),
 ];
 
 /// One bar: its height, and the thin line of the lowest and the highest seed.

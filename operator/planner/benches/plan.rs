@@ -5,35 +5,22 @@
 
 #![expect(clippy::expect_used, reason = "a bench fails by panicking")]
 
+#[path = "../tests/dice/mod.rs"]
+mod dice;
+#[path = "../tests/dice/mixed.rs"]
+mod mixed;
+
 use criterion::{Criterion, criterion_group, criterion_main};
 use foregate_api::ids::{LayerId, Rank};
 use foregate_planner::split::{SplitTable, Splitter};
 use foregate_planner::{History, Problem, RankSlots, Settings, initial, plan};
 
+use dice::Dice;
+
 const LAYERS: usize = 58;
 const EXPERTS: usize = 256;
 const RANKS: u32 = 64;
 const SLOTS: usize = 5;
-
-struct Dice(u64);
-
-impl Dice {
-    /// Uniform in (0, 1), by SplitMix64.
-    fn uniform(&mut self) -> f64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        ((z ^ (z >> 31)) >> 11) as f64 / (1_u64 << 53) as f64 + 1e-12
-    }
-
-    /// Log-normal with σ = 0.55, about that of a mixed load.
-    fn load(&mut self) -> f64 {
-        let (u, v) = (self.uniform(), self.uniform());
-        let normal = (-2.0 * u.ln()).sqrt() * (std::f64::consts::TAU * v).cos();
-        (0.55 * normal).exp()
-    }
-}
 
 fn problem(layers: usize) -> Problem {
     let mut dice = Dice(1);
@@ -44,7 +31,7 @@ fn problem(layers: usize) -> Problem {
     });
     Problem {
         demand: (0..layers)
-            .map(|_| (0..EXPERTS).map(|_| 1000.0 * dice.load()).collect())
+            .map(|_| (0..EXPERTS).map(|_| 1000.0 * dice.mixed()).collect())
             .collect(),
         batch_rows: f64::from(RANKS) * 512.0,
         ..Problem::uniform(ranks.collect(), layers, EXPERTS)
@@ -67,7 +54,7 @@ fn bench(c: &mut Criterion) {
     let table = SplitTable::new(&placement, LayerId(0)).expect("there is a layer 0");
     let mut dice = Dice(3);
     // A batch of 64 tokens a rank, top-8: 128 rows per expert on average.
-    let rows: Vec<u32> = (0..EXPERTS).map(|_| (128.0 * dice.load()) as u32).collect();
+    let rows: Vec<u32> = (0..EXPERTS).map(|_| (128.0 * dice.mixed()) as u32).collect();
     let base = vec![0.0; RANKS as usize];
     let mut splitter = Splitter::new();
     c.bench_function("split one layer, 64 ranks x 5 slots, 256 experts", |b| {

@@ -5,12 +5,13 @@
 
 use foregate_api::placement::LayerPlacement;
 
+use crate::face::{Copies, Face};
 use crate::layer::{Layer, Operation};
 use crate::pour::{RELAXATION, pour};
 use crate::problem::Room;
 
-/// Sweeps between two looks at the certificate.
-const ROUND: usize = 8;
+/// Sweeps between two exact steps.
+const ROUND: usize = 4;
 
 /// A copy's share of its expert as it is published: even if the expert has no load.
 pub(crate) fn share(rows: f64, all: f64, copies: usize) -> f32 {
@@ -37,8 +38,10 @@ pub(crate) struct Flow {
     /// Experts with several copies, in the order in which they are poured.
     shared: Vec<u32>,
     level: Vec<f64>,
-    order: Vec<(f64, u32)>,
+    face: Face,
+    order: Vec<(u64, u32)>,
     at: Vec<u32>,
+    own: Vec<f64>,
     inside: Vec<f64>,
 }
 
@@ -310,12 +313,23 @@ impl Flow {
         }
     }
 
-    /// Sweeps until the maximum is within `1 + gap` of the certificate, at most `sweeps` times. Returns the
-    /// certificate and the sweeps made.
+    /// Sweeps and exact steps until the maximum is within `1 + gap` of the certificate, at most `sweeps` sweeps. Returns
+    /// the certificate and the sweeps made.
     pub(crate) fn settle(&mut self, w: &[f64], sweeps: usize, gap: f64) -> (f64, usize) {
+        self.settle_below(f64::INFINITY, w, sweeps, gap)
+    }
+
+    /// The same, but given up as soon as the certificate is not below `enough`.
+    pub(crate) fn settle_below(
+        &mut self,
+        enough: f64,
+        w: &[f64],
+        sweeps: usize,
+        gap: f64,
+    ) -> (f64, usize) {
         let mut certificate = self.certificate(w);
         let mut done = 0;
-        while done < sweeps && self.max() > (1.0 + gap) * certificate {
+        while done < sweeps && certificate < enough && self.max() > (1.0 + gap) * certificate {
             let round = ROUND.min(sweeps - done);
             for i in 1..=round {
                 // The last of a round is exact: nothing is left above its level for the sake of speed.
@@ -323,12 +337,24 @@ impl Flow {
                 self.sweep(w, i % 2 == 0, relaxation);
             }
             done += round;
+            self.straighten();
             certificate = certificate.max(self.certificate(w));
         }
         (certificate, done)
     }
 
-    /// See [`crate::bound::certificate`].
+    /// See [`Face::level`].
+    fn straighten(&mut self) {
+        let copies = Copies {
+            start: &self.start,
+            count: &self.count,
+            host: &self.host,
+            shared: &self.shared,
+        };
+        self.face.level(copies, &mut self.rows, &mut self.loads);
+    }
+
+    /// A lower bound on the maximum load of any split of this placement ([`crate::bound::certificate`]).
     pub(crate) fn certificate(&mut self, w: &[f64]) -> f64 {
         self.tight(w).0
     }
@@ -336,30 +362,31 @@ impl Flow {
     /// The certificate, and how many of the most loaded ranks set it; [`Self::ranks_by_load`] tells which.
     pub(crate) fn tight(&mut self, w: &[f64]) -> (f64, usize) {
         self.order.clear();
-        self.order.extend(
-            self.loads
-                .iter()
-                .enumerate()
-                .map(|(g, load)| (*load, g as u32)),
-        );
-        self.order
-            .sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+        // Loads are not negative, and then their bits are in order.
+        let key = |(g, load): (usize, &f64)| (!load.max(0.0).to_bits(), g as u32);
+        self.order.extend(self.loads.iter().enumerate().map(key));
+        self.order.sort_unstable();
         self.at.resize(self.loads.len(), 0);
         for (at, (_, g)) in self.order.iter().enumerate() {
             self.at[*g as usize] = at as u32;
         }
+        // What is not of shared experts stays where it is.
+        self.own.clone_from(&self.loads);
         self.inside.clear();
         self.inside.resize(self.loads.len(), 0.0);
-        for (e, rows) in w.iter().enumerate() {
-            let start = self.start[e] as usize;
-            let hosts = &self.host[start..start + self.count[e] as usize];
-            if let Some(last) = hosts.iter().map(|g| self.at[*g as usize]).max() {
-                self.inside[last as usize] += rows;
+        for e in &self.shared {
+            let span = self.span(*e as usize);
+            let mut last = 0;
+            for place in span {
+                let g = self.host[place] as usize;
+                self.own[g] -= self.rows[place];
+                last = last.max(self.at[g]);
             }
+            self.inside[last as usize] += w[*e as usize];
         }
         let (mut sum, mut bound, mut size) = (0.0, 0.0, 0);
-        for (j, rows) in self.inside.iter().enumerate() {
-            sum += rows;
+        for (j, (_, g)) in self.order.iter().enumerate() {
+            sum += self.inside[j] + self.own[*g as usize];
             let mean = sum / (j + 1) as f64;
             if mean > bound {
                 (bound, size) = (mean, j + 1);

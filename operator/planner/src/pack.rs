@@ -37,6 +37,76 @@ pub(crate) fn pack(w: &[f64], counts: &[usize], room: &Room) -> Packed {
     Packed { layer, deferred }
 }
 
+/// The same where every expert is to be in two domains.
+///
+/// Heaviest first, the two copies of an expert would come to the two lightest ranks, which then weigh the same and are
+/// the next expert's two as well: pairs of ranks that hold the same, and no split levels pairs. So all first copies are
+/// packed, then all second ones, each in another domain, on the rank that will weigh the least if the domain of the first
+/// is lost; then the rest.
+pub(crate) fn pack_twice(w: &[f64], counts: &[usize], room: &Room) -> Packed {
+    let mut twice = Twice {
+        layer: Layer::empty(room.slots.len(), w.len()),
+        loads: vec![0.0; room.slots.len()],
+        inherits: vec![0.0; room.slots.len() * room.domains],
+        room,
+    };
+    let mut deferred = 0;
+    let per_copy = |e: usize| w[e] / counts[e].max(1) as f64;
+    let mut order: Vec<usize> = (0..w.len()).collect();
+    order.sort_by(|a, b| per_copy(*b).total_cmp(&per_copy(*a)).then(a.cmp(b)));
+    let most = counts.iter().copied().max().unwrap_or(0);
+    for copy in 0..most {
+        for e in order.iter().copied().filter(|e| counts[*e] > copy) {
+            if !twice.place(e, per_copy(e)) {
+                deferred += 1;
+            }
+        }
+    }
+    let mut layer = twice.layer;
+    fill(&mut layer, w, room);
+    Packed { layer, deferred }
+}
+
+struct Twice<'a> {
+    layer: Layer,
+    loads: Vec<f64>,
+    /// `inherits[d · ranks + g]`: what g carries of experts whose only other copy is in domain d.
+    inherits: Vec<f64>,
+    room: &'a Room,
+}
+
+impl Twice<'_> {
+    /// Gives e one more copy of this load; whether a rank had room.
+    fn place(&mut self, e: usize, load: f64) -> bool {
+        let (ranks, domain) = (self.loads.len(), &self.room.domain);
+        let first = match *self.layer.hosts(e) {
+            [first] => Some(first),
+            _ => None,
+        };
+        let fit = |g: usize| first.is_none_or(|first| domain[g] != domain[first]);
+        let once_lost: Vec<f64> = match first {
+            Some(first) => {
+                let inherits = &self.inherits[domain[first] * ranks..];
+                self.loads.iter().zip(inherits).map(|(x, y)| x + y).collect()
+            }
+            None => self.loads.clone(),
+        };
+        let slots = &self.room.slots;
+        let elsewhere = roomiest(&self.layer, slots, &once_lost, e, fit);
+        let anywhere = || roomiest(&self.layer, slots, &self.loads, e, |_| true);
+        let Some(g) = elsewhere.or_else(anywhere) else {
+            return false;
+        };
+        if let Some(first) = first {
+            self.inherits[domain[first] * ranks + g] += load;
+            self.inherits[domain[g] * ranks + first] += load;
+        }
+        self.layer.add(g, e);
+        self.loads[g] += load;
+        true
+    }
+}
+
 /// Packs the experts of each node (a failure domain), every one once, onto its ranks.
 pub(crate) fn pack_into(w: &[f64], nodes: &[Vec<usize>], room: &Room) -> Layer {
     let mut counts = vec![0_u32; w.len()];

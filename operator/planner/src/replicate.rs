@@ -3,9 +3,9 @@
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
-/// A non-negative finite load with a total order.
+/// A load with a total order, as a heap needs it.
 #[derive(Debug, Clone, Copy, PartialEq)]
-struct Load(f64);
+pub struct Load(pub f64);
 
 impl Eq for Load {}
 

@@ -6,11 +6,9 @@
 //! there (one). Their effect on X is exact and costs no solve; the most promising are then solved, going on from the
 //! split at hand, under all loads that the homes shall be good for.
 
-use std::ops::RangeInclusive;
-
 use crate::cover;
 use crate::flow::Flow;
-use crate::layer::{Layer, Operation, least};
+use crate::layer::{Layer, Operation, Place, least};
 use crate::problem::Room;
 use crate::solve::{SOLVE_GAP, SOLVE_SWEEPS};
 
@@ -128,18 +126,58 @@ impl<'a> Splits<'a> {
         self.flows.swap_remove(0)
     }
 
-    fn become_like(&mut self, other: &Self, under: RangeInclusive<usize>) {
-        for k in under {
-            self.flows[k].become_like(&other.flows[k]);
-        }
+    /// Becomes what `from` is after an operation, under one load: the score there, if it is below `most`.
+    fn attempt(
+        &mut self,
+        from: &Self,
+        layer: &Layer,
+        op: Operation,
+        k: usize,
+        most: f64,
+    ) -> Option<f64> {
+        let (flow, w) = (&mut self.flows[k], &self.loads[k]);
+        flow.become_like(&from.flows[k]);
+        flow.follow(layer, op, w);
+        flow.settle_below(most * self.means[k], w, SWEEPS, GAP);
+        let score = self.score_under(k);
+        (score < most).then_some(score)
     }
 
-    fn follow(&mut self, layer: &Layer, op: Operation, under: RangeInclusive<usize>) {
-        for k in under {
-            let (flow, w) = (&mut self.flows[k], &self.loads[k]);
-            flow.follow(layer, op, w);
-            flow.settle(w, SWEEPS, GAP);
+    /// The same under all loads: the sum of the scores, if it is below `most`.
+    fn attempt_all(
+        &mut self,
+        from: &Self,
+        layer: &Layer,
+        op: Operation,
+        sets: &[Set<'_>],
+        most: f64,
+    ) -> Option<f64> {
+        // What is still to come is at least the bound of its set.
+        let mut sum = bounds(sets, layer, op).sum::<f64>();
+        for (k, bound) in bounds(sets, layer, op).enumerate() {
+            sum -= bound;
+            sum += self.attempt(from, layer, op, k, most - sum)?;
         }
+        (sum < most).then_some(sum)
+    }
+
+    fn sets(&mut self, layer: &Layer) -> Vec<Set<'a>> {
+        let mut sets = Vec::with_capacity(self.flows.len());
+        for (k, flow) in self.flows.iter_mut().enumerate() {
+            let (bound, size) = flow.tight(&self.loads[k]);
+            let mut inside = vec![false; layer.ranks()];
+            let first = flow.ranks_by_load().take(size);
+            first.for_each(|g| inside[g] = true);
+            sets.push(Set {
+                k,
+                w: &self.loads[k],
+                mean: self.means[k],
+                inside,
+                size: size as f64,
+                rows: bound * size as f64,
+            });
+        }
+        sets
     }
 
     /// Puts copies back into the layer's order.
@@ -160,152 +198,239 @@ pub(crate) fn search(
     effort: Effort,
 ) {
     let most_components = layer.components();
-    let (mut trial, mut best) = (splits.clone(), splits.clone());
+    let mut work: Option<(Splits<'_>, Splits<'_>)> = None;
     for _ in 0..effort.rounds {
         if splits.expected() >= effort.enough {
             return;
         }
-        let score = splits.score();
         let spare = effort.limit as isize - layer.moved_from(origin) as isize;
+        let worst = splits.worst();
+        let sets = splits.sets(layer);
+        let most = sets.len() as f64 * (splits.score() - effort.gain);
         let fits = |op: &Operation| {
-            cover::allows(room, layer, *op) && layer.components_after(*op) <= most_components
+            bounds(&sets, layer, *op).sum::<f64>() < most
+                && cover::allows(room, layer, *op)
+                && layer.components_after(*op) <= most_components
         };
-        let tries = candidates(layer, origin, splits, spare)
+        let tries: Vec<Operation> = candidates(layer, origin, splits, &sets[worst], spare)
             .into_iter()
             .filter(fits)
-            .take(effort.tries);
-        // Under the load that sets the pace first, and the best of these under all.
-        let worst = splits.worst();
-        let mut promising: Vec<(f64, Operation)> = tries
-            .map(|op| {
-                trial.become_like(splits, worst..=worst);
-                trial.follow(layer, op, worst..=worst);
-                (trial.score_under(worst), op)
-            })
+            .take(effort.tries)
             .collect();
+        if tries.is_empty() {
+            return;
+        }
+        let (trial, best) = work.get_or_insert_with(|| (splits.clone(), splits.clone()));
+        // Under the load that sets the pace first, and the best of these under all.
+        let under_worst = |op: Operation| {
+            let others: f64 = bounds(&sets, layer, op)
+                .enumerate()
+                .map(|(k, bound)| if k == worst { 0.0 } else { bound })
+                .sum();
+            let got = trial.attempt(splits, layer, op, worst, most - others)?;
+            Some((got, op))
+        };
+        let mut promising: Vec<(f64, Operation)> =
+            tries.into_iter().filter_map(under_worst).collect();
         promising.sort_by(least);
         promising.truncate(effort.finals);
         let mut found: Option<(f64, Operation)> = None;
-        let all = 0..=splits.flows.len() - 1;
         for (_, op) in promising {
-            trial.become_like(splits, all.clone());
-            trial.follow(layer, op, all.clone());
-            let got = trial.score();
-            if got < score - effort.gain && found.is_none_or(|(least, _)| got < least) {
+            let most = found.map_or(most, |(least, _)| least);
+            if let Some(got) = trial.attempt_all(splits, layer, op, &sets, most) {
                 found = Some((got, op));
-                std::mem::swap(&mut best, &mut trial);
+                std::mem::swap(best, trial);
             }
         }
         let Some((_, op)) = found else {
             return;
         };
+        drop(sets);
         layer.apply(op);
-        std::mem::swap(splits, &mut best);
+        std::mem::swap(splits, best);
         splits.sort(layer);
     }
 }
 
-/// The set that sets the pace under one load.
-struct Pace<'a> {
-    layer: &'a Layer,
-    flow: &'a Flow,
+/// The set of ranks that sets the pace under one load.
+struct Set<'a> {
+    k: usize,
     w: &'a [f64],
+    /// Mean load of all ranks.
+    mean: f64,
     inside: Vec<bool>,
     /// Ranks of the set.
     size: f64,
     /// Rows of experts held only inside.
     rows: f64,
-    /// Ranks of each rank's level: those that rows can still flow to.
-    level: Vec<f64>,
 }
 
-/// Operations that let rows out of the set that sets the pace, the most promising first.
+impl Set<'_> {
+    /// Overload that no split gets below after an operation.
+    fn bound(&self, layer: &Layer, op: Operation) -> f64 {
+        let change = match op {
+            Operation::Swap { from, to } => {
+                let (e, f) = (layer.slots(from.0)[from.1], layer.slots(to.0)[to.1]);
+                self.carried(layer, e, from.0, to.0) + self.carried(layer, f, to.0, from.0)
+            }
+            Operation::Overwrite { at, .. } if self.inside[at.0] => 0.0,
+            Operation::Overwrite { expert, at } => {
+                let f = layer.slots(at.0)[at.1];
+                let goes = self.holds(layer, expert, at.0);
+                let comes = self.holds(layer, f, at.0);
+                f64::from(u8::from(comes)) * self.w[f]
+                    - f64::from(u8::from(goes)) * self.w[expert]
+            }
+        };
+        ((self.rows + change) / (self.size * self.mean)).max(1.0)
+    }
+
+    /// Rows that come into the set if the copy of e on `from` goes to `to`.
+    fn carried(&self, layer: &Layer, e: usize, from: usize, to: usize) -> f64 {
+        if self.inside[from] == self.inside[to] || !self.holds(layer, e, from) {
+            0.0
+        } else if self.inside[to] {
+            self.w[e]
+        } else {
+            -self.w[e]
+        }
+    }
+
+    /// Whether all copies of e are inside, that on g apart.
+    fn holds(&self, layer: &Layer, e: usize, g: usize) -> bool {
+        layer.hosts(e).iter().all(|q| *q == g || self.inside[*q])
+    }
+}
+
+/// Overload under each load that no split gets below after an operation.
+fn bounds<'a>(
+    sets: &'a [Set<'_>],
+    layer: &'a Layer,
+    op: Operation,
+) -> impl Iterator<Item = f64> + 'a {
+    sets.iter().map(move |set| set.bound(layer, op))
+}
+
+/// A slot outside of the set that sets the pace.
+struct Outside {
+    at: Place,
+    expert: usize,
+    /// Whether its expert has other copies.
+    redundant: bool,
+    /// Rows that come into the set if its copy does.
+    comes: f64,
+    /// Level of its rank without the rows that its copy carries, if these leave all ranks of that level.
+    without: f64,
+    /// Ranks of that level: those that rows can still flow to.
+    ranks: f64,
+    /// Level of these ranks and the set together.
+    together: f64,
+}
+
+/// Operations that let rows out of the set that sets the pace, the most promising first: by the level that they promise,
+/// which is that of what is left in the set, or of both sides together, whichever is higher.
 fn candidates(
     layer: &Layer,
     origin: &Layer,
-    splits: &mut Splits<'_>,
+    splits: &Splits<'_>,
+    set: &Set<'_>,
     spare: isize,
 ) -> Vec<Operation> {
-    let k = splits.worst();
-    let (w, mean) = (&splits.loads[k], splits.means[k]);
-    let (bound, size) = splits.flows[k].tight(w);
-    let flow = &splits.flows[k];
-    let mut inside = vec![false; layer.ranks()];
-    flow.ranks_by_load()
-        .take(size)
-        .for_each(|g| inside[g] = true);
-    let pace = Pace {
-        level: levels(layer, flow),
-        layer,
-        flow,
-        w,
-        inside,
-        size: size as f64,
-        rows: bound * size as f64,
-    };
-    let mut found: Vec<(f64, Operation)> = Vec::new();
-    for g in (0..layer.ranks()).filter(|g| pace.inside[*g]) {
-        for (s, &e) in layer.slots(g).iter().enumerate() {
-            if !layer.hosts(e).iter().all(|q| pace.inside[*q]) {
+    let outside = outside(layer, &splits.flows[set.k], set);
+    let mut found = Promising::default();
+    let held = |e: &usize| layer.hosts(*e).iter().all(|g| set.inside[*g]);
+    for e in (0..layer.experts()).filter(held) {
+        let (w, hosts) = (set.w[e], layer.hosts(e));
+        for to in &outside {
+            let out = w - to.comes;
+            let left = (set.rows - out) / set.size;
+            if out <= 0.0 || !found.takes(left / set.mean) {
                 continue;
             }
-            for h in (0..layer.ranks()).filter(|h| !pace.inside[*h]) {
-                for t in 0..layer.slots(h).len() {
-                    pace.offer((g, s), (h, t), |v, op| {
-                        let cost = layer.cost(origin, op);
-                        if cost <= spare {
-                            found.push((v / mean + PER_COPY * cost as f64, op));
-                        }
-                    });
+            let mut offer = |level: f64, op: Operation| {
+                let promised = left.max(level) / set.mean;
+                if found.takes(promised) {
+                    let cost = layer.cost(origin, op);
+                    if cost <= spare {
+                        found.push(promised + PER_COPY * cost as f64, op);
+                    }
                 }
+            };
+            // Alone all of e goes, and what its new rank had of the other.
+            let there = if hosts.len() == 1 {
+                to.without + w / to.ranks
+            } else {
+                to.together
+            };
+            for g in hosts.iter().filter(|g| !layer.has(**g, to.expert)) {
+                if let Some(s) = layer.slots(*g).iter().position(|x| *x == e) {
+                    let (from, to) = ((*g, s), to.at);
+                    offer(there, Operation::Swap { from, to });
+                }
+            }
+            if to.redundant {
+                let (expert, at) = (e, to.at);
+                offer(to.together, Operation::Overwrite { expert, at });
             }
         }
     }
-    let order = |a: &(f64, Operation), b: &(f64, Operation)| least(a, b);
-    if found.len() > PROMISING {
-        found.select_nth_unstable_by(PROMISING, order);
-        found.truncate(PROMISING);
-    }
-    found.sort_unstable_by(order);
-    found.into_iter().map(|(_, op)| op).collect()
+    found.sorted()
 }
 
-impl Pace<'_> {
-    /// The operations that bring the copy at `from`, in the set, to the slot `to` outside, with the level that they
-    /// promise: that of what is left in the set, or of both sides together, whichever is higher.
-    fn offer(
-        &self,
-        from: (usize, usize),
-        to: (usize, usize),
-        mut take: impl FnMut(f64, Operation),
-    ) {
-        let Self { layer, w, .. } = self;
-        let ((g, s), (h, t)) = (from, to);
-        let (e, f) = (layer.slots(g)[s], layer.slots(h)[t]);
-        let comes_in = layer.hosts(f).iter().all(|q| *q == h || self.inside[*q]);
-        let out = w[e] - if comes_in { w[f] } else { 0.0 };
-        if out <= 0.0 || layer.has(h, e) {
-            return;
+fn outside(layer: &Layer, flow: &Flow, set: &Set<'_>) -> Vec<Outside> {
+    let levels = levels(layer, flow);
+    let ranks = (0..layer.ranks()).filter(|h| !set.inside[*h]);
+    let of = |h: usize| {
+        let (load, ranks) = (flow.loads[h], levels[h]);
+        let together = (set.rows + load * ranks) / (set.size + ranks);
+        layer.slots(h).iter().enumerate().map(move |(t, &f)| Outside {
+            at: (h, t),
+            expert: f,
+            redundant: layer.count(f) > 1,
+            comes: if set.holds(layer, f, h) { set.w[f] } else { 0.0 },
+            without: load - flow.rows_on(f, h) / ranks,
+            ranks,
+            together,
+        })
+    };
+    ranks.flat_map(of).collect()
+}
+
+/// The [`PROMISING`] operations of the least values.
+#[derive(Default)]
+struct Promising {
+    found: Vec<(f64, Operation)>,
+    /// What more than enough are not above.
+    most: Option<f64>,
+}
+
+impl Promising {
+    /// Whether an operation that promises a level may be one of them: it takes back two copies at best.
+    fn takes(&self, promised: f64) -> bool {
+        self.most.is_none_or(|most| promised - 2.0 * PER_COPY <= most)
+    }
+
+    fn push(&mut self, value: f64, op: Operation) {
+        if self.most.is_none_or(|most| value <= most) {
+            self.found.push((value, op));
+            if self.found.len() >= 4 * PROMISING {
+                self.cut();
+            }
         }
-        let left = (self.rows - out) / self.size;
-        let (level, ranks) = (self.flow.loads[h], self.level[h]);
-        let together = (self.rows + level * ranks) / (self.size + ranks);
-        if !layer.has(g, f) {
-            let there = if layer.count(e) == 1 {
-                // All of e goes, and what h had of f.
-                level + (w[e] - self.flow.rows_on(f, h)) / ranks
-            } else {
-                together
-            };
-            take(left.max(there), Operation::Swap { from, to });
+    }
+
+    fn cut(&mut self) {
+        if self.found.len() > PROMISING {
+            self.found.select_nth_unstable_by(PROMISING - 1, least);
+            self.found.truncate(PROMISING);
+            self.most = self.found.last().map(|(value, _)| *value);
         }
-        // An overwrite does not depend on which copy of e is looked at.
-        if layer.count(f) > 1 && layer.hosts(e).first() == Some(&g) {
-            take(
-                left.max(together),
-                Operation::Overwrite { expert: e, at: to },
-            );
-        }
+    }
+
+    fn sorted(mut self) -> Vec<Operation> {
+        self.cut();
+        self.found.sort_unstable_by(least);
+        self.found.into_iter().map(|(_, op)| op).collect()
     }
 }
 

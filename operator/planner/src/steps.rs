@@ -11,7 +11,7 @@ use crate::cover;
 use crate::flow::Flow;
 use crate::improve::improve;
 use crate::layer::Layer;
-use crate::pack::{fill, pack, pack_into};
+use crate::pack::{fill, pack, pack_into, pack_twice};
 use crate::problem::Room;
 use crate::relabel::relabel;
 use crate::repair::repair;
@@ -76,7 +76,11 @@ pub(crate) fn from_scratch<'a>(
 ) -> Homes<'a> {
     let w = &loads[0];
     let counts = counts(w, room.total(), room.ranks.len(), floor(room));
-    let packed = pack(w, &counts, room);
+    let packed = if floor(room) > 1 {
+        pack_twice(w, &counts, room)
+    } else {
+        pack(w, &counts, room)
+    };
     let most_copies = counts.iter().copied().max().unwrap_or(0);
     let mut steps = vec![Step::Pack {
         most_copies,

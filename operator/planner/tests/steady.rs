@@ -5,6 +5,10 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod dice;
+#[path = "dice/mixed.rs"]
+mod mixed;
+
 use foregate_api::ids::Rank;
 use foregate_api::load::{EngineLoad, LoadWindow};
 use foregate_api::placement::{Placement, Reason};
@@ -12,33 +16,18 @@ use foregate_planner::demand::Demand;
 use foregate_planner::split::balance;
 use foregate_planner::{History, Problem, RankSlots, Settings, initial, plan};
 
+use dice::Dice;
+
 const LAYERS: usize = 4;
 const EXPERTS: usize = 32;
 const RANKS: u32 = 4;
 /// Three more than link all ranks: shares alone follow most drift.
 const SLOTS: usize = 12;
 
-struct Dice(u64);
-
 impl Dice {
-    /// Uniform in (0, 1), by SplitMix64 (Steele, Lea, Flood 2014).
-    fn uniform(&mut self) -> f64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        ((z ^ (z >> 31)) >> 11) as f64 / (1_u64 << 53) as f64 + 1e-12
-    }
-
-    /// A mix: log-normal weights with σ = 0.55, about the spread of a mixed load.
     fn mix(&mut self) -> Mix {
-        let mut weight = |_| {
-            let (u, v) = (self.uniform(), self.uniform());
-            let normal = (-2.0 * u.ln()).sqrt() * (std::f64::consts::TAU * v).cos();
-            (0.55 * normal).exp()
-        };
         (0..LAYERS)
-            .map(|_| (0..EXPERTS).map(&mut weight).collect())
+            .map(|_| (0..EXPERTS).map(|_| self.mixed()).collect())
             .collect()
     }
 

@@ -2,6 +2,8 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod dice;
+
 use std::collections::BTreeSet;
 
 use foregate_api::ids::{ExpertId, LayerId, Rank};
@@ -13,18 +15,10 @@ use foregate_planner::{
 };
 use proptest::prelude::*;
 
-/// Loads with the spread of real ones, by SplitMix64 (Steele, Lea, Flood 2014).
-struct Dice(u64);
+use dice::Dice;
 
+/// Loads with the spread of real ones.
 impl Dice {
-    fn uniform(&mut self) -> f64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        ((z ^ (z >> 31)) >> 11) as f64 / (1_u64 << 53) as f64
-    }
-
     /// From 1 to 10,000, few of them large; some nought.
     fn load(&mut self) -> f64 {
         let x = self.uniform();

@@ -4,25 +4,9 @@
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
+use foregate_planner::Load;
+
 use crate::homes::Slots;
-
-/// A load with a total order.
-#[derive(Debug, Clone, Copy, PartialEq)]
-struct Load(f64);
-
-impl Eq for Load {}
-
-impl PartialOrd for Load {
-    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl Ord for Load {
-    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
-        self.0.total_cmp(&other.0)
-    }
-}
 
 /// The cluster that EPLB places on.
 #[derive(Debug, Clone, Copy)]

@@ -37,13 +37,15 @@ pub enum Policy {
     FlashLike10,
     /// The operator's first plan, never moved.
     ConnectedOnce,
+    /// The operator's first plan, made afresh every step: what its homes could be if copies cost nothing.
+    ConnectedStep,
     /// The operator's planner with its trigger.
     ConnectedLazy,
 }
 
 impl Policy {
     /// All, anchors first.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::InOrder,
         Self::EplbOnce,
         Self::Eplb10,
@@ -52,6 +54,7 @@ impl Policy {
         Self::EplbHierarchical10,
         Self::FlashLike10,
         Self::ConnectedOnce,
+        Self::ConnectedStep,
         Self::ConnectedLazy,
     ];
 
@@ -67,6 +70,7 @@ impl Policy {
             Self::EplbHierarchical10 => "eplb-hierarchical-10",
             Self::FlashLike10 => "flashlb-like-10",
             Self::ConnectedOnce => "connected-once",
+            Self::ConnectedStep => "connected-step",
             Self::ConnectedLazy => "connected-lazy",
         }
     }
@@ -89,7 +93,10 @@ impl Policy {
     }
 
     const fn is_ours(self) -> bool {
-        matches!(self, Self::ConnectedOnce | Self::ConnectedLazy)
+        matches!(
+            self,
+            Self::ConnectedOnce | Self::ConnectedStep | Self::ConnectedLazy
+        )
     }
 }
 
@@ -102,11 +109,13 @@ pub enum Forecast {
     Topics,
     /// The step's expected load, with an error of its own for each expert.
     Noisy,
+    /// The step's expected load: nobody knows it, and so it bounds what knowing is worth.
+    Exact,
 }
 
 impl Forecast {
     /// All.
-    pub const ALL: [Self; 3] = [Self::Off, Self::Topics, Self::Noisy];
+    pub const ALL: [Self; 4] = [Self::Off, Self::Topics, Self::Noisy, Self::Exact];
 
     /// Name on the command line.
     #[must_use]
@@ -115,6 +124,7 @@ impl Forecast {
             Self::Off => "off",
             Self::Topics => "topics",
             Self::Noisy => "noisy",
+            Self::Exact => "exact",
         }
     }
 }
@@ -214,7 +224,7 @@ impl Arm {
                 anchor(shape, &seen.sum(EVERY), false)
             }
             Policy::FlashLike10 => flash(seen.last(EVERY), None, shape),
-            Policy::ConnectedOnce | Policy::ConnectedLazy => {
+            Policy::ConnectedOnce | Policy::ConnectedStep | Policy::ConnectedLazy => {
                 let problem = problem(case, seen, &[]);
                 let first = plan(&problem, None, &case.settings, &mut history)?;
                 let placed = first.placement().cloned();
@@ -252,6 +262,11 @@ impl Arm {
                 Some(flash(seen.last(EVERY), Some(&self.placement), shape))
             }
             Policy::EplbStep => Some(anchor(shape, &seen.sum(1), false)),
+            Policy::ConnectedStep => {
+                let problem = problem(case, seen, &[]);
+                let fresh = plan(&problem, None, &case.settings, &mut History::default())?;
+                fresh.placement().cloned()
+            }
             Policy::ConnectedLazy => {
                 let problem = problem(case, seen, &[]);
                 let before = Some(&self.placement);

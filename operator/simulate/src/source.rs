@@ -93,6 +93,7 @@ fn generated(load: &mut Generator, forecast: Forecast, t: usize) -> Step {
             Forecast::Off => None,
             Forecast::Topics => Some(load.forecast_topics()),
             Forecast::Noisy => Some(load.forecast_noisy()),
+            Forecast::Exact => Some(load.expected()),
         },
         decode: (0..batches).map(|_| load.decode()).collect(),
         prefill: judged.then(|| load.prefill()),
