@@ -54,7 +54,9 @@ fn bench(c: &mut Criterion) {
     let table = SplitTable::new(&placement, LayerId(0)).expect("there is a layer 0");
     let mut dice = Dice(3);
     // A batch of 64 tokens a rank, top-8: 128 rows per expert on average.
-    let rows: Vec<u32> = (0..EXPERTS).map(|_| (128.0 * dice.mixed()) as u32).collect();
+    let rows: Vec<u32> = (0..EXPERTS)
+        .map(|_| (128.0 * dice.mixed()) as u32)
+        .collect();
     let base = vec![0.0; RANKS as usize];
     let mut splitter = Splitter::new();
     c.bench_function("split one layer, 64 ranks x 5 slots, 256 experts", |b| {

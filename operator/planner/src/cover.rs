@@ -76,10 +76,15 @@ pub(crate) fn allows(room: &Room, layer: &Layer, op: Operation) -> bool {
         }
         Operation::Overwrite { expert, at } => {
             let f = layer.slots(at.0)[at.1];
-            let left = layer.hosts(f).iter().copied().filter(|g| *g != at.0);
-            lack(room, left) <= lacks(room, layer, f) && allows_copy(room, layer, expert, at.0)
+            allows_loss(room, layer, f, at.0) && allows_copy(room, layer, expert, at.0)
         }
     }
+}
+
+/// Whether the copy of e on g may go without another in its place.
+pub(crate) fn allows_loss(room: &Room, layer: &Layer, e: usize, g: usize) -> bool {
+    let left = layer.hosts(e).iter().copied().filter(|q| *q != g);
+    !room.stay && lack(room, left) <= lacks(room, layer, e)
 }
 
 /// Whether a further copy of e may go to g: two copies in one domain cover nothing.

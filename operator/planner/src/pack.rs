@@ -42,7 +42,7 @@ pub(crate) fn pack(w: &[f64], counts: &[usize], room: &Room) -> Packed {
 /// Heaviest first, the two copies of an expert would come to the two lightest ranks, which then weigh the same and are
 /// the next expert's two as well: pairs of ranks that hold the same, and no split levels pairs. So all first copies are
 /// packed, then all second ones, each in another domain, on the rank that will weigh the least if the domain of the first
-/// is lost; then the rest.
+/// is lost, if that can be one that shares no expert with the first one's rank yet; then the rest.
 pub(crate) fn pack_twice(w: &[f64], counts: &[usize], room: &Room) -> Packed {
     let mut twice = Twice {
         layer: Layer::empty(room.slots.len(), w.len()),
@@ -84,17 +84,27 @@ impl Twice<'_> {
             _ => None,
         };
         let fit = |g: usize| first.is_none_or(|first| domain[g] != domain[first]);
+        // Two ranks that share two experts have no use of the second link, and a hot expert's ranks no room for it.
+        let meets = |g: usize| {
+            let held = first.map_or(&[][..], |first| self.layer.slots(first));
+            held.iter().any(|x| self.layer.has(g, *x))
+        };
         let once_lost: Vec<f64> = match first {
             Some(first) => {
                 let inherits = &self.inherits[domain[first] * ranks..];
-                self.loads.iter().zip(inherits).map(|(x, y)| x + y).collect()
+                self.loads
+                    .iter()
+                    .zip(inherits)
+                    .map(|(x, y)| x + y)
+                    .collect()
             }
             None => self.loads.clone(),
         };
         let slots = &self.room.slots;
-        let elsewhere = roomiest(&self.layer, slots, &once_lost, e, fit);
+        let new = roomiest(&self.layer, slots, &once_lost, e, |g| fit(g) && !meets(g));
+        let elsewhere = || roomiest(&self.layer, slots, &once_lost, e, fit);
         let anywhere = || roomiest(&self.layer, slots, &self.loads, e, |_| true);
-        let Some(g) = elsewhere.or_else(anywhere) else {
+        let Some(g) = new.or_else(elsewhere).or_else(anywhere) else {
             return false;
         };
         if let Some(first) = first {

@@ -212,11 +212,12 @@ pub(crate) fn search(
                 && cover::allows(room, layer, *op)
                 && layer.components_after(*op) <= most_components
         };
-        let tries: Vec<Operation> = candidates(layer, origin, splits, &sets[worst], spare)
-            .into_iter()
-            .filter(fits)
-            .take(effort.tries)
-            .collect();
+        let tries: Vec<Operation> =
+            candidates(layer, origin, room, splits, &sets[worst], spare)
+                .into_iter()
+                .filter(fits)
+                .take(effort.tries)
+                .collect();
         if tries.is_empty() {
             return;
         }
@@ -315,7 +316,7 @@ fn bounds<'a>(
 struct Outside {
     at: Place,
     expert: usize,
-    /// Whether its expert has other copies.
+    /// Whether its expert has other copies, and enough of them for its cover.
     redundant: bool,
     /// Rows that come into the set if its copy does.
     comes: f64,
@@ -332,11 +333,12 @@ struct Outside {
 fn candidates(
     layer: &Layer,
     origin: &Layer,
+    room: &Room,
     splits: &Splits<'_>,
     set: &Set<'_>,
     spare: isize,
 ) -> Vec<Operation> {
-    let outside = outside(layer, &splits.flows[set.k], set);
+    let outside = outside(layer, room, &splits.flows[set.k], set);
     let mut found = Promising::default();
     let held = |e: &usize| layer.hosts(*e).iter().all(|g| set.inside[*g]);
     for e in (0..layer.experts()).filter(held) {
@@ -377,21 +379,29 @@ fn candidates(
     found.sorted()
 }
 
-fn outside(layer: &Layer, flow: &Flow, set: &Set<'_>) -> Vec<Outside> {
+fn outside(layer: &Layer, room: &Room, flow: &Flow, set: &Set<'_>) -> Vec<Outside> {
     let levels = levels(layer, flow);
     let ranks = (0..layer.ranks()).filter(|h| !set.inside[*h]);
     let of = |h: usize| {
         let (load, ranks) = (flow.loads[h], levels[h]);
         let together = (set.rows + load * ranks) / (set.size + ranks);
-        layer.slots(h).iter().enumerate().map(move |(t, &f)| Outside {
-            at: (h, t),
-            expert: f,
-            redundant: layer.count(f) > 1,
-            comes: if set.holds(layer, f, h) { set.w[f] } else { 0.0 },
-            without: load - flow.rows_on(f, h) / ranks,
-            ranks,
-            together,
-        })
+        layer
+            .slots(h)
+            .iter()
+            .enumerate()
+            .map(move |(t, &f)| Outside {
+                at: (h, t),
+                expert: f,
+                redundant: layer.count(f) > 1 && cover::allows_loss(room, layer, f, h),
+                comes: if set.holds(layer, f, h) {
+                    set.w[f]
+                } else {
+                    0.0
+                },
+                without: load - flow.rows_on(f, h) / ranks,
+                ranks,
+                together,
+            })
     };
     ranks.flat_map(of).collect()
 }
@@ -407,7 +417,8 @@ struct Promising {
 impl Promising {
     /// Whether an operation that promises a level may be one of them: it takes back two copies at best.
     fn takes(&self, promised: f64) -> bool {
-        self.most.is_none_or(|most| promised - 2.0 * PER_COPY <= most)
+        self.most
+            .is_none_or(|most| promised - 2.0 * PER_COPY <= most)
     }
 
     fn push(&mut self, value: f64, op: Operation) {
