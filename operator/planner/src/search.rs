@@ -30,7 +30,7 @@ pub(crate) struct Effort {
 }
 
 /// Relative gap to the certificate, and most sweeps, of the splits that candidates are judged by.
-const GAP: f64 = 1e-3;
+const GAP: f64 = 2e-4;
 const SWEEPS: usize = 16;
 /// Weight of the variance of the loads in the score: progress where several sets are equally bad.
 const SPREAD: f64 = 0.5;

@@ -119,7 +119,8 @@ fn polish<'a>(
     };
     for _ in 0..MOST_POLISH {
         homes.publish(loads);
-        if homes.splits.expected() >= settings.threshold {
+        let covered = cover::open(room, &homes.layer).next().is_none();
+        if covered && homes.splits.expected() >= settings.threshold {
             break;
         }
         let Some(mut better) = lazy(&homes, room, loads, settings, LEAST_GAIN) else {
