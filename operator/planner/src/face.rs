@@ -246,7 +246,7 @@ mod tests {
         };
         let (mut rows, mut loads) = (vec![10.0, 10.0, 10.0, 10.0], vec![100.0, 20.0, 10.0]);
         Face::default().level(copies, &mut rows, &mut loads);
-        assert_eq!(rows[..2], [0.0, 20.0]);
+        assert!(rows[0] < 1e-9 && (rows[1] - 20.0).abs() < 1e-9, "{rows:?}");
         assert!((loads[0] - 90.0).abs() < 1e-9, "{loads:?}");
         assert!((loads[1] - 20.0).abs() < 1e-9, "{loads:?}");
         assert!((loads[2] - 20.0).abs() < 1e-9, "{loads:?}");
