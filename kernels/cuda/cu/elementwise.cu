@@ -1,7 +1,7 @@
 // One value in, one value out; and rows taken from a table.
 //
 // Memory-bound. Floor = bytes / bandwidth; bytes counted per value: add and silu_mul 12 (two read, one written), round_bf16 6,
-// sigmoid_scale, gather and embed_f32 8, embed_bf16 6. FLOP: 1 for add, about 25 for silu and sigmoid: far below the ridge.
+// clamp, sigmoid_scale, gather and embed_f32 8, embed_bf16 6. FLOP: 1 for add, about 25 for silu and sigmoid: far below the ridge.
 #include "lib/device.cuh"
 #include "lib/math.cuh"
 #include "lib/vector.cuh"
@@ -46,6 +46,16 @@ extern "C" __global__ void __launch_bounds__(256) fg_round_bf16(const float* x, 
         store_rounded(out + i, load_four(x + i, count - i), count - i);
 }
 
+// What is not a number stays so.
+extern "C" __global__ void __launch_bounds__(256) fg_clamp(float* x, float limit, uint64_t count) {
+    for (uint64_t i = first_of_thread(); i < count; i += stride_of_grid()) {
+        Four a = load_four(x + i, count - i);
+#pragma unroll
+        for (uint32_t j = 0; j < 4; ++j) a.of[j] = a.of[j] > limit ? limit : a.of[j] < -limit ? -limit : a.of[j];
+        store_four(x + i, a, count - i);
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(256) fg_sigmoid_scale(float* x, const float* logits, uint32_t width) {
     const float factor = sigmoid(logits[blockIdx.x]);
     float* row = x + static_cast<uint64_t>(blockIdx.x) * width;
@@ -75,5 +85,5 @@ extern "C" __global__ void __launch_bounds__(256)
     copy_row(out + static_cast<uint64_t>(blockIdx.x) * width, table + static_cast<uint64_t>(ids[blockIdx.x]) * width, width);
 }
 
-FAMILY(elementwise, ENTRY(fg_add, 256), ENTRY(fg_silu_mul, 256), ENTRY(fg_round_bf16, 256),
+FAMILY(elementwise, ENTRY(fg_add, 256), ENTRY(fg_silu_mul, 256), ENTRY(fg_round_bf16, 256), ENTRY(fg_clamp, 256),
        ENTRY(fg_sigmoid_scale, 256), ENTRY(fg_gather_rows, 256), ENTRY(fg_embed_bf16, 256), ENTRY(fg_embed_f32, 256))

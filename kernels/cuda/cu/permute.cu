@@ -36,6 +36,15 @@ __device__ inline uint32_t sum_before(uint32_t x, uint32_t& total, ScanShared& s
 
 } // namespace
 
+// Counts are integers: their sum has no order.
+extern "C" __global__ void __launch_bounds__(256)
+    fg_expert_counts(const uint32_t* experts, uint32_t choices, uint32_t* counts, uint32_t groups) {
+    for (uint32_t choice = blockIdx.x * THREADS + threadIdx.x; choice < choices; choice += gridDim.x * THREADS) {
+        const uint32_t expert = experts[choice];
+        if (expert < groups) atomicAdd(&counts[expert], 1u);
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(256)
     fg_expert_offsets(const uint32_t* counts, uint32_t groups, uint32_t* offsets) {
     SHARED(ScanShared, shared);
@@ -109,4 +118,5 @@ extern "C" __global__ void __launch_bounds__(256)
     }
 }
 
-FAMILY(permute, ENTRY(fg_expert_offsets, 256), ENTRY(fg_permute, 256), ENTRY(fg_tiles, 256), ENTRY(fg_combine, 256))
+FAMILY(permute, ENTRY(fg_expert_counts, 256), ENTRY(fg_expert_offsets, 256), ENTRY(fg_permute, 256), ENTRY(fg_tiles, 256),
+       ENTRY(fg_combine, 256))

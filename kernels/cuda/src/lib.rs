@@ -3,11 +3,36 @@
 //! Everything here compiles without CUDA: the driver is opened at run time. Feature `cuda` makes `build.rs` call nvcc and
 //! embed the kernels; without it [`FATBINS`] is empty and there is no device to use. The kernels' logic runs on the
 //! CPU in tests, by the crate in `emulate/`.
+//!
+//! [`Cuda`] is the executor that a model walks on; what runs its kernels is a [`Driver`]: a [`Card`], or in tests the
+//! emulator. Start reading at `executor/mod.rs`, then `kernel.rs`.
 #![expect(unsafe_code, reason = "the driver is a C library")]
 
+mod driver;
+mod executor;
 mod fatbins;
+mod kernel;
+mod real;
+mod region;
+mod staged;
 
+use std::sync::Arc;
+
+use foregate_kernels::Executor;
+
+pub use driver::{ALIGN, Arg, Driver, DriverError, Launch, MemoryInfo, NO_MEMORY};
+pub use executor::{Cuda, cache_bytes};
 pub use fatbins::{FATBINS, Fatbin};
+pub use real::{Card, NoDevice};
+pub use staged::Staged;
+
+/// The card with this number, to walk on.
+///
+/// # Errors
+/// When there is none that can run the kernels; the text says what helps.
+pub fn open(ordinal: u32) -> Result<Arc<dyn Executor>, NoDevice> {
+    Ok(Arc::new(Cuda::new(Arc::new(Card::open(ordinal)?))))
+}
 
 /// Whether the driver's library can be opened. Nothing else of the driver may be touched before: its bindings panic
 /// where there is no library.

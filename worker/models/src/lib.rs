@@ -30,5 +30,5 @@ pub use expert::{
     ExpertRows, ExpertWeights, GroupMemory, combine, run_expert_rows, run_experts,
 };
 pub use local::{ExpertGroups, LocalExperts};
-pub use model::{Model, WeakModel};
+pub use model::{Model, WeakModel, kv_shape};
 pub use reuse::emptied;

@@ -150,15 +150,7 @@ impl Model {
     /// Sizes of a cache for this model.
     #[must_use]
     pub fn kv_shape(&self, pages: usize, page_tokens: usize) -> KvShape {
-        let spec = self.spec();
-        KvShape {
-            layers: spec.layers,
-            pages,
-            page_tokens,
-            kv_heads: spec.kv_heads,
-            head_dim: spec.head_dim,
-            dtype: kv_dtype(spec.kv_format()),
-        }
+        kv_shape(self.spec(), pages, page_tokens)
     }
 
     /// Takes a batch through the model. Rows that `experts` lost walk on with whatever stands in their
@@ -350,6 +342,19 @@ impl Weights {
             }
         }
         Ok(())
+    }
+}
+
+/// Sizes of a cache for a model.
+#[must_use]
+pub fn kv_shape(spec: &ModelSpec, pages: usize, page_tokens: usize) -> KvShape {
+    KvShape {
+        layers: spec.layers,
+        pages,
+        page_tokens,
+        kv_heads: spec.kv_heads,
+        head_dim: spec.head_dim,
+        dtype: kv_dtype(spec.kv_format()),
     }
 }
 
