@@ -60,6 +60,9 @@ struct KubernetesArgs {
     /// Image of pods whose manifest names none.
     #[arg(long, value_name = "IMAGE", requires = "kubernetes")]
     image: Option<String>,
+    /// Image of workers on cards whose manifest names none. Default: that of --image, which then is one for cards.
+    #[arg(long, value_name = "IMAGE", requires = "kubernetes")]
+    cuda_image: Option<String>,
     /// Watch this namespace only.
     #[arg(long, value_name = "NS", requires = "kubernetes")]
     namespace: Option<String>,
@@ -145,6 +148,7 @@ async fn lead(
     let etcd_tls = args.etcd_tls();
     let keys = roles::store_keys(etcd_tls.as_ref())?;
     let store = roles::connect_etcd(&args.etcd, keys.as_ref()).await?;
+    let image = args.image.unwrap_or_default();
     let identity = args.identity.or_else(|| environment::variable("HOSTNAME"));
     let deps = KubeDeps {
         client,
@@ -153,7 +157,8 @@ async fn lead(
         deployment: args.deployment,
         identity: identity.unwrap_or_else(|| format!("operator-{}", std::process::id())),
         defaults: Defaults {
-            image: args.image.unwrap_or_default(),
+            cuda_image: args.cuda_image.unwrap_or_else(|| image.clone()),
+            image,
             etcd: args.etcd,
             etcd_tls,
         },

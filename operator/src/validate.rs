@@ -11,8 +11,8 @@ use foregate_api::cpu::{CpuPath, Pinning};
 use foregate_api::ids::Rank;
 use foregate_api::limits;
 use foregate_api::manifest::{
-    API_VERSION, AutoscalingSpec, BalancingSpec, EconomySpec, GatewaySpec, KIND, Manifest,
-    ModelSource, PodsSpec, Quantity, ResourcesSpec, RoutingPolicy, WorkersSpec,
+    API_VERSION, AutoscalingSpec, BalancingSpec, DeviceClass, EconomySpec, GatewaySpec, KIND,
+    Manifest, ModelSource, PodsSpec, Quantity, ResourcesSpec, RoutingPolicy, WorkersSpec,
 };
 use foregate_api::member::Duty;
 use foregate_api::node::EconomyConfig;
@@ -92,6 +92,8 @@ pub enum Threads {
 pub struct ValidatedWorkers {
     /// Number of workers.
     pub count: u32,
+    /// What they compute on.
+    pub device: DeviceClass,
     /// Workers that take sequences and hold no experts: the first ranks. Fewer than `count`.
     pub attention_only: u32,
     /// Workers that hold experts and take no sequences: the ranks after those. Fewer than `count`.
@@ -122,6 +124,8 @@ pub struct ValidatedWorkers {
     pub domains: Vec<String>,
     /// Label of nodes that tells failure domains apart.
     pub domain_label: String,
+    /// Image of their pods; `None`: the one of all pods.
+    pub image: Option<String>,
     /// What a pod asks for.
     pub resources: Resources,
 }
@@ -342,10 +346,12 @@ fn workers(checks: &mut Checks, spec: WorkersSpec) -> ValidatedWorkers {
         exchange_deadline_ms,
         domains,
         domain_label,
+        image,
         resources,
     } = spec;
     let count = checks.range(&limits::COUNT, count);
-    checks.device(device.unwrap_or_default());
+    let device = device.unwrap_or_default();
+    checks.device(device);
     let attention_only = checks.range(&limits::ATTENTION_ONLY, attention_only);
     let expert_only = checks.range(&limits::EXPERT_ONLY, expert_only);
     checks.duties(count, attention_only, expert_only);
@@ -366,6 +372,7 @@ fn workers(checks: &mut Checks, spec: WorkersSpec) -> ValidatedWorkers {
     checks.must("spec.workers.domainLabel", &domain_label, checks::label_key);
     ValidatedWorkers {
         count,
+        device,
         attention_only,
         expert_only,
         redundancy,
@@ -382,6 +389,7 @@ fn workers(checks: &mut Checks, spec: WorkersSpec) -> ValidatedWorkers {
         exchange_deadline_ms: checks.range(&limits::EXCHANGE_DEADLINE_MS, exchange_deadline_ms),
         domains: checks.domains(domains, count),
         domain_label,
+        image,
         resources,
     }
 }

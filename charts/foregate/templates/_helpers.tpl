@@ -47,6 +47,11 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{ .Values.image.repository }}:{{ default .Chart.AppVersion .Values.image.tag }}
 {{- end }}
 
+{{- define "foregate.cudaImage" -}}
+{{- $tag := default .Chart.AppVersion .Values.image.tag }}
+{{- .Values.image.repository }}:{{ default (printf "%s-cuda" $tag) .Values.image.cudaTag }}
+{{- end }}
+
 {{- /* URLs of etcd, one a line: of one's own, or of every member, so that a lost one does not cut anybody off. */}}
 {{- define "foregate.etcd.urls" -}}
 {{- if and .Values.etcd.tls.secretName (not .Values.etcd.external) }}

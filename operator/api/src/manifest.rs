@@ -168,6 +168,10 @@ pub struct WorkersSpec {
     /// Label of nodes that tells failure domains apart, default `kubernetes.io/hostname`. Only for Kubernetes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub domain_label: Option<String>,
+    /// Image of the workers' pods. Default: `pods.image`, and without it the operator's: with `device: cuda` its image
+    /// for cards, else its own. Only for Kubernetes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image: Option<String>,
     /// What a worker's pod asks for. `foregate up` does not look at it.
     #[serde(default)]
     pub resources: ResourcesSpec,
@@ -384,7 +388,8 @@ pub struct EconomySpec {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct PodsSpec {
-    /// Image of all roles; default: the operator's own.
+    /// Image of all roles, but for workers that `workers.image` names one for; default: the operator's own, and that for
+    /// cards for workers with `device: cuda`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image: Option<String>,
     /// When a node pulls the image; default: as Kubernetes decides by its tag.

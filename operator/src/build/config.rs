@@ -49,16 +49,17 @@ pub(super) fn config_map(
     })
 }
 
-/// A pod of one container, as restricted as it can be: not root, nothing to write to but volumes, no rights, no token of
+/// The image of pods that have none of their own.
+pub(super) fn image<'a>(pods: &'a PodsSpec, defaults: &'a Defaults) -> &'a str {
+    pods.image.as_deref().unwrap_or(&defaults.image)
+}
+
+/// A pod of one container, whose image also fetches the model, as restricted as it can be: not root, nothing to write to but volumes, no rights, no token of
 /// the API.
-pub(super) fn pod(
-    pods: &PodsSpec,
-    source: &Source,
-    container: Container,
-    defaults: &Defaults,
-) -> PodSpec {
+pub(super) fn pod(pods: &PodsSpec, source: &Source, container: Container) -> PodSpec {
     let init = source.fetch().map(|(arguments, env)| {
-        let mut init = self::container("fetch", arguments, pods, defaults);
+        let image = container.image.clone().unwrap_or_default();
+        let mut init = self::container("fetch", arguments, pods, &image);
         init.env.get_or_insert_default().extend(env);
         let mounts = init.volume_mounts.get_or_insert_default();
         mounts.extend(source.mounts(true));
@@ -100,12 +101,12 @@ pub(super) fn pod(
     }
 }
 
-/// A container of our image.
+/// A container of one of our images.
 pub(super) fn container(
     name: &str,
     arguments: Vec<String>,
     pods: &PodsSpec,
-    defaults: &Defaults,
+    image: &str,
 ) -> Container {
     let own = pods.env.iter().map(|(name, value)| EnvVar {
         name: name.clone(),
@@ -114,7 +115,7 @@ pub(super) fn container(
     });
     Container {
         name: name.to_owned(),
-        image: Some(pods.image.clone().unwrap_or_else(|| defaults.image.clone())),
+        image: Some(image.to_owned()),
         image_pull_policy: pods
             .image_pull_policy
             .map(|policy| policy.name().to_owned()),

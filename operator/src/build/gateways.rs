@@ -109,7 +109,7 @@ fn spec(inputs: &Inputs<'_>, source: &Source) -> PodSpec {
         "gateway",
         arguments.map(str::to_owned).to_vec(),
         pods,
-        inputs.defaults,
+        config::image(pods, inputs.defaults),
     );
     container.ports = Some(vec![ContainerPort {
         name: Some("http".to_owned()),
@@ -126,7 +126,7 @@ fn spec(inputs: &Inputs<'_>, source: &Source) -> PodSpec {
         }),
         ..Lifecycle::default()
     });
-    let mut spec = config::pod(pods, source, container, inputs.defaults);
+    let mut spec = config::pod(pods, source, container);
     config::with_node_file(&mut spec, &name(inputs));
     certificates::with_keys(inputs, TlsRole::Gateway, &mut spec);
     certificates::with_etcd_keys(inputs, &mut spec);

@@ -33,8 +33,9 @@ pub(crate) fn inspector(owner: &Owner, cluster: &ValidatedCluster, defaults: &De
         "--out".to_owned(),
         "/dev/termination-log".to_owned(),
     ];
-    let container = config::container("inspect", arguments, &cluster.pods, defaults);
-    let mut spec = config::pod(&cluster.pods, &source, container, defaults);
+    let image = config::image(&cluster.pods, defaults);
+    let container = config::container("inspect", arguments, &cluster.pods, image);
+    let mut spec = config::pod(&cluster.pods, &source, container);
     spec.restart_policy = Some("OnFailure".to_owned());
     let mut metadata = owner.meta(format!("{}-inspect", owner.name), Component::Inspector);
     let key = source_key(cluster);

@@ -70,6 +70,8 @@ impl Component {
 pub struct Defaults {
     /// Image of pods whose manifest names none: the operator's own.
     pub image: String,
+    /// The same for workers that compute on cards.
+    pub cuda_image: String,
     /// etcd's client URLs.
     pub etcd: Vec<String>,
     /// The operator's own files with keys of a client of etcd, where its URLs are https. Pods get copies.

@@ -1,6 +1,6 @@
 use std::path::Path;
 
-use foregate_api::manifest::Manifest;
+use foregate_api::manifest::{DeviceClass, Manifest};
 use foregate_api::model::ModelFacts;
 
 use super::*;
@@ -15,6 +15,9 @@ const FACTS: ModelFacts = ModelFacts {
     dense_bytes: 1 << 20,
 };
 
+const IMAGE: &str = "ghcr.io/foregate/foregate:0.1.0";
+const CUDA_IMAGE: &str = "ghcr.io/foregate/foregate:0.1.0-cuda";
+
 fn owner(name: &str) -> Owner {
     Owner {
         name: name.to_owned(),
@@ -24,10 +27,21 @@ fn owner(name: &str) -> Owner {
 }
 
 fn prepared(manifest: Manifest, slots: &BTreeMap<Rank, u32>) -> Prepared {
+    prepared_with(manifest, slots, |_| ())
+}
+
+/// With a change after the validation.
+fn prepared_with(
+    manifest: Manifest,
+    slots: &BTreeMap<Rank, u32>,
+    change: impl FnOnce(&mut ValidatedCluster),
+) -> Prepared {
     let owner = owner(&manifest.metadata.name);
-    let cluster = validate(manifest).unwrap();
+    let mut cluster = validate(manifest).unwrap();
+    change(&mut cluster);
     let defaults = Defaults {
-        image: "ghcr.io/foregate/foregate:0.1.0".to_owned(),
+        image: IMAGE.to_owned(),
+        cuda_image: CUDA_IMAGE.to_owned(),
         etcd: vec!["http://foregate-etcd.foregate.svc:2379".to_owned()],
         etcd_tls: None,
     };
@@ -81,7 +95,8 @@ fn objects_of_the_examples_are_as_recorded() {
         let inspector = {
             let cluster = validate(manifest.clone()).unwrap();
             let defaults = Defaults {
-                image: "ghcr.io/foregate/foregate:0.1.0".to_owned(),
+                image: IMAGE.to_owned(),
+                cuda_image: CUDA_IMAGE.to_owned(),
                 etcd: Vec::new(),
                 etcd_tls: None,
             };
@@ -180,6 +195,61 @@ fn a_pod_keeps_the_slots_that_it_was_started_with() {
         (slots(&few), slots(&more)),
         ("18".to_owned(), "25".to_owned())
     );
+}
+
+/// Images of a worker's containers, and of the gateway's.
+fn images(prepared: &Prepared) -> (Vec<String>, String) {
+    let spec = prepared.pods[&Rank(0)].pod.spec.as_ref().unwrap();
+    let all = spec
+        .containers
+        .iter()
+        .chain(spec.init_containers.iter().flatten());
+    let worker = all
+        .map(|container| container.image.clone().unwrap())
+        .collect();
+    let gateway = prepared
+        .objects
+        .iter()
+        .find_map(|object| {
+            object
+                .body
+                .pointer("/spec/template/spec/containers/0/image")
+        })
+        .and_then(Value::as_str);
+    (worker, gateway.unwrap().to_owned())
+}
+
+#[test]
+fn workers_on_cards_have_an_image_of_their_own() {
+    let cases = [
+        (DeviceClass::Cpu, None, None, IMAGE, IMAGE),
+        (DeviceClass::Cuda, None, None, CUDA_IMAGE, IMAGE),
+        (DeviceClass::Cuda, Some("all"), None, "all", "all"),
+        (
+            DeviceClass::Cuda,
+            Some("all"),
+            Some("cards"),
+            "cards",
+            "all",
+        ),
+        (DeviceClass::Cpu, None, Some("own"), "own", IMAGE),
+    ];
+    for (device, all, workers, worker, gateway) in cases {
+        // A model of the hub, so that there is a container that fetches it.
+        let mut manifest = example("single-gpu");
+        manifest.spec.workers.device = None;
+        manifest.spec.pods.image = all.map(str::to_owned);
+        manifest.spec.workers.image = workers.map(str::to_owned);
+        let prepared = prepared_with(manifest, &BTreeMap::new(), |cluster| {
+            cluster.workers.device = device;
+        });
+        let expected = (vec![worker.to_owned(); 2], gateway.to_owned());
+        assert_eq!(
+            images(&prepared),
+            expected,
+            "{device:?} {all:?} {workers:?}"
+        );
+    }
 }
 
 /// A change of one setting starts exactly what it is about anew.

@@ -1,6 +1,7 @@
 //! Workers: a pod and a ConfigMap per rank, and the headless Service that names them.
 
 use foregate_api::ids::Rank;
+use foregate_api::manifest::DeviceClass;
 use foregate_api::node::{NodeConfig, RoleConfig, WorkerConfig};
 use foregate_api::tls::TlsRole;
 use k8s_openapi::api::core::v1::{
@@ -100,7 +101,7 @@ fn spec(inputs: &Inputs<'_>, source: &Source, worker: &WorkerConfig, name: &str)
         "worker",
         arguments.map(str::to_owned).to_vec(),
         pods,
-        inputs.defaults,
+        image(inputs),
     );
     container.env.get_or_insert_default().extend([
         config::of_pod("POD_IP", "status.podIP"),
@@ -115,7 +116,7 @@ fn spec(inputs: &Inputs<'_>, source: &Source, worker: &WorkerConfig, name: &str)
     container.resources = config::requirements(&inputs.cluster.workers.resources);
     container.liveness_probe = Some(config::probe("/healthz", "metrics", 10, 3));
     container.readiness_probe = Some(config::probe("/readyz", "metrics", 2, 1));
-    let mut spec = config::pod(pods, source, container, inputs.defaults);
+    let mut spec = config::pod(pods, source, container);
     config::with_node_file(&mut spec, name);
     certificates::with_keys(inputs, TlsRole::Worker, &mut spec);
     certificates::with_etcd_keys(inputs, &mut spec);
@@ -127,6 +128,21 @@ fn spec(inputs: &Inputs<'_>, source: &Source, worker: &WorkerConfig, name: &str)
     spec.termination_grace_period_seconds = Some(GRACE);
     place(inputs, &worker.domain, &mut spec);
     spec
+}
+
+/// The image of workers: the manifest's for them or for all, or the operator's for what they compute on.
+fn image<'a>(inputs: &Inputs<'a>) -> &'a str {
+    let (workers, pods, defaults) = (
+        &inputs.cluster.workers,
+        &inputs.cluster.pods,
+        inputs.defaults,
+    );
+    let default = match workers.device {
+        DeviceClass::Cpu => &defaults.image,
+        DeviceClass::Cuda => &defaults.cuda_image,
+    };
+    let own = workers.image.as_deref().or(pods.image.as_deref());
+    own.unwrap_or(default)
 }
 
 /// To its failure domain, if the manifest says which; else spread over the domains that there are.

@@ -278,6 +278,7 @@ fn context(api: &Api, store: &Arc<dyn Store>) -> Arc<Context> {
         client,
         defaults: Defaults {
             image: "foregate:test".to_owned(),
+            cuda_image: "foregate:test-cuda".to_owned(),
             etcd: vec!["http://etcd:2379".to_owned()],
             etcd_tls: None,
         },

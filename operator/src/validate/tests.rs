@@ -43,6 +43,7 @@ fn what_is_left_open_gets_the_documented_defaults() {
             },
             workers: ValidatedWorkers {
                 count: 2,
+                device: DeviceClass::Cpu,
                 attention_only: 0,
                 expert_only: 0,
                 redundancy: Redundancy::Linked,
@@ -58,6 +59,7 @@ fn what_is_left_open_gets_the_documented_defaults() {
                 exchange_deadline_ms: 2000,
                 domains: vec![String::new(); 2],
                 domain_label: "kubernetes.io/hostname".to_owned(),
+                image: None,
                 resources: Resources::default(),
             },
             gateway: ValidatedGateway {

@@ -38,6 +38,12 @@ impl Coord {
         }
     }
 
+    /// The keys of the cluster.
+    #[must_use]
+    pub const fn keys(&self) -> &Keys {
+        &self.keys
+    }
+
     /// The store underneath.
     #[must_use]
     pub fn store(&self) -> &Arc<dyn Store> {

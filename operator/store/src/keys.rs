@@ -1,6 +1,6 @@
 //! Every key of a cluster, once.
 
-use foregate_api::ids::Rank;
+use foregate_api::ids::{Epoch, Rank};
 
 /// Keys of one cluster: `/foregate/<cluster>/…`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -65,6 +65,26 @@ impl Keys {
     #[must_use]
     pub fn active(&self) -> String {
         format!("{}placement/active", self.root)
+    }
+
+    /// Prefix of the groups of all epochs.
+    #[must_use]
+    pub fn groups(&self) -> String {
+        format!("{}group/", self.root)
+    }
+
+    /// What the ranks of an epoch that step together find each other by.
+    #[must_use]
+    pub fn group(&self, epoch: Epoch) -> String {
+        format!("{}group/{epoch}", self.root)
+    }
+
+    /// The epoch of a key of [`Self::group`].
+    #[must_use]
+    pub fn group_epoch(&self, key: &str) -> Option<Epoch> {
+        let number = key.strip_prefix(&self.groups())?;
+        let epoch = Epoch(number.parse().ok()?);
+        (self.group(epoch) == key).then_some(epoch)
     }
 
     /// The operator that leads.
@@ -140,6 +160,14 @@ mod tests {
             assert!(key.starts_with(keys.root()));
             assert_eq!(keys.subject(&key), Some(subject), "{key}");
         }
+        // Not for those who follow the cluster: who waits for a group watches its key.
+        let group = keys.group(Epoch(7));
+        assert!(group.starts_with(keys.root()));
+        assert_eq!(
+            (keys.subject(&group), keys.group_epoch(&group)),
+            (None, Some(Epoch(7)))
+        );
+        assert_eq!(keys.group_epoch("/foregate/a/group/07"), None);
         assert!(!keys.past().starts_with(keys.root()));
         for other in [
             "/foregate/b/member/3",

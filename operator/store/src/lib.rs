@@ -13,6 +13,7 @@ pub mod kv;
 pub mod memory;
 pub mod own_etcd;
 pub mod past;
+pub mod rendezvous;
 mod state;
 mod view;
 
@@ -23,4 +24,5 @@ pub use kv::{Entry, Expect, Lease, Store, StoreError, WatchEvent};
 pub use memory::MemoryStore;
 pub use own_etcd::OwnEtcd;
 pub use past::Archive;
+pub use rendezvous::{Group, RendezvousError};
 pub use state::ClusterState;
