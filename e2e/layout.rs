@@ -75,6 +75,7 @@ const EDGES: &[(&str, &[&str])] = &[
         BINARY,
         &[
             "foregate-kernels",
+            "foregate-cuda",
             "foregate-api",
             "foregate-crd",
             "foregate-planner",

@@ -5,7 +5,9 @@
 //! CPU in tests, by the crate in `emulate/`.
 #![expect(unsafe_code, reason = "the driver is a C library")]
 
+pub mod comm;
 mod fatbins;
+pub mod probe;
 
 pub use fatbins::{FATBINS, Fatbin};
 
