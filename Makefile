@@ -26,7 +26,7 @@ SKIPPED := $(CURDIR)/target/skipped
 # Launches of CUDA kernels that tests record for `make sanitize`, and what `make cuda` makes.
 CUDA := $(CURDIR)/target/cuda
 
-.PHONY: help up test lint cluster test-cluster on-cluster unit cuda sanitize soak fuzz bench bench-peers
+.PHONY: help up test lint cluster test-cluster on-cluster unit cuda sanitize soak fuzz bench bench-peers image-cuda
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -97,3 +97,12 @@ bench-peers: ## vLLM and llama.cpp beside Foregate, in turns: table, JSON and pl
 	@.ci/need peers
 	cargo build --release --bin foregate
 	@e2e/peers/run target/release/foregate "$(OUT)" "$(ROUNDS)" "$(THREADS)"
+
+# Where the image goes.
+IMAGE ?= target/image/foregate-cuda.tar
+
+image-cuda: ## the image for nodes with cards, without Docker, and its tests
+	@.ci/need cuda
+	CUDA_HOME="$$(kernels/cuda/toolkit)" cargo build --release --locked --features cuda --bin foregate
+	.ci/image/build --cuda target/release/foregate localhost/foregate:cuda "$(IMAGE)" e2e/models/demo=/e2e/models/demo
+	FOREGATE_CUDA_PROGRAM="$(CURDIR)/target/release/foregate" cargo test --workspace --test image -- --nocapture

@@ -1,6 +1,13 @@
 //! The images, built without Docker: what is in them, that the program runs in them as nobody in particular, and that the
 //! Dockerfile says the same of its own.
+//!
+//! `FOREGATE_CUDA_PROGRAM` names a program that was built with `--features cuda`; without it the image for cards is tested with
+//! the plain one, which differs only in the code for cards that it carries.
 #![expect(clippy::unwrap_used, reason = "a failure here is the test's failure")]
+#![expect(
+    clippy::disallowed_methods,
+    reason = "the environment says which program the image for cards is tested with"
+)]
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::PermissionsExt;
@@ -170,6 +177,51 @@ fn the_image_for_processors_runs_and_has_no_more_than_it_needs() {
     );
 }
 
+#[test]
+fn the_image_for_cards_has_nccl_and_says_in_a_line_that_there_is_no_driver() {
+    let nccl = Command::new(repository(".ci/nccl")).output().unwrap();
+    if !nccl.status.success() {
+        let why = String::from_utf8_lossy(&nccl.stderr);
+        skip(&format!(
+            "the image for cards: {}",
+            why.lines().last().unwrap_or_default()
+        ));
+        return;
+    }
+    let built = std::env::var("FOREGATE_CUDA_PROGRAM").ok();
+    let image = Image::build(built.as_deref().unwrap_or(BINARY), true);
+    image.is_sound();
+    let library = image.root.join("usr/local/lib/libnccl.so.2");
+    let nccl = std::fs::metadata(&library).unwrap().len();
+    println!(
+        "the image for cards: {} MiB, {} MiB of them NCCL",
+        image.bytes >> 20,
+        nccl >> 20
+    );
+    if Path::new("/proc/driver/nvidia").exists() {
+        // A chroot shows neither the node's driver nor that there is none.
+        return;
+    }
+    let Some(output) = image.run(&["doctor", "--port", "0"]) else {
+        return;
+    };
+    let report = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{output:?}");
+    let lines: Vec<&str> = report
+        .lines()
+        .filter(|line| line.contains("libcuda"))
+        .collect();
+    assert_eq!(lines.len(), 1, "one line about the driver:\n{report}");
+    let nccl: Vec<&str> = report
+        .lines()
+        .filter(|line| line.contains("NCCL 2."))
+        .collect();
+    assert_eq!(nccl.len(), 1, "one line about NCCL:\n{report}");
+    if built.is_some() {
+        assert!(report.contains("sm_90a"), "code for cards:\n{report}");
+    }
+}
+
 /// Instructions that stages have.
 const KNOWN: [&str; 6] = ["COPY", "RUN", "ENV", "WORKDIR", "USER", "ENTRYPOINT"];
 
@@ -260,6 +312,7 @@ fn the_dockerfile_names_no_registry_and_only_what_is_there() {
 #[test]
 fn the_dockerfile_and_the_script_agree() {
     agree("cpu", false);
+    agree("cuda", true);
 }
 
 fn agree(name: &str, cuda: bool) {

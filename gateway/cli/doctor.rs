@@ -1,8 +1,11 @@
 //! `foregate doctor`: can this machine serve? One line per check, each with its remedy.
 
+mod cards;
+
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use foregate_api::manifest::DeviceClass;
 use foregate_api::model::ModelSpec;
 use foregate_api::weights::WeightSettings;
 use foregate_checkpoint::Checkpoint;
@@ -22,6 +25,20 @@ pub(crate) struct DoctorArgs {
     /// Port that `foregate up` would use.
     #[arg(long, default_value_t = 8000)]
     port: u16,
+    /// Also fail if something is missing that `spec.workers.device` of this value needs.
+    #[arg(long, value_name = "cpu|cuda", default_value = "cpu", value_parser = device)]
+    device: DeviceClass,
+    /// NCCL's library, where the loader does not find it.
+    #[arg(long, value_name = "FILE")]
+    nccl_library: Option<PathBuf>,
+}
+
+fn device(name: &str) -> Result<DeviceClass, String> {
+    match name {
+        "cpu" => Ok(DeviceClass::Cpu),
+        "cuda" => Ok(DeviceClass::Cuda),
+        _ => Err("cpu or cuda".to_owned()),
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,6 +87,8 @@ pub(crate) async fn run(args: &DoctorArgs) -> Result<(), CliError> {
         etcd(),
         port(args.port).await,
     ];
+    let seen = cards::Seen::look(args.nccl_library.as_deref());
+    checks.extend(cards::checks(&seen, args.device == DeviceClass::Cuda));
     if let Some(directory) = &args.model {
         checks.push(model(directory, args.weights.settings()));
     }

@@ -316,7 +316,8 @@ async fn worker(role: &Role, config: WorkerConfig) -> Result<(), CliError> {
     let keys = keys(&role.node, TlsRole::Worker)?;
     let rpc_listener = listen("rpc_listen", &config.rpc_listen).await?;
     let exchange_listener = match config.fabric {
-        FabricKind::Local => None,
+        // The worker refuses the latter.
+        FabricKind::Local | FabricKind::Nccl => None,
         // The fabric has threads of its own, so its listener is a plain one.
         FabricKind::Tcp => {
             let bound = std::net::TcpListener::bind(&config.exchange_listen);

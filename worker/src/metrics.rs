@@ -18,6 +18,8 @@
 //! | `foregate_worker_lost_calls_total` | counter | calls whose connection ended before the answer |
 //! | `foregate_worker_corrupt_frames_total` | counter | frames that could not be decoded; each resets its connection |
 //! | `foregate_worker_lost_connections_total` | counter | established connections to peers that ended |
+//! | `foregate_worker_collectives_total{what}`, `foregate_worker_collective_bytes_total{what}` | counter | lock-step calls to all ranks, and bytes sent in them: `gather`, `rows`, `answers` |
+//! | `foregate_worker_lost_groups_total` | counter | lock-step groups that were lost |
 //! | `foregate_worker_load_fraction` | gauge | share of the weights loaded that serving begins with, 0 to 1 |
 //! | `foregate_worker_experts_resident` | gauge | (layer, expert) pairs in memory |
 //! | `foregate_worker_epoch` | gauge | epoch that new steps use |
@@ -67,6 +69,29 @@ impl Source {
     }
 }
 
+/// What a collective of the lock-step discipline carries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Collected {
+    /// Wishes and sizes.
+    Gather,
+    /// Rows to experts.
+    Rows,
+    /// Rows of experts.
+    Answers,
+}
+
+impl Collected {
+    /// Label value.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Gather => "gather",
+            Self::Rows => "rows",
+            Self::Answers => "answers",
+        }
+    }
+}
+
 /// The worker's metrics. Also keeps the three figures that travel in load windows.
 #[derive(Debug)]
 pub struct WorkerMetrics {
@@ -80,6 +105,9 @@ pub struct WorkerMetrics {
     lost_calls: IntCounter,
     corrupt_frames: IntCounter,
     lost_connections: IntCounter,
+    collectives: IntCounterVec,
+    collective_bytes: IntCounterVec,
+    lost_groups: IntCounter,
     load_fraction: Gauge,
     experts_resident: IntGauge,
     epoch: IntGauge,
@@ -176,6 +204,20 @@ impl WorkerMetrics {
             lost_connections: reg.counter(
                 "foregate_worker_lost_connections_total",
                 "Connections to peers that ended",
+            )?,
+            collectives: reg.counters(
+                "foregate_worker_collectives_total",
+                "Lock-step calls to all ranks",
+                &["what"],
+            )?,
+            collective_bytes: reg.counters(
+                "foregate_worker_collective_bytes_total",
+                "Bytes sent in lock-step calls",
+                &["what"],
+            )?,
+            lost_groups: reg.counter(
+                "foregate_worker_lost_groups_total",
+                "Lock-step groups that were lost",
             )?,
             load_fraction: reg.add(Gauge::new(
                 "foregate_worker_load_fraction",
@@ -291,6 +333,32 @@ impl WorkerMetrics {
     #[must_use]
     pub fn corrupt_frames_total(&self) -> u64 {
         self.corrupt_frames.get()
+    }
+
+    /// A lock-step call in which this worker sent `bytes`.
+    pub(crate) fn collective(&self, what: Collected, bytes: usize) {
+        let label = [what.name()];
+        self.collectives.with_label_values(&label).inc();
+        let counter = self.collective_bytes.with_label_values(&label);
+        counter.inc_by(bytes as u64);
+    }
+
+    pub(crate) fn group_lost(&self) {
+        self.lost_groups.inc();
+    }
+
+    /// Lock-step calls of a kind since start, and bytes sent in them.
+    #[must_use]
+    pub fn collectives_total(&self, what: Collected) -> (u64, u64) {
+        let label = [what.name()];
+        let calls = self.collectives.with_label_values(&label).get();
+        (calls, self.collective_bytes.with_label_values(&label).get())
+    }
+
+    /// Lock-step groups lost since start.
+    #[must_use]
+    pub fn lost_groups_total(&self) -> u64 {
+        self.lost_groups.get()
     }
 
     pub(crate) fn connection_lost(&self) {

@@ -75,6 +75,9 @@ pub(crate) fn check(config: &WorkerConfig) -> Result<(), WorkerError> {
     if config.served_name.is_empty() {
         return Err(refuse("served_name", "must name the model"));
     }
+    if config.fabric == FabricKind::Nccl {
+        return Err(no_nccl());
+    }
     Ok(())
 }
 
@@ -102,7 +105,15 @@ pub(crate) fn way(
             reachable("exchange_listen", address)?;
             Ok(Way::Tcp(listener, TcpSettings::default(), keys))
         }
+        FabricKind::Nccl => Err(no_nccl()),
     }
+}
+
+fn no_nccl() -> WorkerError {
+    refuse(
+        "fabric",
+        "`nccl` carries no rows yet: they are in no memory of a card; use `tcp`",
+    )
 }
 
 /// The address as peers are told it.
@@ -301,7 +312,8 @@ mod tests {
     fn numbers_outside_their_range_are_refused_by_name() {
         assert!(check(&config()).is_ok());
         type Change = fn(&mut WorkerConfig);
-        let changes: [(&str, Change); 11] = [
+        let changes: [(&str, Change); 12] = [
+            ("fabric", |c| c.fabric = FabricKind::Nccl),
             ("slots", |c| c.slots = 0),
             ("slots", |c| c.duty = Duty::Attention),
             ("threads", |c| c.threads = u32::MAX),

@@ -8,10 +8,12 @@
 //! emulator. Start reading at `executor/mod.rs`, then `kernel.rs`.
 #![expect(unsafe_code, reason = "the driver is a C library")]
 
+pub mod comm;
 mod driver;
 mod executor;
 mod fatbins;
 mod kernel;
+pub mod probe;
 mod real;
 mod region;
 mod staged;

@@ -146,6 +146,8 @@ pub enum FabricKind {
     Local,
     /// Frames over TCP.
     Tcp,
+    /// NCCL, all ranks in lock-step. Workers refuse it: no rows are carried by it yet.
+    Nccl,
 }
 
 /// Settings of a worker.

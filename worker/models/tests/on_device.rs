@@ -10,6 +10,7 @@
 
 #[path = "../../../kernels/cuda/tests/emulated/mod.rs"]
 mod emulated;
+#[expect(dead_code, reason = "walks are for other tests")]
 mod support;
 
 use std::path::{Path, PathBuf};

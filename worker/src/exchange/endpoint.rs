@@ -14,9 +14,11 @@ use foregate_api::model::ModelSpec;
 use foregate_kernels::Ops;
 use foregate_tls::Keys;
 
+use super::lockstep::{LockStep, LockStepParts};
 use super::serve::{Server, ServerLimits, ServerParts};
 use super::{Exchange, ExchangeParts};
 use crate::fabric::local::LocalHub;
+use crate::fabric::lockstep::Groups;
 use crate::fabric::tcp::{TcpFabric, TcpParts, TcpSettings};
 use crate::fabric::{CallHandler, Fabric, Identity, Inbox, PeerAddress};
 use crate::load::LoadCounters;
@@ -154,6 +156,30 @@ impl Endpoint {
             fabric: Arc::clone(&self.fabric),
             inbox: Arc::clone(&self.inbox),
             server: Arc::clone(&self.server),
+            metrics: Arc::clone(&self.parts.metrics),
+            deadline: self.parts.deadline,
+        })
+    }
+
+    /// The lock-step exchange for this worker's engine, in place of [`Self::exchange`]. `idle_ops` are numbers for the thread
+    /// that steps with the others while the engine has nothing; they may be the same.
+    ///
+    /// # Errors
+    /// When the system has no thread left.
+    pub fn lock_step(
+        &self,
+        groups: Arc<dyn Groups>,
+        idle_ops: Arc<dyn Ops>,
+    ) -> io::Result<LockStep> {
+        LockStep::start(LockStepParts {
+            rank: self.parts.rank,
+            spec: Arc::clone(&self.parts.spec),
+            ops: Arc::clone(&self.parts.ops),
+            idle_ops,
+            residency: Arc::clone(&self.residency),
+            gate: Arc::clone(&self.gate),
+            server: Arc::clone(&self.server),
+            groups,
             metrics: Arc::clone(&self.parts.metrics),
             deadline: self.parts.deadline,
         })

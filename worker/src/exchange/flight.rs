@@ -392,7 +392,17 @@ impl<'a> Flight<'a> {
 }
 
 impl Results {
-    fn new(batch: &ExpertBatch<'_>) -> Self {
+    /// Of no batch.
+    pub(super) const fn none() -> Self {
+        Self {
+            hidden: 0,
+            rows: Vec::new(),
+            place: Vec::new(),
+            missing: 0,
+        }
+    }
+
+    pub(super) fn new(batch: &ExpertBatch<'_>) -> Self {
         let top_k = batch.top_k.max(1);
         let dead = batch.dead.iter().filter(|dead| **dead).count();
         Self {
@@ -404,7 +414,7 @@ impl Results {
     }
 
     /// Takes an answer with a row for each of `pairs`, given with it. A pair that has its row already keeps it.
-    fn add(&mut self, rows: Vec<f32>, pairs: impl Iterator<Item = (u32, u32)>) {
+    pub(super) fn add(&mut self, rows: Vec<f32>, pairs: impl Iterator<Item = (u32, u32)>) {
         let answer = count(self.rows.len());
         for (pair, row) in pairs {
             if let Some(place) = self.place.get_mut(pair as usize)
@@ -427,7 +437,7 @@ impl Results {
         self.place.get(pair as usize) == Some(&NOWHERE)
     }
 
-    fn late_rows(&self, batch: &ExpertBatch<'_>) -> LateRows {
+    pub(super) fn late_rows(&self, batch: &ExpertBatch<'_>) -> LateRows {
         if self.missing == 0 {
             return LateRows::new();
         }

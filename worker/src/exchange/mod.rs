@@ -39,6 +39,7 @@ use crate::residency::{EpochGate, Residency, Routing};
 pub mod endpoint;
 mod flight;
 mod loads;
+pub mod lockstep;
 pub mod plan;
 mod queue;
 pub mod serve;

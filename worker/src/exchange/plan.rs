@@ -11,7 +11,7 @@ use foregate_planner::split::{SplitTable, Splitter};
 use foregate_wire::frame::Route;
 
 /// Rows for one rank, as one call.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Shipment {
     /// Who runs them.
     pub rank: Rank,

@@ -16,8 +16,7 @@
 //! - The caller owns the deadline: it stops waiting by itself. A call that nobody waits for any more keeps
 //!   its place in the bound until it is answered, so a stopped peer becomes busy instead of a memory leak.
 //!
-//! The lock-step discipline (all ranks of an epoch step together, as NCCL wants) has its seat here: it would
-//! be a second trait with `begin`, behind the same `StepExperts`; no fabric of this build needs it.
+//! The lock-step discipline, in which all ranks of an epoch step together, is [`lockstep`].
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -30,6 +29,7 @@ pub use inbox::{Completion, Inbox, Outcome};
 
 mod inbox;
 pub mod local;
+pub mod lockstep;
 mod pending;
 pub mod tcp;
 

@@ -1,4 +1,5 @@
 //! Repeatable choices of a test, from the generator that the sampler uses.
+#![allow(dead_code, reason = "each test target uses its part")]
 #![allow(unreachable_pub, reason = "a module of a test target")]
 
 use foregate_worker::sampler::draw::philox;

@@ -121,7 +121,7 @@ fn close_to_the_oracle_and_apart_from_other_rows() {
                 heads: case.heads,
                 head_dim: case.head_dim,
                 norm: case.norm.map(|_| Norm {
-                    weight: &weight,
+                    weight: &weight[..],
                     eps: 1e-6,
                 }),
                 clip: case.clip,
