@@ -612,6 +612,12 @@ async fn deadlines_end_requests() {
 #[tokio::test]
 async fn metrics_and_the_load_matrix_show_the_cluster() {
     let cluster = Cluster::start(2, ANSWER, config()).await;
+    for worker in &cluster.workers {
+        worker
+            .behaviour
+            .tells_whole
+            .store(true, std::sync::atomic::Ordering::SeqCst);
+    }
     cluster.json("/v1/completions", &complete(&json!({}))).await;
     for rank in 0..2 {
         let engine = EngineLoad {
