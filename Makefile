@@ -26,7 +26,7 @@ SKIPPED := $(CURDIR)/target/skipped
 # Launches of CUDA kernels that tests record for `make sanitize`, and what `make cuda` makes.
 CUDA := $(CURDIR)/target/cuda
 
-.PHONY: help up test lint cluster test-cluster on-cluster unit cuda sanitize soak fuzz bench bench-peers image-cuda
+.PHONY: help up test lint cluster test-cluster on-cluster unit cuda sanitize soak fuzz bench bench-peers image-cuda gpu-check
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -100,6 +100,14 @@ bench-peers: ## vLLM and llama.cpp beside Foregate, in turns: table, JSON and pl
 
 # Where the image goes.
 IMAGE ?= target/image/foregate-cuda.tar
+
+gpu-check: ## pack the check of this build for a machine with a card into target/gpu-kit, and run it: what needs none where there is none
+	@.ci/need cuda
+	CUDA_HOME="$$(kernels/cuda/toolkit)" cargo build --release --locked --features cuda --bin foregate
+	kernels/cuda/kit target/release/foregate target/gpu-kit
+	@if [ -e /dev/nvidia0 ]; then python3 target/gpu-kit/gpu_check.py target/gpu-kit target/gpu-check; else \
+	  echo "gpu-check: no card here, so only what needs none runs; the rest: gpu_check.py KIT OUT on a machine that has one"; \
+	  python3 target/gpu-kit/gpu_check.py target/gpu-kit target/gpu-check --no-card; fi
 
 image-cuda: ## the image for nodes with cards, without Docker, and its tests
 	@.ci/need cuda

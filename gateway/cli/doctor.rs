@@ -33,7 +33,7 @@ pub(crate) struct DoctorArgs {
     nccl_library: Option<PathBuf>,
 }
 
-fn device(name: &str) -> Result<DeviceClass, String> {
+pub(crate) fn device(name: &str) -> Result<DeviceClass, String> {
     match name {
         "cpu" => Ok(DeviceClass::Cpu),
         "cuda" => Ok(DeviceClass::Cuda),

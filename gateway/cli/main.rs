@@ -15,6 +15,7 @@ mod fetch;
 mod inspect;
 mod keys;
 mod kubernetes;
+mod op;
 mod plan;
 mod progress;
 mod roles;
@@ -65,6 +66,9 @@ enum Command {
     /// Keep an etcd running for `up --processes`.
     #[command(hide = true)]
     OwnEtcd,
+    /// Run one operation on tensors of a file, for the check on a card.
+    #[command(hide = true)]
+    Op(op::OpArgs),
     /// Bring a model of the hub into its cache.
     Fetch(fetch::FetchArgs),
     /// Tell the sizes of a model, as the operator plans with them.
@@ -95,6 +99,7 @@ impl Command {
             Self::Bench(_) => "bench",
             Self::Simulate(_) => "simulate",
             Self::OwnEtcd => "own-etcd",
+            Self::Op(_) => "op",
             Self::Fetch(_) => "fetch",
             Self::Inspect(_) => "inspect",
             Self::Ask(_) => "ask",
@@ -156,6 +161,7 @@ async fn run(cli: Cli) -> ExitCode {
             Command::Bench(args) => bench::run(args, &progress, drain).await,
             Command::Simulate(args) => simulate::run(args, &progress).await,
             Command::OwnEtcd => up::run_own(drain).await,
+            Command::Op(args) => op::run(&args),
             Command::Fetch(args) => fetch::run(args, &progress, drain).await,
             Command::Inspect(args) => inspect::run(args).await,
             Command::Ask(args) => kubernetes::ask(&args).await,

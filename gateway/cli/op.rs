@@ -75,8 +75,13 @@ fn executor(args: &OpArgs) -> Result<(Arc<dyn Executor>, Option<Arc<Cpu>>), CliE
 
 fn nccl(args: &OpArgs) -> Result<(), CliError> {
     let failed = |error: &dyn std::fmt::Display| CliError::Runtime(format!("nccl: {error}"));
-    let library = Library::open(args.nccl_library.as_deref()).map_err(|error| failed(&error))?;
+    let library =
+        Library::open(args.nccl_library.as_deref()).map_err(|error| failed(&error))?;
     trial::one_rank(&library, args.ordinal as usize).map_err(|error| failed(&error))?;
-    print(&format!("NCCL {} of {}", library.version(), library.path().display()));
+    print(&format!(
+        "NCCL {} of {}",
+        library.version(),
+        library.path().display()
+    ));
     Ok(())
 }

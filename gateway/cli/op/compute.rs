@@ -2,8 +2,8 @@
 
 use foregate_kernels::{
     Add, Array, Attention, Clamp, Combine, Cpu, Dtype, Embed, Executor, ExpertFfn, ExpertGroup,
-    ExpertLayer, ExpertParts, Gate, Gather, KvDtype, KvShape, KvWrite, MatMul, Matrix, Norm, Ops as _,
-    PageMap, Placed, RmsNorm, Rope, RopeTable, SigmoidScale, StepRows,
+    ExpertLayer, ExpertParts, Gate, Gather, KvDtype, KvShape, KvWrite, MatMul, Matrix, Norm,
+    Ops as _, PageMap, Placed, RmsNorm, Rope, RopeTable, SigmoidScale, StepRows,
 };
 
 use super::tensors::{Tensors, Values};
@@ -61,7 +61,7 @@ impl Bench<'_> {
         Array::of(self.executor, "an output", vec![f32::NAN; count]).map_err(said)
     }
 
-    fn floats(&self, array: &Array<f32>) -> Result<Values, String> {
+    fn floats(array: &Array<f32>) -> Result<Values, String> {
         let mut values = vec![0.0; array.extent()];
         array.view().read(&mut values).map_err(said)?;
         Ok(Values::F32(values))
@@ -76,7 +76,10 @@ impl Bench<'_> {
         let bytes: Vec<u8>;
         let (dtype, bytes): (_, &[u8]) = match values {
             Values::F32(values) => {
-                bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+                bytes = values
+                    .iter()
+                    .flat_map(|value| value.to_le_bytes())
+                    .collect();
                 (Dtype::F32, &bytes)
             }
             Values::Bf16(bytes) => (Dtype::Bf16, bytes),
@@ -99,7 +102,11 @@ impl Bench<'_> {
     fn matmul(&self) -> Result<Tensors, String> {
         let (rows, _, _) = self.inputs.rows("x")?;
         let (x, w) = (self.array("x")?, self.matrix("w")?);
-        let bias = self.inputs.has("bias").then(|| self.array("bias")).transpose()?;
+        let bias = self
+            .inputs
+            .has("bias")
+            .then(|| self.array("bias"))
+            .transpose()?;
         let mut out = self.poisoned(rows * w.n())?;
         let op = MatMul {
             x: x.view(),
@@ -109,7 +116,7 @@ impl Bench<'_> {
             out: out.view_mut(),
         };
         self.executor.matmul(op).map_err(said)?;
-        Ok(Tensors::default().with("out", &[rows, w.n()], self.floats(&out)?))
+        Ok(Tensors::default().with("out", &[rows, w.n()], Self::floats(&out)?))
     }
 
     /// `table`, `ids` → `out`.
@@ -122,14 +129,18 @@ impl Bench<'_> {
             out: out.view_mut(),
         };
         self.executor.embed(op).map_err(said)?;
-        Ok(Tensors::default().with("out", &[ids.len(), table.k()], self.floats(&out)?))
+        Ok(Tensors::default().with("out", &[ids.len(), table.k()], Self::floats(&out)?))
     }
 
     /// `x`, `weight`, perhaps `add`, number `eps` → `out`, `x`.
     fn rms_norm(&self) -> Result<Tensors, String> {
         let (rows, width, _) = self.inputs.rows("x")?;
         let (mut x, weight) = (self.array("x")?, self.array("weight")?);
-        let add = self.inputs.has("add").then(|| self.array("add")).transpose()?;
+        let add = self
+            .inputs
+            .has("add")
+            .then(|| self.array("add"))
+            .transpose()?;
         let mut out = self.poisoned(rows * width)?;
         let op = RmsNorm {
             x: x.view_mut(),
@@ -141,7 +152,7 @@ impl Bench<'_> {
             out: out.view_mut(),
         };
         self.executor.rms_norm(op).map_err(said)?;
-        let (out, x) = (self.floats(&out)?, self.floats(&x)?);
+        let (out, x) = (Self::floats(&out)?, Self::floats(&x)?);
         let outputs = Tensors::default().with("out", &[rows, width], out);
         Ok(outputs.with("x", &[rows, width], x))
     }
@@ -149,11 +160,18 @@ impl Bench<'_> {
     /// `x`, `positions`, `inv_freq`, perhaps `norm`; numbers `heads`, `head_dim`, with a norm `eps` → `x`.
     fn rope(&self) -> Result<Tensors, String> {
         let (rows, width, _) = self.inputs.rows("x")?;
-        let (heads, head_dim) = (self.inputs.number("heads")?, self.inputs.number("head_dim")?);
+        let (heads, head_dim) = (
+            self.inputs.number("heads")?,
+            self.inputs.number("head_dim")?,
+        );
         let positions = self.inputs.integers("positions")?;
         let table = RopeTable::new(&self.inputs.floats("inv_freq")?, positions);
         let mut x = self.array("x")?;
-        let weight = self.inputs.has("norm").then(|| self.array("norm")).transpose()?;
+        let weight = self
+            .inputs
+            .has("norm")
+            .then(|| self.array("norm"))
+            .transpose()?;
         let norm = match &weight {
             Some(weight) => Some(Norm {
                 weight: weight.view(),
@@ -183,7 +201,7 @@ impl Bench<'_> {
             table: &table,
         };
         self.executor.rope(op, &placed).map_err(said)?;
-        Ok(Tensors::default().with("x", &[rows, width], self.floats(&x)?))
+        Ok(Tensors::default().with("x", &[rows, width], Self::floats(&x)?))
     }
 
     /// `k` and `v` of all positions of all sequences, `lengths`, `tables`; `q` of some rows, `sequence_of_row`, `positions`;
@@ -208,12 +226,18 @@ impl Bench<'_> {
         let mut kv = self.executor.kv_cache(shape).map_err(said)?;
         let (table_shape, _) = self.inputs.get("tables")?;
         let stride = table_shape.last().copied().unwrap_or(1).max(1);
-        let tables: Vec<&[u32]> = self.inputs.integers("tables")?.chunks_exact(stride).collect();
+        let tables: Vec<&[u32]> = self
+            .inputs
+            .integers("tables")?
+            .chunks_exact(stride)
+            .collect();
         let group = heads / kv_heads.max(1);
         self.write_kv(&mut kv, &tables, group)?;
         let (rows, width, _) = self.inputs.rows("q")?;
-        let (positions, of_row) =
-            (self.inputs.integers("positions")?, self.inputs.integers("sequence_of_row")?);
+        let (positions, of_row) = (
+            self.inputs.integers("positions")?,
+            self.inputs.integers("sequence_of_row")?,
+        );
         let pages = PageMap {
             sequence_of_row: of_row,
             tables: &tables,
@@ -231,7 +255,7 @@ impl Bench<'_> {
             out: out.view_mut(),
         };
         self.executor.attention(op, &placed).map_err(said)?;
-        Ok(Tensors::default().with("out", &[rows, width], self.floats(&out)?))
+        Ok(Tensors::default().with("out", &[rows, width], Self::floats(&out)?))
     }
 
     /// Stores keys and values of all positions.
@@ -305,7 +329,7 @@ impl Bench<'_> {
         chosen.view().read(&mut ids).map_err(said)?;
         let shape = [rows, top_k];
         let outputs = Tensors::default().with("experts", &shape, Values::U32(ids));
-        Ok(outputs.with("weights", &shape, self.floats(&weights)?))
+        Ok(outputs.with("weights", &shape, Self::floats(&weights)?))
     }
 
     fn experts(&self) -> Result<Experts, String> {
@@ -325,12 +349,20 @@ impl Bench<'_> {
         let (rows, hidden, _) = self.inputs.rows("x")?;
         let experts = self.experts()?;
         let parts = |((gate, up), down)| ExpertParts { gate, up, down };
-        let parts: Vec<ExpertParts<'_>> =
-            experts.gate.iter().zip(&experts.up).zip(&experts.down).map(parts).collect();
+        let parts: Vec<ExpertParts<'_>> = experts
+            .gate
+            .iter()
+            .zip(&experts.up)
+            .zip(&experts.down)
+            .map(parts)
+            .collect();
         let table = self.executor.expert_table(&parts).map_err(said)?;
         let chosen = self.inputs.integers("experts")?.to_vec();
         let top_k = chosen.len() / rows.max(1);
-        if let Some(wrong) = chosen.iter().find(|expert| **expert as usize >= parts.len()) {
+        if let Some(wrong) = chosen
+            .iter()
+            .find(|expert| **expert as usize >= parts.len())
+        {
             return Err(format!("there is no expert {wrong}"));
         }
         let chosen = Array::of(self.executor, "an input", chosen).map_err(said)?;
@@ -346,7 +378,7 @@ impl Bench<'_> {
             out: out.view_mut(),
         };
         self.executor.expert_layer(op).map_err(said)?;
-        Ok(Tensors::default().with("out", &[rows, hidden], self.floats(&out)?))
+        Ok(Tensors::default().with("out", &[rows, hidden], Self::floats(&out)?))
     }
 
     /// The same on the processor, which goes expert by expert.
@@ -361,11 +393,17 @@ impl Bench<'_> {
         for (pair, expert) in chosen.iter().enumerate() {
             let row = u32::try_from(pair / top_k.max(1)).map_err(said)?;
             let of_expert = taken.get_mut(*expert as usize);
-            of_expert.ok_or_else(|| format!("there is no expert {expert}"))?.push(row);
+            of_expert
+                .ok_or_else(|| format!("there is no expert {expert}"))?
+                .push(row);
         }
         let mut groups = Vec::new();
         let mut first = 0;
-        for (expert, rows) in taken.iter().enumerate().filter(|(_, rows)| !rows.is_empty()) {
+        for (expert, rows) in taken
+            .iter()
+            .enumerate()
+            .filter(|(_, rows)| !rows.is_empty())
+        {
             groups.push(ExpertGroup {
                 gate: &experts.gate[expert],
                 up: &experts.up[expert],
@@ -373,21 +411,26 @@ impl Bench<'_> {
                 rows,
                 out_offset: first,
             });
-            let pairs = chosen.iter().enumerate().filter(|(_, other)| **other as usize == expert);
+            let pairs = chosen
+                .iter()
+                .enumerate()
+                .filter(|(_, other)| **other as usize == expert);
             for (number, (pair, _)) in pairs.enumerate() {
                 place[pair] = first + number;
             }
             first += rows.len();
         }
         let ffn = ExpertFfn {
-            x: &x,
+            x: &x[..],
             hidden,
             groups: &groups,
-            out: &mut results,
+            out: &mut results[..],
         };
         cpu.expert_ffn(ffn).map_err(said)?;
-        let parts: Vec<&[f32]> =
-            place.iter().map(|at| &results[at * hidden..(at + 1) * hidden]).collect();
+        let parts: Vec<&[f32]> = place
+            .iter()
+            .map(|at| &results[at * hidden..(at + 1) * hidden])
+            .collect();
         let mut out = vec![f32::NAN; rows * hidden];
         let combine = Combine {
             parts: &parts,
@@ -408,7 +451,7 @@ impl Bench<'_> {
             y: y.view(),
         };
         self.executor.add(op).map_err(said)?;
-        Ok(Tensors::default().with("x", &[x.extent()], self.floats(&x)?))
+        Ok(Tensors::default().with("x", &[x.extent()], Self::floats(&x)?))
     }
 
     /// `x`, `logits` → `x`.
@@ -421,7 +464,7 @@ impl Bench<'_> {
             width,
         };
         self.executor.sigmoid_scale(op).map_err(said)?;
-        Ok(Tensors::default().with("x", &[rows, width], self.floats(&x)?))
+        Ok(Tensors::default().with("x", &[rows, width], Self::floats(&x)?))
     }
 
     /// `x`; number `limit` → `x`.
@@ -432,7 +475,7 @@ impl Bench<'_> {
             limit: self.inputs.number("limit")?,
         };
         self.executor.clamp(op).map_err(said)?;
-        Ok(Tensors::default().with("x", &[x.extent()], self.floats(&x)?))
+        Ok(Tensors::default().with("x", &[x.extent()], Self::floats(&x)?))
     }
 
     /// `x`, `rows` → `out`.
@@ -447,6 +490,6 @@ impl Bench<'_> {
             out: out.view_mut(),
         };
         self.executor.gather(op).map_err(said)?;
-        Ok(Tensors::default().with("out", &[rows.len(), width], self.floats(&out)?))
+        Ok(Tensors::default().with("out", &[rows.len(), width], Self::floats(&out)?))
     }
 }

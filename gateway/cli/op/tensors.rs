@@ -40,15 +40,25 @@ impl Tensors {
             let bytes = file.get(entry.range).unwrap_or_default();
             let (words, _) = bytes.as_chunks::<4>();
             let values = match entry.dtype {
-                Dtype::F32 => Values::F32(words.iter().map(|w| f32::from_le_bytes(*w)).collect()),
-                Dtype::U32 => Values::U32(words.iter().map(|w| u32::from_le_bytes(*w)).collect()),
+                Dtype::F32 => {
+                    Values::F32(words.iter().map(|w| f32::from_le_bytes(*w)).collect())
+                }
+                Dtype::U32 => {
+                    Values::U32(words.iter().map(|w| u32::from_le_bytes(*w)).collect())
+                }
                 Dtype::BF16 => Values::Bf16(bytes.to_vec()),
-                other => return Err(of(format!("tensor `{name}` is {other:?}: F32, U32 or BF16"))),
+                other => {
+                    return Err(of(format!(
+                        "tensor `{name}` is {other:?}: F32, U32 or BF16"
+                    )));
+                }
             };
             tensors.insert(name, (entry.shape, values));
         }
         // The header was parsed: its length is right.
-        let length = file.first_chunk::<8>().map_or(0, |length| u64::from_le_bytes(*length));
+        let length = file
+            .first_chunk::<8>()
+            .map_or(0, |length| u64::from_le_bytes(*length));
         let text = file.get(8..8 + usize::try_from(length).unwrap_or_default());
         let metadata: Metadata = text
             .map(serde_json::from_slice)
@@ -81,7 +91,8 @@ impl Tensors {
                     "BF16"
                 }
             };
-            let entry = json!({"dtype": dtype, "shape": shape, "data_offsets": [begin, data.len()]});
+            let entry =
+                json!({"dtype": dtype, "shape": shape, "data_offsets": [begin, data.len()]});
             header.insert(name.clone(), entry);
         }
         let mut text = serde_json::Value::Object(header).to_string().into_bytes();
@@ -93,13 +104,17 @@ impl Tensors {
     }
 
     pub(super) fn with(mut self, name: &str, shape: &[usize], values: Values) -> Self {
-        self.tensors.insert(name.to_owned(), (shape.to_vec(), values));
+        self.tensors
+            .insert(name.to_owned(), (shape.to_vec(), values));
         self
     }
 
     /// A tensor's shape and values.
     pub(super) fn get(&self, name: &str) -> Result<(&[usize], &Values), String> {
-        let found = self.tensors.get(name).map(|(shape, values)| (shape.as_slice(), values));
+        let found = self
+            .tensors
+            .get(name)
+            .map(|(shape, values)| (shape.as_slice(), values));
         found.ok_or_else(|| format!("no tensor `{name}`"))
     }
 
@@ -131,7 +146,10 @@ impl Tensors {
 
     /// A number of the metadata.
     pub(super) fn number<T: std::str::FromStr>(&self, name: &str) -> Result<T, String> {
-        let text = self.numbers.get(name).ok_or_else(|| format!("no number `{name}`"))?;
+        let text = self
+            .numbers
+            .get(name)
+            .ok_or_else(|| format!("no number `{name}`"))?;
         text.parse().map_err(|_| format!("`{name}` is {text}"))
     }
 
