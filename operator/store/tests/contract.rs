@@ -8,12 +8,13 @@
     reason = "part of a test; the environment says whether a missing etcd is a failure"
 )]
 
+mod real_etcd;
+
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use foregate_store::kv::WATCH_QUEUE;
-use foregate_store::own_etcd::OwnEtcdError;
 use foregate_store::{EtcdStore, Expect, MemoryStore, OwnEtcd, Store, StoreError, WatchEvent};
 use tokio::net::TcpSocket;
 use tokio::sync::mpsc;
@@ -45,15 +46,7 @@ impl Subject {
 
     /// `None`: there is no etcd binary and none is required.
     async fn etcd() -> Option<Self> {
-        let etcd = match OwnEtcd::start().await {
-            Ok(etcd) => etcd,
-            Err(OwnEtcdError::Missing) if std::env::var("FOREGATE_E2E_REQUIRE").is_err() => {
-                println!("skipped: no etcd binary");
-                return None;
-            }
-            Err(error) => panic!("{error}"),
-        };
-        let store = EtcdStore::connect(&etcd.endpoints()).await.unwrap();
+        let (etcd, store) = real_etcd::start().await?;
         Some(Self {
             store: Arc::new(store),
             fault: Fault::Etcd(Box::new(etcd)),

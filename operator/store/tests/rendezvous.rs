@@ -7,14 +7,15 @@
     reason = "part of a test; the environment says whether a missing etcd is a failure"
 )]
 
+mod real_etcd;
+
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use foregate_api::ids::{Epoch, Rank};
-use foregate_store::own_etcd::OwnEtcdError;
 use foregate_store::{
-    Coord, EtcdStore, Group, Lease, MemoryStore, OwnEtcd, RendezvousError, Store, StoreError,
+    Coord, Group, Lease, MemoryStore, OwnEtcd, RendezvousError, Store, StoreError,
 };
 use tokio::time::Instant;
 
@@ -36,15 +37,7 @@ impl Subject {
     }
 
     async fn etcd() -> Option<Self> {
-        let etcd = match OwnEtcd::start().await {
-            Ok(etcd) => etcd,
-            Err(OwnEtcdError::Missing) if std::env::var("FOREGATE_E2E_REQUIRE").is_err() => {
-                println!("skipped: no etcd binary");
-                return None;
-            }
-            Err(error) => panic!("{error}"),
-        };
-        let store = EtcdStore::connect(&etcd.endpoints()).await.unwrap();
+        let (etcd, store) = real_etcd::start().await?;
         Some(Self {
             store: Arc::new(store),
             _etcd: Some(etcd),
