@@ -5,6 +5,7 @@
 
 use std::ffi::{c_char, c_int, c_uint, c_void};
 use std::fmt;
+use std::mem::ManuallyDrop;
 use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -196,15 +197,14 @@ pub struct Optional {
     pub has_comm_grow: bool,
 }
 
-/// An opened NCCL.
+/// An opened NCCL. It stays in the process for good: NCCL starts threads of its own (the first unique id does), and code that
+/// is taken away from under a thread is a crash.
 #[derive(Debug)]
 pub struct Library {
     path: PathBuf,
     version: Version,
     pub(super) calls: Calls,
     optional: Optional,
-    /// Last: the functions above are its.
-    _opened: Opened,
 }
 
 impl Library {
@@ -221,7 +221,9 @@ impl Library {
         for path in &tried {
             // SAFETY: the initialisers of NCCL are trusted: whoever may name a library here may replace the program.
             match unsafe { Opened::new(path) } {
-                Ok(opened) => return Self::of(path.clone(), opened).map(Arc::new),
+                Ok(opened) => {
+                    return Self::of(path.clone(), &ManuallyDrop::new(opened)).map(Arc::new);
+                }
                 Err(error) if why.is_empty() => why = error.to_string(),
                 Err(_) => {}
             }
@@ -236,10 +238,10 @@ impl Library {
         })
     }
 
-    fn of(path: PathBuf, opened: Opened) -> Result<Self, CommError> {
+    fn of(path: PathBuf, opened: &Opened) -> Result<Self, CommError> {
         let from = Symbols {
             path: &path,
-            opened: &opened,
+            opened,
         };
         let get_version: unsafe extern "C" fn(*mut c_int) -> Code =
             from.must("ncclGetVersion")?;
@@ -290,7 +292,6 @@ impl Library {
             version,
             calls,
             optional,
-            _opened: opened,
         })
     }
 
