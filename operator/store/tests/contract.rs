@@ -46,7 +46,8 @@ impl Subject {
 
     /// `None`: there is no etcd binary and none is required.
     async fn etcd() -> Option<Self> {
-        let (etcd, store) = real_etcd::start().await?;
+        let etcd = real_etcd::found(OwnEtcd::start().await)?;
+        let store = EtcdStore::connect(&etcd.endpoints()).await.unwrap();
         Some(Self {
             store: Arc::new(store),
             fault: Fault::Etcd(Box::new(etcd)),

@@ -15,7 +15,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use foregate_api::ids::{Epoch, Rank};
 use foregate_store::{
-    Coord, Group, Lease, MemoryStore, OwnEtcd, RendezvousError, Store, StoreError,
+    Coord, EtcdStore, Group, Lease, MemoryStore, OwnEtcd, RendezvousError, Store, StoreError,
 };
 use tokio::time::Instant;
 
@@ -37,7 +37,8 @@ impl Subject {
     }
 
     async fn etcd() -> Option<Self> {
-        let (etcd, store) = real_etcd::start().await?;
+        let etcd = real_etcd::found(OwnEtcd::start().await)?;
+        let store = EtcdStore::connect(&etcd.endpoints()).await.unwrap();
         Some(Self {
             store: Arc::new(store),
             _etcd: Some(etcd),

@@ -7,10 +7,11 @@
     reason = "part of a test; the environment says whether a missing etcd is a failure"
 )]
 
+mod real_etcd;
+
 use std::time::{Duration, SystemTime};
 
 use foregate_api::tls::{ClientKeys, StoreTls};
-use foregate_store::own_etcd::OwnEtcdError;
 use foregate_store::{EtcdStore, OwnEtcd, Store};
 use foregate_tls::StoreKeys;
 use foregate_tls::authority::{Authority, Issued, Validity};
@@ -72,14 +73,7 @@ async fn etcd(desk: &Desk) -> Option<OwnEtcd> {
         key: desk.file("server.key", &server.key),
         keys: StoreKeys::open(&desk.client(desk, Some(desk.issue("test")))).unwrap(),
     };
-    match OwnEtcd::start_proven(files).await {
-        Ok(etcd) => Some(etcd),
-        Err(OwnEtcdError::Missing) if std::env::var("FOREGATE_E2E_REQUIRE").is_err() => {
-            println!("skipped: no etcd binary");
-            None
-        }
-        Err(error) => panic!("{error}"),
-    }
+    real_etcd::found(OwnEtcd::start_proven(files).await)
 }
 
 #[tokio::test]
