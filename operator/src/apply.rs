@@ -23,7 +23,8 @@ pub(crate) enum ApplyError {
     Api(#[from] kube::Error),
     /// An object of this name is somebody else's, and stays as it is.
     #[error(
-        "{kind} {name} is there already and is not of this cluster: remove it, or give the MoeCluster another name"
+        "{kind} {name} is there already and is not of this cluster: remove it, or give the MoeCluster another name (what is \
+         left of an earlier cluster of this name goes by itself)"
     )]
     Taken {
         /// Its kind.
@@ -37,7 +38,8 @@ pub(crate) enum ApplyError {
 pub(crate) type Owned = BTreeSet<(String, String)>;
 
 /// Applies every object. What others wrote into fields of ours is overwritten, and their own fields stay; an object that is
-/// not `owned` is made, never taken over.
+/// not of this cluster is left alone. Since an apply that meets no field of ours would take it over in silence, who owns an
+/// object that is not `owned` is asked first.
 ///
 /// # Errors
 /// The API server's first, or the first name that is taken.
@@ -50,21 +52,59 @@ pub(crate) async fn apply(
     let judged: BTreeSet<String> = prunable().into_iter().map(|kind| kind.kind).collect();
     for object in objects {
         let key = (object.api.kind.clone(), object.name.clone());
-        let ours = owned.contains(&key) || !judged.contains(&key.0);
-        let how = PatchParams::apply(MANAGER);
-        let how = if ours { how.force() } else { how };
         let api: Api<DynamicObject> =
             Api::namespaced_with(client.clone(), &owner.namespace, &object.api);
+        let ours = owned.contains(&key) || !judged.contains(&key.0);
+        let whose = match ours {
+            true => Whose::Ours,
+            false => whose(&api, owner, &object.name).await?,
+        };
+        let taken = |(kind, name)| ApplyError::Taken { kind, name };
+        let how = PatchParams::apply(MANAGER);
+        let how = match whose {
+            Whose::Ours => how.force(),
+            Whose::Nobodys => how,
+            Whose::Others => return Err(taken(key)),
+        };
         let body = Patch::Apply(&object.body);
         match api.patch(&object.name, &how, &body).await {
-            Err(kube::Error::Api(error)) if !ours && is_taken(&error) => {
-                let (kind, name) = key;
-                return Err(ApplyError::Taken { kind, name });
+            // Somebody was quicker.
+            Err(kube::Error::Api(error)) if !how.force && is_taken(&error) => {
+                return Err(taken(key));
             }
             end => drop(end?),
         }
     }
     Ok(())
+}
+
+/// Who owns an object.
+enum Whose {
+    /// There is none.
+    Nobodys,
+    /// This cluster, even if its labels are not ours any more.
+    Ours,
+    /// Somebody else, or nobody that it names.
+    Others,
+}
+
+async fn whose(
+    api: &Api<DynamicObject>,
+    owner: &Owner,
+    name: &str,
+) -> Result<Whose, kube::Error> {
+    let named = ListParams::default().fields(&format!("metadata.name={name}"));
+    let found = api.list_metadata(&named).await?.items;
+    Ok(match found.first() {
+        None => Whose::Nobodys,
+        Some(object) if is_of(object, owner) => Whose::Ours,
+        Some(_) => Whose::Others,
+    })
+}
+
+fn is_of(object: &PartialObjectMeta<DynamicObject>, owner: &Owner) -> bool {
+    let mut owners = object.owner_references().iter();
+    owners.any(|reference| reference.uid == owner.uid)
 }
 
 /// Somebody else has written what we would write, or another controller owns the object.
@@ -95,11 +135,8 @@ pub(crate) async fn owned(client: &Client, owner: &Owner) -> Result<Owned, kube:
         let api: Api<DynamicObject> =
             Api::namespaced_with(client.clone(), &owner.namespace, &kind);
         let found = api.list_metadata(&ours).await?.items;
-        let of_it = |object: &PartialObjectMeta<DynamicObject>| {
-            let mut owners = object.owner_references().iter();
-            owners.any(|reference| reference.uid == owner.uid)
-        };
-        let names = found.iter().filter(|o| of_it(o)).map(|o| o.name_any());
+        let of_it = found.iter().filter(|object| is_of(object, owner));
+        let names = of_it.map(|object| object.name_any());
         owned.extend(names.map(|name| (kind.kind.clone(), name)));
     }
     Ok(owned)

@@ -179,8 +179,7 @@ pub(crate) mod api {
                     }
                     None => status(StatusCode::NOT_FOUND, "NotFound", path),
                 },
-                // Whoever does not insist takes nothing over.
-                "patch" if !query.contains("force=true") && !self.is_of_owner(path, &body) => {
+                "patch" if !query.contains("force=true") && self.conflicts(path, &body) => {
                     status(StatusCode::CONFLICT, "Conflict", "somebody else wrote this")
                 }
                 "patch" | "update" => (StatusCode::OK, self.put(path, body)),
@@ -192,12 +191,11 @@ pub(crate) mod api {
             }
         }
 
-        /// Whether what is there, if anything, has an owner in common with `body`.
-        fn is_of_owner(&self, path: &str, body: &Value) -> bool {
-            let owners =
-                |object: &Value| object["metadata"]["ownerReferences"][0]["uid"].clone();
+        /// Whether somebody else wrote what `body` would write otherwise. As with a real one, fields that only one of both has
+        /// are no conflict.
+        fn conflicts(&self, path: &str, body: &Value) -> bool {
             let before = self.objects.get(path);
-            before.is_none_or(|old| owners(old) == owners(body))
+            before.is_some_and(|old| !old["spec"].is_null() && old["spec"] != body["spec"])
         }
 
         /// Writes an object over the one that is there; its uid and status stay.

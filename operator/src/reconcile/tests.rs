@@ -381,27 +381,50 @@ async fn to_look_twice_is_to_look_once() {
 /// Names of objects are made from the cluster's; what has such a name already is somebody's.
 #[tokio::test(start_paused = true)]
 async fn nothing_of_others_is_taken_over() {
-    let of_others = [
-        ("/api/v1", "services", "tiny", "Service"),
-        ("/apis/apps/v1", "deployments", "tiny-gateway", "Deployment"),
-        ("/api/v1", "pods", "tiny-worker-1", "Pod"),
-        ("/api/v1", "pods", "tiny-inspect", "Pod"),
-    ];
-    for (group, resource, name, kind) in of_others {
+    let nobodys = Value::Null;
+    // Of `tiny-workers`, whose Service has the name of `tiny`'s for workers.
+    let clusters = json!([{"kind": "MoeCluster", "name": "tiny-workers", "uid": "4711", "controller": true}]);
+    for (group, resource, name, kind, owners) in [
+        ("/api/v1", "services", "tiny", "Service", &nobodys),
+        ("/api/v1", "services", "tiny-workers", "Service", &clusters),
+        (
+            "/api/v1",
+            "configmaps",
+            "tiny-gateway",
+            "ConfigMap",
+            &nobodys,
+        ),
+        (
+            "/apis/apps/v1",
+            "deployments",
+            "tiny-gateway",
+            "Deployment",
+            &nobodys,
+        ),
+        ("/api/v1", "pods", "tiny-worker-1", "Pod", &nobodys),
+        ("/api/v1", "pods", "tiny-inspect", "Pod", &nobodys),
+    ] {
         let mut world = World::new(2);
         let path = format!("{group}/namespaces/default/{resource}/{name}");
-        // A kubelet would run such a pod too.
-        let annotations = json!({"foregate.dev/slots": "4"});
-        let metadata =
-            json!({"name": name, "namespace": "default", "annotations": annotations});
-        let body = json!({"metadata": metadata, "spec": {"a": 1}});
+        let metadata = json!({
+            "name": name, "namespace": "default", "ownerReferences": owners,
+            // A kubelet would run such a pod too.
+            "annotations": {"foregate.dev/slots": "4"},
+        });
+        // A ConfigMap has no such field, and so none that ours would write otherwise.
+        let field = if kind == "ConfigMap" {
+            "binaryData"
+        } else {
+            "spec"
+        };
+        let body = json!({"metadata": metadata, field: {"a": 1}});
         world.api.insert(&path, body, "other");
         let mut refused = None;
         for _ in 0..8 {
             refused = world.look().await.err().or(refused);
             world.api.with(resource, name, |object| {
                 assert_eq!(
-                    object["spec"],
+                    object[field],
                     json!({"a": 1}),
                     "{kind} {name} was taken over"
                 );
