@@ -615,6 +615,7 @@ async fn report(
         url: applied.then(|| url(owner)),
         state: view.map(|view| view.state.as_ref()),
         threshold: outcome.threshold,
+        cover: cluster.spec.balancing.cover.unwrap_or_default(),
         verdict: view.map_or(Verdict::Pending, |view| view.verdict.clone()),
         model: outcome.model.clone(),
         memory: outcome.memory,

@@ -5,8 +5,9 @@
 
 use std::collections::BTreeSet;
 
+use foregate_api::ids::Rank;
 use foregate_api::member::Phase;
-use foregate_api::placement::Placement;
+use foregate_api::placement::{Cover, Placement};
 use foregate_crd::cluster::{InspectedModel, MemoryPlan, Parallelism};
 use foregate_crd::{ConditionType, MoeClusterStatus, Reason};
 use foregate_store::ClusterState;
@@ -65,6 +66,8 @@ pub(crate) struct Facts<'a> {
     pub(crate) url: Option<String>,
     pub(crate) state: Option<&'a ClusterState>,
     pub(crate) threshold: f64,
+    /// What copies were asked to span.
+    pub(crate) cover: Cover,
     pub(crate) verdict: Verdict,
     pub(crate) model: Option<InspectedModel>,
     pub(crate) memory: Option<MemoryPlan>,
@@ -204,7 +207,7 @@ fn experts_covered(facts: &Facts<'_>) -> Said {
     let Some(plan) = active(state) else {
         return no(Reason::NoPlacement, "no placement is active yet");
     };
-    let holds = |rank: &foregate_api::ids::Rank| {
+    let holds = |rank: &Rank| {
         let ack = state.acks.get(rank);
         state.members.contains_key(rank) && ack.is_some_and(|ack| ack.prepared >= plan.epoch)
     };
@@ -248,7 +251,7 @@ fn fabric_ready(facts: &Facts<'_>) -> Said {
     let Some(plan) = active(state) else {
         return no(Reason::NoPlacement, "no placement is active yet");
     };
-    let steps = |rank: &&foregate_api::ids::Rank| {
+    let steps = |rank: &&Rank| {
         state
             .acks
             .get(rank)
@@ -401,7 +404,38 @@ fn degraded(facts: &Facts<'_>, causes: &[(ConditionType, Said)]) -> Said {
             return yes(*reason, message.clone());
         }
     }
-    no(Reason::Healthy, "nothing is wrong")
+    match reduced_cover(facts) {
+        Some(why) => yes(Reason::CoverReduced, why),
+        None => no(Reason::Healthy, "nothing is wrong"),
+    }
+}
+
+/// How many experts the loss of one failure domain would leave without a copy, where there were to be none.
+fn reduced_cover(facts: &Facts<'_>) -> Option<String> {
+    if facts.cover != Cover::All {
+        return None;
+    }
+    let state = facts.state.filter(|state| state.connected)?;
+    let plan = active(state)?;
+    // A rank without a name is a domain of its own, as it is to the planner.
+    let domain = |rank: Rank| match state.members.get(&rank) {
+        Some(member) if !member.domain.is_empty() => Ok(member.domain.as_str()),
+        _ => Err(rank),
+    };
+    let in_one = |copies: &&Vec<foregate_api::placement::Copy>| {
+        let mut domains = copies.iter().map(|copy| domain(copy.rank));
+        let first = domains.next();
+        domains.all(|other| Some(other) == first)
+    };
+    let copies = || plan.layers.iter().flat_map(|layer| &layer.copies);
+    let exposed = copies().filter(in_one).count();
+    (exposed > 0).then(|| {
+        format!(
+            "{exposed} of {} experts, counted in every layer, have copies in one failure domain only, and cover all was asked \
+             for: raise spec.workers.redundantSlots, or ask for cover spread",
+            copies().count()
+        )
+    })
 }
 
 fn ready(
@@ -411,7 +445,8 @@ fn ready(
     degraded: &Said,
     causes: &[(ConditionType, Said)],
 ) -> Said {
-    if degraded.0 == Some(true) {
+    // What would be lost with a failure domain is there as long as none is lost.
+    if degraded.0 == Some(true) && degraded.1 != Reason::CoverReduced {
         return no(degraded.1, degraded.2.clone());
     }
     if available.0 != Some(true) {

@@ -102,6 +102,8 @@ names! {
         AllCovered,
         /// An expert has no copy.
         ExpertsMissing,
+        /// The loss of one failure domain would take every copy of some experts, though `cover: all` was asked for.
+        CoverReduced,
         /// Balance is at or above the threshold.
         WithinThreshold,
         /// Balance is below the threshold.

@@ -73,6 +73,7 @@ fn facts(state: &ClusterState) -> Facts<'_> {
         url: Some("http://tiny.default.svc:8000".to_owned()),
         state: Some(state),
         threshold: 0.95,
+        cover: Cover::Spread,
         verdict: Verdict::Answered,
         model: None,
         memory: None,
@@ -186,6 +187,68 @@ fn what_is_wrong_says_so_with_its_reason() {
     ] {
         let status = status(&facts, None, &time(0));
         assert_eq!(said(&status)[line], is, "{:#?}", status.conditions);
+    }
+}
+
+/// A cluster serves as well as any while no failure domain is lost; a person who asked for cover is told all the same.
+#[test]
+fn cover_that_was_asked_for_and_is_not_there_is_told() {
+    let each = |slots: [Vec<ExpertId>; 2], domains: [&str; 2]| {
+        let mut state = state();
+        let (plan, at) = state.active.clone().unwrap();
+        let layer = LayerPlacement::from_slots(&plan.ranks, slots.to_vec(), 4);
+        let plan = Placement {
+            layers: vec![layer],
+            ..Placement::clone(&plan)
+        };
+        state.active = Some((Arc::new(plan), at));
+        for (member, domain) in state.members.values_mut().zip(domains) {
+            Arc::make_mut(member).domain = domain.to_owned();
+        }
+        state
+    };
+    let four = || (0..4).map(ExpertId).collect::<Vec<_>>();
+    let three = || (0..3).map(ExpertId).collect::<Vec<_>>();
+    for (state, cover, is) in [
+        (
+            each([four(), four()], ["a", "b"]),
+            Cover::All,
+            "False Healthy",
+        ),
+        (
+            each([four(), four()], ["", ""]),
+            Cover::All,
+            "False Healthy",
+        ),
+        (
+            each([four(), four()], ["a", "a"]),
+            Cover::All,
+            "True CoverReduced",
+        ),
+        (
+            each([four(), three()], ["a", "b"]),
+            Cover::All,
+            "True CoverReduced",
+        ),
+        (
+            each([four(), three()], ["a", "b"]),
+            Cover::Spread,
+            "False Healthy",
+        ),
+    ] {
+        let facts = Facts {
+            cover,
+            ..facts(&state)
+        };
+        let status = status(&facts, None, &time(0));
+        let lines = said(&status);
+        assert_eq!(
+            lines[3],
+            format!("Degraded {is}"),
+            "{:#?}",
+            status.conditions
+        );
+        assert_eq!(lines[0], "Ready True CanaryAnswered");
     }
 }
 
