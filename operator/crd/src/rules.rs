@@ -65,9 +65,9 @@ enum Says {
 const RULES: &[Rule] = &[
     Rule {
         at: "",
-        rule: "size(self.metadata.name) <= 48 && self.metadata.name.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')",
+        rule: "size(self.metadata.name) <= 48 && self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')",
         says: Says::Text(
-            "metadata.name: give 1 to 48 of a-z, 0-9 and `-`, not at either end: other objects are named after it",
+            "metadata.name: give 1 to 48 of a-z, 0-9 and `-`, a letter first and no `-` last: other objects are named after it",
         ),
     },
     // The memory plan, once the sizes of the model are known: a change that cannot fit is refused before it begins. It is

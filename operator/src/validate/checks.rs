@@ -428,9 +428,16 @@ pub(super) fn dns_label(name: &str) -> Result<(), (String, &'static str)> {
     Ok(())
 }
 
-/// A DNS label that leaves room for the names of the cluster's objects.
+/// A DNS label that leaves room for the names of the cluster's objects, and begins as the name of a Service has to (RFC 1035: older
+/// API servers take no other).
 pub(super) fn cluster_name(name: &str) -> Result<(), (String, &'static str)> {
     dns_label(name)?;
+    if name.starts_with(|c: char| c.is_ascii_digit()) {
+        return Err((
+            format!("{name:?} begins with a digit"),
+            "begin with a letter: Services are named after it",
+        ));
+    }
     if name.len() > MAX_NAME {
         return Err((
             format!("{name:?} has {} characters", name.len()),

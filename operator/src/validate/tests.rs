@@ -122,6 +122,7 @@ const WRONG: &[Wrong] = &[
     ("metadata.name", |m| m.metadata.name = "Tiny".into()),
     ("metadata.name", |m| m.metadata.name = "a".repeat(49)),
     ("metadata.name", |m| m.metadata.name = "-a".into()),
+    ("metadata.name", |m| m.metadata.name = "1a".into()),
     ("metadata.name", |m| m.metadata.name = String::new()),
     ("metadata.namespace", |m| {
         m.metadata.namespace = Some("a/b".into())

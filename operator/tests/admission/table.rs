@@ -81,6 +81,7 @@ pub(crate) const GOOD: &[Row] = rows! {
 pub(crate) const BAD: &[Row] = rows! {
     "a name with a dot", "/metadata/name", "tiny.v2" => "metadata.name: give 1 to 48";
     "a name that leaves no room", "/metadata/name", "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa" => "metadata.name: give 1 to 48";
+    "a name that begins with a digit", "/metadata/name", "2tiny" => "metadata.name: give 1 to 48";
     "no model", "/spec/model/uri", "" => "spec.model.uri";
     "a blank model", "/spec/model/uri", "  " => "is empty: give hf://";
     "an unknown scheme", "/spec/model/uri", "s3://bucket/model" => "its scheme is not supported";
