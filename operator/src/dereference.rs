@@ -23,6 +23,8 @@ const OVERDUE: SignedDuration = SignedDuration::from_secs(10);
 pub(crate) struct Found {
     /// Pods of workers by rank.
     pub(crate) workers: BTreeMap<Rank, Pod>,
+    /// Pods of gateways, old and new.
+    pub(crate) gateway_pods: Vec<Pod>,
     /// The pod that looks at the model.
     pub(crate) inspector: Option<Pod>,
     /// The gateways.
@@ -61,6 +63,17 @@ pub(crate) async fn dereference(client: &Client, owner: &Owner) -> Result<Found,
 impl Found {
     /// Takes in a pod, if it is of this cluster and not of an earlier one of its name.
     pub(crate) fn take(&mut self, owner: &Owner, pod: Pod) {
+        let component = pod
+            .labels()
+            .get("app.kubernetes.io/component")
+            .map(String::as_str);
+        if component == Some(Component::Gateway.name()) {
+            // A ReplicaSet owns it, so only its end tells that it is of an earlier cluster.
+            if pod.metadata.deletion_timestamp.is_none() {
+                self.gateway_pods.push(pod);
+            }
+            return;
+        }
         if !pod
             .owner_references()
             .iter()
@@ -68,10 +81,6 @@ impl Found {
         {
             return;
         }
-        let component = pod
-            .labels()
-            .get("app.kubernetes.io/component")
-            .map(String::as_str);
         if component == Some(Component::Worker.name()) {
             let rank = pod.labels().get(RANK).and_then(|rank| rank.parse().ok());
             if let Some(rank) = rank {
@@ -102,20 +111,34 @@ impl Found {
         spec.and_then(|spec| spec.replicas).unwrap_or(1)
     }
 
-    /// What keeps pods of workers from serving, if it is more than time.
+    /// What a change of the gateways still waits for, in words. Until it is through, those of before serve.
+    pub(crate) fn gateways_change(&self) -> Option<String> {
+        let gateways = self.gateways.as_ref()?;
+        let status = gateways.status.clone().unwrap_or_default();
+        if status.observed_generation < gateways.metadata.generation {
+            return Some("the gateways' Deployment has not been looked at yet".to_owned());
+        }
+        let (all, new) = (
+            status.replicas.unwrap_or_default(),
+            status.updated_replicas.unwrap_or_default(),
+        );
+        let wanted = self.gateways_wanted();
+        let left = all - new;
+        (new < wanted || left > 0).then(|| {
+            format!(
+                "{new} of {wanted} gateways are as wanted now, {left} are as they were before"
+            )
+        })
+    }
+
+    /// What keeps pods from serving, if it is more than time: workers first.
     pub(crate) fn trouble(&self) -> Option<(Reason, String)> {
-        let failing = self.workers.values().find_map(failure);
-        if let Some(what) = failing {
+        let (workers, gateways) = (|| self.workers.values(), || self.gateway_pods.iter());
+        if let Some(what) = workers().chain(gateways()).find_map(failure) {
             return Some((Reason::PodFailing, what));
         }
-        let waiting: Vec<String> = self.workers.values().filter_map(unschedulable).collect();
-        let first = waiting.first()?;
-        let what = format!(
-            "{} of {} worker pods have no node: {first}",
-            waiting.len(),
-            self.workers.len()
-        );
-        Some((Reason::PodsUnschedulable, what))
+        let waiting = homeless("worker", workers()).or_else(|| homeless("gateway", gateways()));
+        Some((Reason::PodsUnschedulable, waiting?))
     }
 
     /// What the inspector of this source has to say; `None` if there is none.
@@ -199,6 +222,14 @@ fn cut(pod: &Pod) -> bool {
         condition.type_ == "DisruptionTarget"
             && condition.reason.as_deref() == Some("DeletionByTaintManager")
     })
+}
+
+/// How many pods have no node, with the scheduler's sentence about the first; `None` if all have one.
+fn homeless<'a>(role: &str, pods: impl Iterator<Item = &'a Pod> + Clone) -> Option<String> {
+    let waiting: Vec<String> = pods.clone().filter_map(unschedulable).collect();
+    let first = waiting.first()?;
+    let (few, all) = (waiting.len(), pods.count());
+    Some(format!("{few} of {all} {role} pods have no node: {first}"))
 }
 
 /// The scheduler's sentence about a pod that has no node.

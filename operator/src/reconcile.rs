@@ -152,6 +152,8 @@ struct Outcome {
     notes: Vec<String>,
     workers: u32,
     threshold: f64,
+    /// The Secret with the API's keys, if it has none.
+    keyless: Option<String>,
     view: Option<View>,
 }
 
@@ -170,6 +172,7 @@ impl Outcome {
             notes: Vec::new(),
             workers: workers.count.or(limits::COUNT.default).unwrap_or_default(),
             threshold: balancing.threshold.unwrap_or(limits::THRESHOLD),
+            keyless: None,
             view: context.clusters.look(owner),
         }
     }
@@ -327,6 +330,7 @@ async fn advance(
         notes: plan.notes,
         workers: validated.workers.count,
         threshold: validated.balancing.threshold,
+        keyless: validated.security.api_keys.filter(|_| api_key.is_none()),
         view,
     })
 }
@@ -612,6 +616,8 @@ async fn report(
         selector: selector_text(&owner.selector(Component::Worker)),
         gateways_wanted: found.gateways_wanted(),
         gateways: found.available(),
+        gateways_change: found.gateways_change(),
+        keyless: outcome.keyless.clone(),
         url: applied.then(|| url(owner)),
         state: view.map(|view| view.state.as_ref()),
         threshold: outcome.threshold,

@@ -63,6 +63,10 @@ pub(crate) struct Facts<'a> {
     /// Gateways that are wanted and available.
     pub(crate) gateways_wanted: i32,
     pub(crate) gateways: i32,
+    /// What a change of the gateways waits for.
+    pub(crate) gateways_change: Option<String>,
+    /// The Secret with the API's keys, if it has none.
+    pub(crate) keyless: Option<String>,
     pub(crate) url: Option<String>,
     pub(crate) state: Option<&'a ClusterState>,
     pub(crate) threshold: f64,
@@ -364,6 +368,9 @@ fn progressing(facts: &Facts<'_>) -> Said {
         );
         return yes(Reason::PodsStarting, message);
     }
+    if let Some(why) = &facts.gateways_change {
+        return yes(Reason::RollingOut, why.clone());
+    }
     let mut message = "everything is as wanted".to_owned();
     for note in &facts.notes {
         message.push_str("; note: ");
@@ -383,6 +390,13 @@ fn degraded(facts: &Facts<'_>, causes: &[(ConditionType, Said)]) -> Said {
     }
     if let Some((Reason::PodFailing, why)) = &facts.trouble {
         return yes(Reason::PodFailing, why.clone());
+    }
+    if let Some(secret) = &facts.keyless {
+        let why = format!(
+            "spec.security.apiKeys: the Secret {secret} is not there or holds no key, so gateways that are new do not \
+             start, and those that run stay as they are: make it, with one entry per client"
+        );
+        return yes(Reason::KeysMissing, why);
     }
     let lost = facts
         .state

@@ -82,6 +82,8 @@ names! {
         PodsStarting,
         /// A pod's container ends again and again, or its image cannot be had.
         PodFailing,
+        /// The Secret with the keys of the API's clients is not there, or has none.
+        KeysMissing,
         /// Ranks are still to register.
         RanksMissing,
         /// A rank that was there is gone.
@@ -92,7 +94,7 @@ names! {
         ScalingUp,
         /// Experts leave ranks that are to go.
         ScalingDown,
-        /// Ranks are restarted with another configuration, one after the other.
+        /// Ranks or gateways are replaced by ones of another configuration, a few at a time.
         RollingOut,
         /// A new placement is being prepared or its parent drained.
         EpochChanging,

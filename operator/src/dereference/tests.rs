@@ -110,6 +110,67 @@ fn the_schedulers_and_the_kubelets_sentences_are_passed_on() {
     assert_eq!(found(pod("worker", |_| {})).trouble(), None);
 }
 
+/// Old gateways serve until new ones can: what keeps those from it would be seen nowhere else.
+#[test]
+fn a_change_of_gateways_that_does_not_go_through_is_seen() {
+    let rollout = |status: Value| {
+        let gateways = json!({ "metadata": { "generation": 2 }, "spec": { "replicas": 2 }, "status": status });
+        let gateways = serde_json::from_value(gateways).unwrap();
+        Found {
+            gateways: Some(gateways),
+            ..Found::default()
+        }
+        .gateways_change()
+    };
+    let through = json!({ "observedGeneration": 2, "replicas": 2, "updatedReplicas": 2, "availableReplicas": 2 });
+    assert_eq!(rollout(through), None);
+    let unseen =
+        rollout(json!({ "observedGeneration": 1, "replicas": 2, "updatedReplicas": 2 }));
+    assert!(unseen.unwrap().contains("not been looked at"));
+    let stuck = rollout(
+        json!({ "observedGeneration": 2, "replicas": 3, "updatedReplicas": 1, "availableReplicas": 2 }),
+    );
+    assert_eq!(
+        stuck.unwrap(),
+        "1 of 2 gateways are as wanted now, 2 are as they were before"
+    );
+    let old = rollout(
+        json!({ "observedGeneration": 2, "replicas": 3, "updatedReplicas": 2, "availableReplicas": 3 }),
+    );
+    assert_eq!(
+        old.unwrap(),
+        "2 of 2 gateways are as wanted now, 1 are as they were before"
+    );
+
+    let fails = |change: fn(&mut Value)| {
+        found(pod("gateway", move |pod| {
+        pod["metadata"]["ownerReferences"] = json!([{ "apiVersion": "apps/v1", "kind": "ReplicaSet", "name": "r", "uid": "r" }]);
+        pod["status"]["containerStatuses"] = json!([{
+            "name": "gateway", "image": "", "imageID": "", "ready": false, "restartCount": 0,
+            "state": { "waiting": { "reason": "ImagePullBackOff", "message": "no such tag" } },
+        }]);
+        change(pod);
+    })).trouble()
+    };
+    let (reason, what) = fails(|_| {}).unwrap();
+    assert_eq!(reason, Reason::PodFailing);
+    assert!(
+        what.contains("tiny-gateway-1: container gateway: ImagePullBackOff: no such tag"),
+        "{what}"
+    );
+    let ending =
+        fails(|pod| pod["metadata"]["deletionTimestamp"] = "1970-01-01T00:16:45Z".into());
+    assert_eq!(ending, None, "its end is under way");
+    let waits = found(pod("gateway", |pod| {
+        pod["status"]["conditions"] =
+            json!([{ "type": "PodScheduled", "status": "False", "message": "0/3 nodes" }]);
+    }));
+    assert_eq!(
+        waits.trouble().unwrap().1,
+        "1 of 1 gateway pods have no node: tiny-gateway-1: 0/3 nodes"
+    );
+}
+
 #[test]
 fn an_inspector_says_sizes_or_why_not() {
     let ended = |code: i32, message: &str| {

@@ -132,7 +132,8 @@ impl World {
         }
         if self.api.names("deployments").contains("tiny-gateway") {
             self.api.with("deployments", "tiny-gateway", |gateways| {
-                gateways["status"] = json!({ "availableReplicas": 1 });
+                gateways["status"] =
+                    json!({ "replicas": 1, "updatedReplicas": 1, "availableReplicas": 1 });
             });
         }
         self.run_pods().await;
@@ -769,9 +770,16 @@ async fn plain_connections_and_keys_of_clients_are_as_the_manifest_says() {
     world.security(json!({ "mtls": false, "apiKeys": { "secretRef": { "name": "clients" } } }));
     let path = "/api/v1/namespaces/default/secrets/clients";
     let key = k8s_openapi::ByteString(b"sk-1\n".to_vec());
+    world.look().await.unwrap();
+    world.live().await;
+    world.look().await.unwrap();
+    let degraded = world.condition("Degraded");
+    assert_eq!(degraded["reason"], "KeysMissing", "{degraded}");
+    assert!(degraded["message"].as_str().unwrap().contains("clients"));
     world
         .api
         .insert(path, json!({ "data": { "alice": key } }), "theirs");
+    tokio::time::sleep(SECRETS).await;
     world.settle(2).await;
     assert_eq!(
         world.api.names("secrets"),

@@ -70,6 +70,8 @@ fn facts(state: &ClusterState) -> Facts<'_> {
         selector: "a=b".to_owned(),
         gateways_wanted: 1,
         gateways: 1,
+        gateways_change: None,
+        keyless: None,
         url: Some("http://tiny.default.svc:8000".to_owned()),
         state: Some(state),
         threshold: 0.95,
@@ -160,7 +162,19 @@ fn what_is_wrong_says_so_with_its_reason() {
         ready: 1,
         ..facts(&fine)
     };
+    let rolling = Facts {
+        gateways_change: Some("0 of 1".to_owned()),
+        ..facts(&fine)
+    };
+    let keyless = Facts {
+        keyless: Some("clients".to_owned()),
+        ..facts(&fine)
+    };
     for (facts, line, is) in [
+        (rolling.clone(), 2, "Progressing True RollingOut"),
+        (rolling, 0, "Ready True CanaryAnswered"),
+        (keyless.clone(), 3, "Degraded True KeysMissing"),
+        (keyless, 0, "Ready False KeysMissing"),
         (facts(&lost), 3, "Degraded True RankLost"),
         (facts(&lost), 0, "Ready False RankLost"),
         (facts(&lost), 4, "WeightsLoaded False RanksMissing"),
