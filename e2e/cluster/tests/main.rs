@@ -17,6 +17,7 @@ mod duties;
 mod install;
 mod load;
 mod losses;
+mod names;
 mod nodes;
 mod refusals;
 mod rights;

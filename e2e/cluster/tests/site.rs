@@ -247,11 +247,20 @@ pub(crate) fn install_resources(cluster: &Cluster) {
                 .ok_or_else(|| crd["status"].to_string())
         });
     }
-    // The list of what is served follows a moment later.
+    // The list of what is served follows a moment later, and what its fields mean another.
+    let asked: [&[&str]; 3] = [
+        &["get", "moe,moep", "-A"],
+        &["explain", "moe"],
+        &["explain", "moep"],
+    ];
     awaited("kubectl to know the resources", ROLLOUT, || {
-        let output = cluster.try_kubectl(&["get", "moe,moep", "-A"], "");
-        let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        output.status.success().then_some(()).ok_or(said)
+        for arguments in asked {
+            let output = cluster.try_kubectl(arguments, "");
+            if !output.status.success() {
+                return Err(String::from_utf8_lossy(&output.stderr).into_owned());
+            }
+        }
+        Ok(())
     });
 }
 
