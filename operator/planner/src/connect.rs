@@ -190,10 +190,8 @@ impl Links {
             links: Self {
                 components: 0,
                 component: vec![0; ranks],
-                bridge: layer
-                    .all_slots()
-                    .iter()
-                    .map(|s| vec![false; s.len()])
+                bridge: (0..ranks)
+                    .map(|g| vec![false; layer.slots(g).len()])
                     .collect(),
             },
         };

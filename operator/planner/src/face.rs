@@ -40,7 +40,7 @@ struct Reached {
     over: u32,
 }
 
-/// Workspace; it grows to the largest layer it sees, and is nobody's state: a clone is empty.
+/// Workspace; it grows to the largest layer it sees, and is nobody's state.
 #[derive(Debug, Default)]
 pub(crate) struct Face {
     /// First of each rank's entries in `held`, and their end.
@@ -49,17 +49,13 @@ pub(crate) struct Face {
     held: Vec<(u32, u32)>,
     reached: Vec<Reached>,
     seen: Vec<bool>,
+    /// Ranks whose group is level: nothing that happens elsewhere changes it.
+    level: Vec<bool>,
     poured: Vec<bool>,
     /// What a rank has above the level of its group.
     excess: Vec<f64>,
     /// Change of each place's rows.
     change: Vec<f64>,
-}
-
-impl Clone for Face {
-    fn clone(&self) -> Self {
-        Self::default()
-    }
 }
 
 impl Face {
@@ -100,25 +96,33 @@ impl Face {
         self.change.resize(copies.host.len(), 0.0);
         self.excess.clear();
         self.excess.resize(ranks, 0.0);
+        self.level.clear();
+        self.level.resize(ranks, false);
     }
 
-    /// One step of every group; whether none was cut short.
+    /// One step of every group that is not level yet; whether all are.
     fn step(&mut self, copies: Copies<'_>, rows: &mut [f64], loads: &mut [f64]) -> bool {
-        self.seen.clear();
-        self.seen.resize(loads.len(), false);
+        self.seen.clone_from(&self.level);
         self.poured.clear();
         self.poured.resize(copies.shared.len(), false);
-        let mut whole = true;
+        let mut all = true;
         for root in 0..loads.len() as u32 {
             if !self.seen[root as usize] {
                 self.reach(root, copies, rows);
+                let mut whole = true;
                 if self.reached.len() > 1 {
                     self.solve(copies, loads);
-                    whole &= self.go(copies, rows, loads);
+                    whole = self.go(copies, rows, loads);
                 }
+                if whole {
+                    for r in &self.reached {
+                        self.level[r.rank as usize] = true;
+                    }
+                }
+                all &= whole;
             }
         }
-        whole
+        all
     }
 
     /// All ranks that rows of shared experts join to `root`, nearest first.

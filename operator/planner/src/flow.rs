@@ -37,22 +37,68 @@ pub(crate) struct Flow {
     pub(crate) loads: Vec<f64>,
     /// Experts with several copies, in the order in which they are poured.
     shared: Vec<u32>,
+}
+
+/// Buffers that splits are settled with: they grow to the largest layer they see, and say nothing between two calls but
+/// what [`Workspace::ranks_by_load`] is for.
+#[derive(Debug, Default)]
+pub(crate) struct Workspace {
     level: Vec<f64>,
     face: Face,
-    order: Vec<(u64, u32)>,
+    /// Ranks by load, descending.
+    order: Vec<u32>,
+    /// What they are sorted by.
+    keys: Vec<u64>,
+    /// Place of each rank in `order`.
     at: Vec<u32>,
     own: Vec<f64>,
     inside: Vec<f64>,
+    /// Splits that nobody needs any more, for the sake of their memory.
+    spare: Vec<Flow>,
+}
+
+impl Workspace {
+    /// A split to become something else.
+    pub(crate) fn spare(&mut self) -> Flow {
+        self.spare.pop().unwrap_or_default()
+    }
+
+    /// Takes a split that nobody needs any more.
+    pub(crate) fn retire(&mut self, flow: Flow) {
+        self.spare.push(flow);
+    }
+
+    /// Ranks by load, descending, as of the last [`Flow::tight`].
+    pub(crate) fn ranks_by_load(&self) -> impl Iterator<Item = usize> + '_ {
+        self.order.iter().map(|g| *g as usize)
+    }
 }
 
 impl Flow {
     /// Even shares of `w` over the copies of a layer.
     pub(crate) fn even(layer: &Layer, w: &[f64]) -> Self {
-        let mut flow = Self::over(layer.ranks());
-        for (e, rows) in w.iter().enumerate() {
-            flow.push(layer.hosts(e).iter().map(|g| *g as u32), *rows);
-        }
+        let mut flow = Self::default();
+        flow.become_even(layer, w);
         flow
+    }
+
+    /// The same, in the memory of this one.
+    pub(crate) fn become_even(&mut self, layer: &Layer, w: &[f64]) {
+        let places = layer.copies() + w.len();
+        self.start.clear();
+        self.start.reserve(w.len());
+        self.count.clear();
+        self.count.reserve(w.len());
+        self.host.clear();
+        self.host.reserve(places);
+        self.rows.clear();
+        self.rows.reserve(places);
+        self.shared.clear();
+        self.loads.clear();
+        self.loads.resize(layer.ranks(), 0.0);
+        for (e, rows) in w.iter().enumerate() {
+            self.push(layer.hosts(e).iter().map(|g| *g as u32), *rows);
+        }
     }
 
     /// What a placement's shares give on the copies that are left: what a lost rank had of an expert goes to its other
@@ -152,41 +198,39 @@ impl Flow {
         self.rows.push(0.0);
     }
 
-    /// The same shares of another load.
-    pub(crate) fn scaled(&self, from: &[f64], to: &[f64]) -> Self {
-        let mut flow = self.clone();
-        flow.loads.fill(0.0);
+    /// Becomes the shares of `other`, under its load `from`, of another load.
+    pub(crate) fn become_scaled(&mut self, other: &Self, from: &[f64], to: &[f64]) {
+        self.become_like(other);
+        self.loads.fill(0.0);
         for (e, rows) in to.iter().enumerate() {
             let factor = if from[e] > 0.0 { rows / from[e] } else { 0.0 };
-            for at in flow.span(e) {
-                flow.rows[at] *= factor;
-                flow.loads[flow.host[at] as usize] += flow.rows[at];
+            for at in self.span(e) {
+                self.rows[at] *= factor;
+                self.loads[self.host[at] as usize] += self.rows[at];
             }
         }
-        flow
     }
 
-    /// The same rows where `layer` still has their copies, in its order; what other copies had goes to an expert's
-    /// first.
-    pub(crate) fn onto(&self, layer: &Layer, w: &[f64]) -> Self {
-        let mut flow = Self::even(layer, w);
-        flow.loads.fill(0.0);
+    /// Becomes the rows of `other` where `layer` still has their copies, in its order; what other copies had goes to an
+    /// expert's first.
+    pub(crate) fn become_sorted(&mut self, other: &Self, layer: &Layer, w: &[f64]) {
+        self.become_even(layer, w);
+        self.loads.fill(0.0);
         for (e, rows) in w.iter().enumerate() {
-            let (from, to) = (self.span(e), flow.span(e));
+            let (from, to) = (other.span(e), self.span(e));
             let mut left = *rows;
             for at in to.clone() {
-                let g = flow.host[at];
-                let old = from.clone().find(|i| self.host[*i] == g);
-                flow.rows[at] = old.map_or(0.0, |i| self.rows[i]).min(left);
-                left -= flow.rows[at];
-                flow.loads[g as usize] += flow.rows[at];
+                let g = self.host[at];
+                let old = from.clone().find(|i| other.host[*i] == g);
+                self.rows[at] = old.map_or(0.0, |i| other.rows[i]).min(left);
+                left -= self.rows[at];
+                self.loads[g as usize] += self.rows[at];
             }
             if left > 0.0 && !to.is_empty() {
-                flow.rows[to.start] += left;
-                flow.loads[flow.host[to.start] as usize] += left;
+                self.rows[to.start] += left;
+                self.loads[self.host[to.start] as usize] += left;
             }
         }
-        flow
     }
 
     /// Rows of each copy, experts one after the other.
@@ -225,21 +269,27 @@ impl Flow {
     }
 
     /// Follows an operation on the layer, before it is applied there.
-    pub(crate) fn follow(&mut self, layer: &Layer, op: Operation, w: &[f64]) {
+    pub(crate) fn follow(
+        &mut self,
+        layer: &Layer,
+        op: Operation,
+        w: &[f64],
+        work: &mut Workspace,
+    ) {
         match op {
             Operation::Swap { from, to } => {
                 let (e, f) = (layer.slots(from.0)[from.1], layer.slots(to.0)[to.1]);
                 self.carry(e, from.0, to.0);
                 self.carry(f, to.0, from.0);
-                self.level_one(e, w);
-                self.level_one(f, w);
+                self.level_one(e, w, work);
+                self.level_one(f, w, work);
             }
             Operation::Overwrite { expert, at } => {
                 let f = layer.slots(at.0)[at.1];
                 self.drop_copy(f, at.0);
-                self.level_one(f, w);
+                self.level_one(f, w, work);
                 self.add_copy(expert, at.0);
-                self.level_one(expert, w);
+                self.level_one(expert, w, work);
             }
         }
     }
@@ -282,16 +332,16 @@ impl Flow {
         }
     }
 
-    fn level_one(&mut self, e: usize, w: &[f64]) {
+    fn level_one(&mut self, e: usize, w: &[f64], work: &mut Workspace) {
         let span = self.span(e);
         if span.len() > 1 {
             let (hosts, rows) = (&self.host[span.clone()], &mut self.rows[span]);
-            pour(&mut self.loads, hosts, rows, w[e], 1.0, &mut self.level);
+            pour(&mut self.loads, hosts, rows, w[e], 1.0, &mut work.level);
         }
     }
 
     /// One sweep over all shared experts, forward or backward.
-    pub(crate) fn sweep(&mut self, w: &[f64], backward: bool, relaxation: f64) {
+    fn sweep(&mut self, w: &[f64], backward: bool, relaxation: f64, work: &mut Workspace) {
         for i in 0..self.shared.len() {
             let i = if backward {
                 self.shared.len() - 1 - i
@@ -308,15 +358,21 @@ impl Flow {
                 rows,
                 w[e],
                 relaxation,
-                &mut self.level,
+                &mut work.level,
             );
         }
     }
 
     /// Sweeps and exact steps until the maximum is within `1 + gap` of the certificate, at most `sweeps` sweeps. Returns
     /// the certificate and the sweeps made.
-    pub(crate) fn settle(&mut self, w: &[f64], sweeps: usize, gap: f64) -> (f64, usize) {
-        self.settle_below(f64::INFINITY, w, sweeps, gap)
+    pub(crate) fn settle(
+        &mut self,
+        w: &[f64],
+        sweeps: usize,
+        gap: f64,
+        work: &mut Workspace,
+    ) -> (f64, usize) {
+        self.settle_below(f64::INFINITY, w, sweeps, gap, work)
     }
 
     /// The same, but given up as soon as the certificate is not below `enough`.
@@ -326,77 +382,86 @@ impl Flow {
         w: &[f64],
         sweeps: usize,
         gap: f64,
+        work: &mut Workspace,
     ) -> (f64, usize) {
-        let mut certificate = self.certificate(w);
+        let mut certificate = self.certificate(w, work);
         let mut done = 0;
         while done < sweeps && certificate < enough && self.max() > (1.0 + gap) * certificate {
             let round = ROUND.min(sweeps - done);
             for i in 1..=round {
                 // The last of a round is exact: nothing is left above its level for the sake of speed.
                 let relaxation = if i < round { RELAXATION } else { 1.0 };
-                self.sweep(w, i % 2 == 0, relaxation);
+                self.sweep(w, i % 2 == 0, relaxation, work);
             }
             done += round;
-            self.straighten();
-            certificate = certificate.max(self.certificate(w));
+            self.straighten(work);
+            certificate = certificate.max(self.certificate(w, work));
         }
         (certificate, done)
     }
 
     /// See [`Face::level`].
-    fn straighten(&mut self) {
+    fn straighten(&mut self, work: &mut Workspace) {
         let copies = Copies {
             start: &self.start,
             count: &self.count,
             host: &self.host,
             shared: &self.shared,
         };
-        self.face.level(copies, &mut self.rows, &mut self.loads);
+        work.face.level(copies, &mut self.rows, &mut self.loads);
     }
 
     /// A lower bound on the maximum load of any split of this placement ([`crate::bound::certificate`]).
-    pub(crate) fn certificate(&mut self, w: &[f64]) -> f64 {
-        self.tight(w).0
+    fn certificate(&self, w: &[f64], work: &mut Workspace) -> f64 {
+        self.tight(w, work).0
     }
 
-    /// The certificate, and how many of the most loaded ranks set it; [`Self::ranks_by_load`] tells which.
-    pub(crate) fn tight(&mut self, w: &[f64]) -> (f64, usize) {
-        self.order.clear();
-        // Loads are not negative, and then their bits are in order.
-        let key = |(g, load): (usize, &f64)| (!load.max(0.0).to_bits(), g as u32);
-        self.order.extend(self.loads.iter().enumerate().map(key));
-        self.order.sort_unstable();
-        self.at.resize(self.loads.len(), 0);
-        for (at, (_, g)) in self.order.iter().enumerate() {
-            self.at[*g as usize] = at as u32;
+    /// The certificate, and how many of the most loaded ranks set it; [`Workspace::ranks_by_load`] tells which.
+    pub(crate) fn tight(&self, w: &[f64], work: &mut Workspace) -> (f64, usize) {
+        let Workspace {
+            order,
+            keys,
+            at,
+            own,
+            inside,
+            ..
+        } = work;
+        let ranks = self.loads.len();
+        // Loads are not negative, and then their bits are in order. The rank takes the place of the last of them: the
+        // certificate holds for any order, and one number sorts faster than two.
+        let last = ranks.next_power_of_two() as u64 - 1;
+        let key = |(g, load): (usize, &f64)| !(load.max(0.0).to_bits() | last) | g as u64;
+        keys.clear();
+        keys.extend(self.loads.iter().enumerate().map(key));
+        keys.sort_unstable();
+        order.clear();
+        order.extend(keys.iter().map(|key| (key & last) as u32));
+        at.resize(ranks, 0);
+        for (place, g) in order.iter().enumerate() {
+            at[*g as usize] = place as u32;
         }
         // What is not of shared experts stays where it is.
-        self.own.clone_from(&self.loads);
-        self.inside.clear();
-        self.inside.resize(self.loads.len(), 0.0);
+        own.clone_from(&self.loads);
+        inside.clear();
+        inside.resize(ranks, 0.0);
         for e in &self.shared {
             let span = self.span(*e as usize);
             let mut last = 0;
             for place in span {
                 let g = self.host[place] as usize;
-                self.own[g] -= self.rows[place];
-                last = last.max(self.at[g]);
+                own[g] -= self.rows[place];
+                last = last.max(at[g]);
             }
-            self.inside[last as usize] += w[*e as usize];
+            inside[last as usize] += w[*e as usize];
         }
         let (mut sum, mut bound, mut size) = (0.0, 0.0, 0);
-        for (j, (_, g)) in self.order.iter().enumerate() {
-            sum += self.inside[j] + self.own[*g as usize];
+        for (j, g) in order.iter().enumerate() {
+            sum += inside[j] + own[*g as usize];
             let mean = sum / (j + 1) as f64;
             if mean > bound {
                 (bound, size) = (mean, j + 1);
             }
         }
         (bound, size)
-    }
-
-    /// Ranks by load, descending, as of the last [`Self::tight`].
-    pub(crate) fn ranks_by_load(&self) -> impl Iterator<Item = usize> + '_ {
-        self.order.iter().map(|(_, g)| *g as usize)
     }
 }

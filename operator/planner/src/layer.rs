@@ -14,6 +14,12 @@ use crate::table::SplitTable;
 /// Ranks of an expert's copies, ascending: rarely more than four.
 type Hosts = SmallVec<[usize; 4]>;
 
+/// Experts on a rank: a few, so that a layer is copied without an allocation for each rank.
+type Held = SmallVec<[usize; 6]>;
+
+/// Bits of a word of [`Layer::has`].
+const WORD: usize = u64::BITS as usize;
+
 /// A slot: rank index and number of the slot there.
 pub(crate) type Place = (usize, usize);
 
@@ -41,20 +47,20 @@ pub(crate) enum Operation {
 pub(crate) struct Layer {
     experts: usize,
     /// `slots[g]`: experts on rank index g.
-    slots: Vec<Vec<usize>>,
+    slots: Vec<Held>,
     /// `hosts[e]`: rank indices that hold e, ascending.
     hosts: Vec<Hosts>,
-    /// `has[g · experts + e]`.
-    has: Vec<bool>,
+    /// A bit for each rank and expert: whether g holds e. Ranks begin at a new word.
+    has: Vec<u64>,
 }
 
 impl Layer {
     pub(crate) fn empty(ranks: usize, experts: usize) -> Self {
         Self {
             experts,
-            slots: vec![Vec::new(); ranks],
+            slots: vec![Held::new(); ranks],
             hosts: vec![Hosts::new(); experts],
-            has: vec![false; ranks * experts],
+            has: vec![0; ranks * experts.div_ceil(WORD)],
         }
     }
 
@@ -104,8 +110,9 @@ impl Layer {
         &self.slots[g]
     }
 
-    pub(crate) fn all_slots(&self) -> &[Vec<usize>] {
-        &self.slots
+    #[cfg(test)]
+    pub(crate) fn all_slots(&self) -> Vec<&[usize]> {
+        self.slots.iter().map(SmallVec::as_slice).collect()
     }
 
     pub(crate) fn hosts(&self, e: usize) -> &[usize] {
@@ -117,11 +124,17 @@ impl Layer {
     }
 
     pub(crate) fn has(&self, g: usize, e: usize) -> bool {
-        self.has[g * self.experts + e]
+        let (word, bit) = self.bit(g, e);
+        self.has[word] & bit != 0
+    }
+
+    /// Word and bit of [`Self::has`] for e on g.
+    const fn bit(&self, g: usize, e: usize) -> (usize, u64) {
+        (g * self.experts.div_ceil(WORD) + e / WORD, 1 << (e % WORD))
     }
 
     pub(crate) fn copies(&self) -> usize {
-        self.slots.iter().map(Vec::len).sum()
+        self.slots.iter().map(SmallVec::len).sum()
     }
 
     /// Puts e into a new slot of g; does nothing if g holds it.
@@ -160,14 +173,16 @@ impl Layer {
     }
 
     fn enter(&mut self, g: usize, e: usize) {
-        self.has[g * self.experts + e] = true;
+        let (word, bit) = self.bit(g, e);
+        self.has[word] |= bit;
         if let Err(at) = self.hosts[e].binary_search(&g) {
             self.hosts[e].insert(at, g);
         }
     }
 
     fn leave(&mut self, g: usize, e: usize) {
-        self.has[g * self.experts + e] = false;
+        let (word, bit) = self.bit(g, e);
+        self.has[word] &= !bit;
         if let Ok(at) = self.hosts[e].binary_search(&g) {
             self.hosts[e].remove(at);
         }
@@ -180,7 +195,7 @@ impl Layer {
 
     /// Load of each rank under even split.
     pub(crate) fn even_loads(&self, w: &[f64]) -> Vec<f64> {
-        let of = |held: &Vec<usize>| held.iter().map(|e| self.per_copy(w, *e)).sum();
+        let of = |held: &Held| held.iter().map(|e| self.per_copy(w, *e)).sum();
         self.slots.iter().map(of).collect()
     }
 
@@ -292,7 +307,7 @@ impl Layer {
 
     /// The canonical form with even shares.
     pub(crate) fn placement(&self, room: &Room) -> LayerPlacement {
-        let ids = |held: &Vec<usize>| held.iter().map(|e| ExpertId(*e as u32)).collect();
+        let ids = |held: &Held| held.iter().map(|e| ExpertId(*e as u32)).collect();
         let slots = self.slots.iter().map(ids).collect();
         LayerPlacement::from_slots(&room.ranks, slots, self.experts)
     }

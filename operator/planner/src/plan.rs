@@ -1,10 +1,13 @@
 //! One call of the planner: layer by layer, then what it comes to.
 
+use std::iter::StepBy;
+use std::ops::Range;
+
 use foregate_api::ids::{Epoch, LayerId, Rank};
 use foregate_api::placement::{LayerPlacement, Placement, Reason};
 
 use crate::budget::Offer;
-use crate::flow::Flow;
+use crate::flow::{Flow, Workspace};
 use crate::layer::Layer;
 use crate::likely::Draws;
 use crate::problem::{FLOOR, PlanError, Problem, Room};
@@ -104,8 +107,8 @@ pub fn initial_near(
     };
     let mut history = History::default();
     history.fit(problem.layers);
-    let layers = side_by_side(problem.layers, settings.threads, |l| {
-        planner.layer(l, false)
+    let layers = side_by_side(problem.layers, settings.threads, |l, work| {
+        planner.layer(l, false, work)
     });
     first(planner.decide(layers, &mut history)?)
 }
@@ -130,27 +133,32 @@ pub fn plan(
     let planner = Planner::new(problem, previous, settings);
     let mut next = history.clone();
     next.fit(problem.layers);
-    let layers = planner.admitted(side_by_side(problem.layers, settings.threads, |l| {
-        planner.layer(l, next.resting(l))
-    }));
+    let layers = side_by_side(problem.layers, settings.threads, |l, work| {
+        planner.layer(l, next.resting(l), work)
+    });
+    let layers = planner.admitted(layers);
     let decision = planner.decide(layers, &mut next)?;
     *history = next;
     Ok(decision)
 }
 
-/// `of(0)`, `of(1)`, … of `count` layers, computed by at most `threads` threads.
+/// `of(0)`, `of(1)`, … of `count` layers, computed by at most `threads` threads, each with buffers of its own.
 fn side_by_side<T: Send>(
     count: usize,
     threads: usize,
-    of: impl Fn(usize) -> T + Sync,
+    of: impl Fn(usize, &mut Workspace) -> T + Sync,
 ) -> Vec<T> {
     let threads = threads.clamp(1, count.max(1));
+    let in_turn = |layers: StepBy<Range<usize>>| -> Vec<T> {
+        let mut work = Workspace::default();
+        layers.map(|l| of(l, &mut work)).collect()
+    };
     if threads == 1 {
-        return (0..count).map(of).collect();
+        return in_turn((0..count).step_by(1));
     }
-    let of = &of;
+    let in_turn = &in_turn;
     let mut parts: Vec<_> = std::thread::scope(|scope| {
-        let mine = |t| move || (t..count).step_by(threads).map(of).collect::<Vec<T>>();
+        let mine = |t| move || in_turn((t..count).step_by(threads));
         let started: Vec<_> = (0..threads).map(|t| scope.spawn(mine(t))).collect();
         let ended = started.into_iter().map(std::thread::ScopedJoinHandle::join);
         ended
@@ -253,47 +261,47 @@ impl<'a> Planner<'a> {
         }
     }
 
-    fn layer(&self, l: usize, resting: bool) -> Planned {
+    fn layer(&self, l: usize, resting: bool, work: &mut Workspace) -> Planned {
         let loads = self.draws.loads(&self.demand[l], self.problem.batch_rows);
         let Some(previous) = self.previous else {
             let empty = Layer::empty(self.room.ranks.len(), self.problem.experts);
             let homes = match self.tokens {
-                None => steps::from_scratch(&self.room, &loads, self.settings, None),
-                Some(of) => steps::near(&self.room, &loads, self.settings, &of[l]),
+                None => steps::from_scratch(&self.room, &loads, self.settings, None, work),
+                Some(of) => steps::near(&self.room, &loads, self.settings, &of[l], work),
             };
-            return self.moved(l, &empty, homes, Was::default());
+            return self.moved(l, &empty, homes, Was::default(), work);
         };
         let old = &self.adopted[l];
         let in_force = Flow::published(old, &self.room, &previous.layers[l], &loads[0]);
         let before = balance(&in_force.loads);
         if self.reshaped {
-            return self.reshape(l, old, &loads, before);
+            return self.reshape(l, old, &loads, before, work);
         }
-        let now = Homes::as_is(old, &loads, &in_force);
+        let now = Homes::as_is(old, &loads, &in_force, work);
         let was = Was::of(before, &now);
         let worth = trigger::worth_moving(self.doubt(l, &in_force));
         let gap = cover::open(&self.room, &now.layer).next().is_some();
         let because = match trigger::may_move(was.expected, resting, self.settings) {
             Err(because) if !gap => because,
             Ok(()) | Err(_) => {
-                match steps::lazy(&now, &self.room, &loads, self.settings, worth) {
-                    Some(homes) => return self.moved(l, old, homes, was),
+                match steps::lazy(&now, &self.room, &loads, self.settings, worth, work) {
+                    Some(homes) => return self.moved(l, old, homes, was, work),
                     None => Because::NoGain,
                 }
             }
         };
-        self.stays(l, now, &in_force, was, because)
+        self.stays(l, now, &in_force, was, because, work)
     }
 
     /// The layer as it stands, with new shares if they gain enough; for a move that is not made.
-    fn stay(&self, l: usize, because: Because) -> Option<Planned> {
+    fn stay(&self, l: usize, because: Because, work: &mut Workspace) -> Option<Planned> {
         let previous = self.previous?;
         let loads = self.draws.loads(&self.demand[l], self.problem.batch_rows);
         let old = &self.adopted[l];
         let in_force = Flow::published(old, &self.room, &previous.layers[l], &loads[0]);
-        let now = Homes::as_is(old, &loads, &in_force);
+        let now = Homes::as_is(old, &loads, &in_force, work);
         let was = Was::of(balance(&in_force.loads), &now);
-        Some(self.stays(l, now, &in_force, was, because))
+        Some(self.stays(l, now, &in_force, was, because, work))
     }
 
     /// Takes back moves that do not pay, or that the bytes of this call do not carry.
@@ -315,8 +323,9 @@ impl<'a> Planner<'a> {
                 }
             })
             .collect();
+        let mut work = Workspace::default();
         for (l, because) in budget::refused(offers, self.problem.expert_bytes, self.settings) {
-            if let Some(stays) = self.stay(l, because) {
+            if let Some(stays) = self.stay(l, because, &mut work) {
                 layers[l] = stays;
             }
         }
@@ -324,17 +333,24 @@ impl<'a> Planner<'a> {
     }
 
     /// Ranks or slots came or went: what survived is completed, or, if that is less than half, planned afresh.
-    fn reshape(&self, l: usize, old: &Layer, loads: &[Vec<f64>], before: f64) -> Planned {
+    fn reshape(
+        &self,
+        l: usize,
+        old: &Layer,
+        loads: &[Vec<f64>],
+        before: f64,
+        work: &mut Workspace,
+    ) -> Planned {
         let was = Was {
             before,
             best: before,
             expected: before,
         };
         if old.copies() * 2 < self.room.total() {
-            let homes = steps::from_scratch(&self.room, loads, self.settings, Some(old));
-            return self.moved(l, old, homes, was);
+            let homes = steps::from_scratch(&self.room, loads, self.settings, Some(old), work);
+            return self.moved(l, old, homes, was, work);
         }
-        let mut homes = steps::from_survivors(old, &self.room, loads, self.settings);
+        let mut homes = steps::from_survivors(old, &self.room, loads, self.settings, work);
         // Nothing is missing if none were lost, so the lazy step may follow at once; else orphans come first and alone.
         if self.lost.is_empty()
             && homes.splits.expected() < self.settings.threshold
@@ -344,13 +360,14 @@ impl<'a> Planner<'a> {
                 loads,
                 self.settings,
                 trigger::LEAST_GAIN,
+                work,
             )
         {
             homes.steps.append(&mut more.steps);
             more.steps = homes.steps;
             homes = more;
         }
-        self.moved(l, old, homes, was)
+        self.moved(l, old, homes, was, work)
     }
 
     /// See [`trigger::doubt`].
@@ -365,12 +382,19 @@ impl<'a> Planner<'a> {
         trigger::doubt((highest * per_row).sqrt() / mean, trials)
     }
 
-    fn moved(&self, l: usize, old: &Layer, homes: Homes<'_>, was: Was) -> Planned {
+    fn moved(
+        &self,
+        l: usize,
+        old: &Layer,
+        homes: Homes<'_>,
+        was: Was,
+        work: &mut Workspace,
+    ) -> Planned {
         let covers = homes
             .steps
             .iter()
             .any(|step| matches!(step, Step::Cover { copies, .. } if *copies > 0));
-        let mut planned = self.shared(l, homes, was);
+        let mut planned = self.shared(l, homes, was, work);
         planned.to_load = (0..old.ranks())
             .map(|g| planned.homes.moved_on(old, g))
             .collect();
@@ -403,6 +427,7 @@ impl<'a> Planner<'a> {
         in_force: &Flow,
         was: Was,
         because: Because,
+        work: &mut Workspace,
     ) -> Planned {
         let doubt = self.doubt(l, in_force);
         let verdict = trigger::without_move(was.before, was.best, doubt);
@@ -414,7 +439,7 @@ impl<'a> Planner<'a> {
             kept.report.after = was.before;
             kept
         } else {
-            self.shared(l, homes, was)
+            self.shared(l, homes, was, work)
         };
         planned.report.because = because;
         planned.report.doubt = doubt;
@@ -423,7 +448,7 @@ impl<'a> Planner<'a> {
     }
 
     /// Turns a solved split into shares and says how the layer stands; verdict and reason are the caller's.
-    fn shared(&self, l: usize, homes: Homes<'_>, was: Was) -> Planned {
+    fn shared(&self, l: usize, homes: Homes<'_>, was: Was, work: &mut Workspace) -> Planned {
         let w = &self.demand[l];
         let Homes {
             layer,
@@ -433,7 +458,7 @@ impl<'a> Planner<'a> {
         } = homes;
         let expected = splits.expected();
         let flow = exact.unwrap_or_else(|| splits.into_prediction());
-        let solved = settled(flow, w, SOLVE_SWEEPS, SOLVE_GAP);
+        let solved = settled(flow, w, SOLVE_SWEEPS, SOLVE_GAP, work);
         steps.push(Step::Split {
             sweeps: solved.sweeps,
             gap: solved.max() / solved.certificate - 1.0,

@@ -7,7 +7,7 @@
 //! split at hand, under all loads that the homes shall be good for.
 
 use crate::cover;
-use crate::flow::Flow;
+use crate::flow::{Flow, Workspace};
 use crate::layer::{Layer, Operation, Place, least};
 use crate::problem::Room;
 use crate::solve::{SOLVE_GAP, SOLVE_SWEEPS};
@@ -49,21 +49,22 @@ pub(crate) struct Splits<'a> {
 }
 
 impl<'a> Splits<'a> {
-    pub(crate) fn of(layer: &Layer, loads: &'a [Vec<f64>]) -> Self {
+    pub(crate) fn of(layer: &Layer, loads: &'a [Vec<f64>], work: &mut Workspace) -> Self {
         let first = loads.first().map(|w| Flow::even(layer, w));
-        Self::from(first.unwrap_or_default(), loads)
+        Self::from(first.unwrap_or_default(), loads, work)
     }
 
     /// From a split under the prediction.
-    pub(crate) fn from(mut flow: Flow, loads: &'a [Vec<f64>]) -> Self {
+    pub(crate) fn from(mut flow: Flow, loads: &'a [Vec<f64>], work: &mut Workspace) -> Self {
         let ranks = flow.loads.len();
         let mean = |w: &Vec<f64>| w.iter().sum::<f64>() / ranks as f64;
         let mut flows = Vec::with_capacity(loads.len());
         if let Some(first) = loads.first() {
-            flow.settle(first, SOLVE_SWEEPS, SOLVE_GAP);
+            flow.settle(first, SOLVE_SWEEPS, SOLVE_GAP, work);
             for w in &loads[1..] {
-                let mut other = flow.scaled(first, w);
-                other.settle(w, 2 * SWEEPS, GAP);
+                let mut other = work.spare();
+                other.become_scaled(&flow, first, w);
+                other.settle(w, 2 * SWEEPS, GAP, work);
                 flows.push(other);
             }
             flows.insert(0, flow);
@@ -99,14 +100,8 @@ impl<'a> Splits<'a> {
 
     /// What the search lowers: overload and a little of the loads' variance, mean over loads.
     fn score(&self) -> f64 {
-        let one = |k: usize| self.score_under(k);
-        (0..self.flows.len()).map(one).sum::<f64>() / self.flows.len() as f64
-    }
-
-    fn score_under(&self, k: usize) -> f64 {
-        let (mean, ranks) = (self.means[k], self.flows[k].loads.len() as f64);
-        let variance = self.flows[k].squares() / (ranks * mean * mean) - 1.0;
-        self.overload(k) + SPREAD * variance
+        let flows = self.flows.iter().zip(&self.means);
+        flows.map(|(flow, mean)| score(flow, *mean)).sum::<f64>() / self.flows.len() as f64
     }
 
     fn worst(&self) -> usize {
@@ -126,47 +121,29 @@ impl<'a> Splits<'a> {
         self.flows.swap_remove(0)
     }
 
-    /// Becomes what `from` is after an operation, under one load: the score there, if it is below `most`.
+    /// Makes `flow` what the split under one load is after an operation: the score there, if it is below `most`.
     fn attempt(
-        &mut self,
-        from: &Self,
+        &self,
+        flow: &mut Flow,
         layer: &Layer,
         op: Operation,
-        k: usize,
-        most: f64,
+        (k, most): (usize, f64),
+        work: &mut Workspace,
     ) -> Option<f64> {
-        let (flow, w) = (&mut self.flows[k], &self.loads[k]);
-        flow.become_like(&from.flows[k]);
-        flow.follow(layer, op, w);
-        flow.settle_below(most * self.means[k], w, SWEEPS, GAP);
-        let score = self.score_under(k);
+        let w = &self.loads[k];
+        flow.become_like(&self.flows[k]);
+        flow.follow(layer, op, w, work);
+        flow.settle_below(most * self.means[k], w, SWEEPS, GAP, work);
+        let score = score(flow, self.means[k]);
         (score < most).then_some(score)
     }
 
-    /// The same under all loads: the sum of the scores, if it is below `most`.
-    fn attempt_all(
-        &mut self,
-        from: &Self,
-        layer: &Layer,
-        op: Operation,
-        sets: &[Set<'_>],
-        most: f64,
-    ) -> Option<f64> {
-        // What is still to come is at least the bound of its set.
-        let mut sum = bounds(sets, layer, op).sum::<f64>();
-        for (k, bound) in bounds(sets, layer, op).enumerate() {
-            sum -= bound;
-            sum += self.attempt(from, layer, op, k, most - sum)?;
-        }
-        (sum < most).then_some(sum)
-    }
-
-    fn sets(&mut self, layer: &Layer) -> Vec<Set<'a>> {
+    fn sets(&self, layer: &Layer, work: &mut Workspace) -> Vec<Set<'a>> {
         let mut sets = Vec::with_capacity(self.flows.len());
-        for (k, flow) in self.flows.iter_mut().enumerate() {
-            let (bound, size) = flow.tight(&self.loads[k]);
+        for (k, flow) in self.flows.iter().enumerate() {
+            let (bound, size) = flow.tight(&self.loads[k], work);
             let mut inside = vec![false; layer.ranks()];
-            let first = flow.ranks_by_load().take(size);
+            let first = work.ranks_by_load().take(size);
             first.for_each(|g| inside[g] = true);
             sets.push(Set {
                 k,
@@ -180,12 +157,24 @@ impl<'a> Splits<'a> {
         sets
     }
 
-    /// Puts copies back into the layer's order.
-    fn sort(&mut self, layer: &Layer) {
-        for (flow, w) in self.flows.iter_mut().zip(self.loads) {
-            *flow = flow.onto(layer, w);
+    /// Takes over the splits of an operation that was applied to the layer, its copies put back into the layer's order.
+    fn become_sorted(&mut self, found: Vec<Flow>, layer: &Layer, work: &mut Workspace) {
+        for (k, flow) in found.into_iter().enumerate() {
+            self.flows[k].become_sorted(&flow, layer, &self.loads[k]);
+            work.retire(flow);
         }
     }
+
+    pub(crate) fn retire(self, work: &mut Workspace) {
+        self.flows.into_iter().for_each(|flow| work.retire(flow));
+    }
+}
+
+/// What the search lowers, under one load.
+fn score(flow: &Flow, mean: f64) -> f64 {
+    let ranks = flow.loads.len() as f64;
+    let variance = flow.squares() / (ranks * mean * mean) - 1.0;
+    flow.max() / mean + SPREAD * variance
 }
 
 /// Moves copies while that lowers the score by `effort.gain` each time, within its limits, never with more components
@@ -196,60 +185,167 @@ pub(crate) fn search(
     room: &Room,
     splits: &mut Splits<'_>,
     effort: Effort,
+    work: &mut Workspace,
 ) {
     let most_components = layer.components();
-    let mut work: Option<(Splits<'_>, Splits<'_>)> = None;
     for _ in 0..effort.rounds {
         if splits.expected() >= effort.enough {
             return;
         }
         let spare = effort.limit as isize - layer.moved_from(origin) as isize;
-        let worst = splits.worst();
-        let sets = splits.sets(layer);
-        let most = sets.len() as f64 * (splits.score() - effort.gain);
+        let round = Round::of(layer, splits, effort, work);
         let fits = |op: &Operation| {
-            bounds(&sets, layer, *op).sum::<f64>() < most
+            round.bounds(*op).sum::<f64>() < round.most
                 && cover::allows(room, layer, *op)
                 && layer.components_after(*op) <= most_components
         };
-        let tries: Vec<Operation> =
-            candidates(layer, origin, room, splits, &sets[worst], spare)
-                .into_iter()
-                .filter(fits)
-                .take(effort.tries)
-                .collect();
-        if tries.is_empty() {
+        let set = &round.sets[round.worst];
+        let tries = candidates(layer, origin, room, splits, set, spare);
+        let tries = tries.into_iter().filter(fits).take(effort.tries);
+        let promising = round.promising(tries, effort.finals, work);
+        let Some((op, flows)) = round.best(promising, work) else {
             return;
-        }
-        let (trial, best) = work.get_or_insert_with(|| (splits.clone(), splits.clone()));
-        // Under the load that sets the pace first, and the best of these under all.
-        let under_worst = |op: Operation| {
-            let others: f64 = bounds(&sets, layer, op)
-                .enumerate()
-                .map(|(k, bound)| if k == worst { 0.0 } else { bound })
-                .sum();
-            let got = trial.attempt(splits, layer, op, worst, most - others)?;
-            Some((got, op))
         };
-        let mut promising: Vec<(f64, Operation)> =
-            tries.into_iter().filter_map(under_worst).collect();
-        promising.sort_by(least);
-        promising.truncate(effort.finals);
-        let mut found: Option<(f64, Operation)> = None;
-        for (_, op) in promising {
-            let most = found.map_or(most, |(least, _)| least);
-            if let Some(got) = trial.attempt_all(splits, layer, op, &sets, most) {
-                found = Some((got, op));
-                std::mem::swap(best, trial);
+        layer.apply(op);
+        splits.become_sorted(flows, layer, work);
+    }
+}
+
+/// An operation, solved under the load that sets the pace.
+struct Tried {
+    score: f64,
+    op: Operation,
+    flow: Flow,
+}
+
+/// One round of the search: what it starts from, and what its operation has to beat.
+struct Round<'a> {
+    layer: &'a Layer,
+    splits: &'a Splits<'a>,
+    /// The set that sets the pace under each load.
+    sets: Vec<Set<'a>>,
+    /// The load with the highest overload.
+    worst: usize,
+    /// What the sum of the scores must be below.
+    most: f64,
+}
+
+impl<'a> Round<'a> {
+    fn of(
+        layer: &'a Layer,
+        splits: &'a Splits<'a>,
+        effort: Effort,
+        work: &mut Workspace,
+    ) -> Self {
+        let sets = splits.sets(layer, work);
+        Self {
+            most: sets.len() as f64 * (splits.score() - effort.gain),
+            worst: splits.worst(),
+            layer,
+            splits,
+            sets,
+        }
+    }
+
+    /// Overload under each load that no split gets below after an operation.
+    fn bounds(&self, op: Operation) -> impl Iterator<Item = f64> + '_ {
+        self.sets.iter().map(move |set| set.bound(self.layer, op))
+    }
+
+    /// The best of `tries` under the load that sets the pace, best first and at most `finals`.
+    fn promising(
+        &self,
+        tries: impl Iterator<Item = Operation>,
+        finals: usize,
+        work: &mut Workspace,
+    ) -> Vec<Tried> {
+        let mut found: Vec<Tried> = Vec::with_capacity(finals + 1);
+        for op in tries {
+            let but_worst =
+                |(k, bound): (usize, f64)| if k == self.worst { 0.0 } else { bound };
+            let mut most = self.most - self.bounds(op).enumerate().map(but_worst).sum::<f64>();
+            if let (true, Some(last)) = (found.len() == finals, found.last()) {
+                // As good as the last may still be before it, by the order of operations.
+                most = most.min(last.score.next_up());
+            }
+            // The score is the overload and more.
+            if self.sets[self.worst].bound(self.layer, op) >= most {
+                continue;
+            }
+            let mut flow = work.spare();
+            let at = (self.worst, most);
+            let Some(score) = self.splits.attempt(&mut flow, self.layer, op, at, work) else {
+                work.retire(flow);
+                continue;
+            };
+            let before = |x: &Tried| least(&(x.score, x.op), &(score, op)).is_lt();
+            found.insert(found.partition_point(before), Tried { score, op, flow });
+            if found.len() > finals
+                && let Some(last) = found.pop()
+            {
+                work.retire(last.flow);
             }
         }
-        let Some((_, op)) = found else {
-            return;
-        };
-        drop(sets);
-        layer.apply(op);
-        std::mem::swap(splits, best);
-        splits.sort(layer);
+        found
+    }
+
+    /// The best of them under all loads, with its splits.
+    fn best(
+        &self,
+        promising: Vec<Tried>,
+        work: &mut Workspace,
+    ) -> Option<(Operation, Vec<Flow>)> {
+        let mut found: Option<(f64, Operation, Vec<Flow>)> = None;
+        for tried in promising {
+            let most = found.as_ref().map_or(self.most, |(least, ..)| *least);
+            let op = tried.op;
+            let (score, mut flows) = self.under_all(tried, most, work);
+            if let Some(score) = score {
+                flows = found
+                    .replace((score, op, flows))
+                    .map_or_else(Vec::new, |(.., flows)| flows);
+            }
+            flows.into_iter().for_each(|flow| work.retire(flow));
+        }
+        found.map(|(_, op, flows)| (op, flows))
+    }
+
+    /// The sum of an operation's scores under all loads, if it is below `most`, and its splits as far as they were solved.
+    fn under_all(
+        &self,
+        tried: Tried,
+        most: f64,
+        work: &mut Workspace,
+    ) -> (Option<f64>, Vec<Flow>) {
+        let Tried { score, op, flow } = tried;
+        let mut known = Some((score, flow));
+        let mut flows = Vec::with_capacity(self.sets.len());
+        // What is still to come is at least the bound of its set.
+        let mut sum = self.bounds(op).sum::<f64>();
+        for (k, bound) in self.bounds(op).enumerate() {
+            sum -= bound;
+            let most = most - sum;
+            let (score, flow) = match known.take_if(|_| k == self.worst) {
+                Some((score, flow)) => ((score < most).then_some(score), flow),
+                None => {
+                    let mut flow = work.spare();
+                    let at = (k, most);
+                    (
+                        self.splits.attempt(&mut flow, self.layer, op, at, work),
+                        flow,
+                    )
+                }
+            };
+            flows.push(flow);
+            let Some(score) = score else {
+                if let Some((_, flow)) = known {
+                    work.retire(flow);
+                }
+                return (None, flows);
+            };
+            sum += score;
+        }
+        ((sum < most).then_some(sum), flows)
     }
 }
 
@@ -303,15 +399,6 @@ impl Set<'_> {
     }
 }
 
-/// Overload under each load that no split gets below after an operation.
-fn bounds<'a>(
-    sets: &'a [Set<'_>],
-    layer: &'a Layer,
-    op: Operation,
-) -> impl Iterator<Item = f64> + 'a {
-    sets.iter().map(move |set| set.bound(layer, op))
-}
-
 /// A slot outside of the set that sets the pace.
 struct Outside {
     at: Place,
@@ -338,16 +425,20 @@ fn candidates(
     set: &Set<'_>,
     spare: isize,
 ) -> Vec<Operation> {
-    let outside = outside(layer, room, &splits.flows[set.k], set);
-    let mut found = Promising::default();
+    // Those that take the most out of the set first: what follows one that promises too little does as well.
+    let mut outside = outside(layer, room, &splits.flows[set.k], set);
+    outside.sort_by(|a, b| a.comes.total_cmp(&b.comes));
     let held = |e: &usize| layer.hosts(*e).iter().all(|g| set.inside[*g]);
-    for e in (0..layer.experts()).filter(held) {
+    let mut inside: Vec<usize> = (0..layer.experts()).filter(held).collect();
+    inside.sort_by(|e, f| set.w[*f].total_cmp(&set.w[*e]));
+    let mut found = Promising::default();
+    for e in inside {
         let (w, hosts) = (set.w[e], layer.hosts(e));
         for to in &outside {
             let out = w - to.comes;
             let left = (set.rows - out) / set.size;
             if out <= 0.0 || !found.takes(left / set.mean) {
-                continue;
+                break;
             }
             let mut offer = |level: f64, op: Operation| {
                 let promised = left.max(level) / set.mean;
@@ -490,13 +581,15 @@ mod tests {
         let origin = Layer::from_slots(&slots, 8);
         let loads = [vec![400.0, 380.0, 20.0, 20.0, 20.0, 20.0, 20.0, 20.0]];
         let mut layer = origin.clone();
-        let mut splits = Splits::of(&layer, &loads);
+        let mut work = Workspace::default();
+        let mut splits = Splits::of(&layer, &loads, &mut work);
         search(
             &mut layer,
             &origin,
             &Room::plain(&[4; 3]),
             &mut splits,
             EFFORT,
+            &mut work,
         );
         assert!(
             splits.predicted() >= 0.97,

@@ -2,7 +2,7 @@
 
 use foregate_api::placement::Copy;
 
-use crate::flow::{Flow, share};
+use crate::flow::{Flow, Workspace, share};
 use crate::table::SplitTable;
 
 /// Most sweeps of the planner's solve; it stops earlier when the certificate says that nothing is left to gain.
@@ -60,13 +60,19 @@ pub fn solve(table: &SplitTable, rows: &[f64], sweeps: usize, gap: f64) -> Solve
     for (e, rows) in w.iter().enumerate() {
         flow.push(table.hosts[table.span(e)].iter().copied(), *rows);
     }
-    settled(flow, &w, sweeps, gap)
+    settled(flow, &w, sweeps, gap, &mut Workspace::default())
 }
 
 /// Settles a flow whose copies are in the order of a table.
-pub(crate) fn settled(mut flow: Flow, w: &[f64], sweeps: usize, gap: f64) -> Solved {
+pub(crate) fn settled(
+    mut flow: Flow,
+    w: &[f64],
+    sweeps: usize,
+    gap: f64,
+    work: &mut Workspace,
+) -> Solved {
     let start = flow.clone();
-    let (certificate, done) = flow.settle(w, sweeps, gap);
+    let (certificate, done) = flow.settle(w, sweeps, gap, work);
     if flow.max() > start.max() {
         flow = start;
     }

@@ -8,7 +8,7 @@ use crate::affinity;
 use crate::bound;
 use crate::connect::connect;
 use crate::cover;
-use crate::flow::Flow;
+use crate::flow::{Flow, Workspace};
 use crate::improve::improve;
 use crate::layer::Layer;
 use crate::pack::{fill, pack, pack_into, pack_twice};
@@ -48,20 +48,25 @@ pub(crate) struct Homes<'a> {
 
 impl<'a> Homes<'a> {
     /// A layer as it stands, with a split to begin from.
-    pub(crate) fn as_is(layer: &'a Layer, loads: &'a [Vec<f64>], split: &Flow) -> Self {
+    pub(crate) fn as_is(
+        layer: &'a Layer,
+        loads: &'a [Vec<f64>],
+        split: &Flow,
+        work: &mut Workspace,
+    ) -> Self {
         Self {
             layer: Cow::Borrowed(layer),
-            splits: Splits::from(split.clone(), loads),
+            splits: Splits::from(split.clone(), loads, work),
             exact: None,
             steps: Vec::new(),
         }
     }
 
     /// The layer as the next window will find it: with the shares that are published, which are rounded.
-    fn publish(&mut self, loads: &'a [Vec<f64>]) {
+    fn publish(&mut self, loads: &'a [Vec<f64>], work: &mut Workspace) {
         let mut flow = self.splits.prediction().clone();
-        flow.settle(&loads[0], SOLVE_SWEEPS, SOLVE_GAP);
-        self.splits = Splits::from(flow.rounded(&loads[0]), loads);
+        flow.settle(&loads[0], SOLVE_SWEEPS, SOLVE_GAP, work);
+        self.splits = Splits::from(flow.rounded(&loads[0]), loads, work);
         self.exact = Some(flow);
     }
 }
@@ -73,6 +78,7 @@ pub(crate) fn from_scratch<'a>(
     loads: &'a [Vec<f64>],
     settings: &Settings,
     old: Option<&Layer>,
+    work: &mut Workspace,
 ) -> Homes<'a> {
     let w = &loads[0];
     let counts = counts(w, room.total(), room.ranks.len(), floor(room));
@@ -100,7 +106,7 @@ pub(crate) fn from_scratch<'a>(
         layer = named;
         steps.push(Step::Relabel { kept });
     }
-    polish(layer, steps, room, loads, settings)
+    polish(layer, steps, room, loads, settings, work)
 }
 
 /// Lazy steps until none helps.
@@ -110,20 +116,21 @@ fn polish<'a>(
     room: &Room,
     loads: &'a [Vec<f64>],
     settings: &Settings,
+    work: &mut Workspace,
 ) -> Homes<'a> {
     let mut homes = Homes {
-        splits: Splits::of(&layer, loads),
+        splits: Splits::of(&layer, loads, work),
         layer: Cow::Owned(layer),
         exact: None,
         steps,
     };
     for _ in 0..MOST_POLISH {
-        homes.publish(loads);
+        homes.publish(loads, work);
         let covered = cover::open(room, &homes.layer).next().is_none();
         if covered && homes.splits.expected() >= settings.threshold {
             break;
         }
-        let Some(mut better) = lazy(&homes, room, loads, settings, LEAST_GAIN) else {
+        let Some(mut better) = lazy(&homes, room, loads, settings, LEAST_GAIN, work) else {
             break;
         };
         homes.steps.append(&mut better.steps);
@@ -145,6 +152,7 @@ pub(crate) fn near<'a>(
     loads: &'a [Vec<f64>],
     settings: &Settings,
     tokens: &[Vec<usize>],
+    work: &mut Workspace,
 ) -> Homes<'a> {
     let w = &loads[0];
     let counts = counts(w, room.total(), room.domains, floor(room));
@@ -166,7 +174,7 @@ pub(crate) fn near<'a>(
     for room in [&inside, room] {
         link(&mut layer, &scratch, w, room, ALL, &mut steps);
     }
-    polish(layer, steps, &inside, loads, settings)
+    polish(layer, steps, &inside, loads, settings, work)
 }
 
 /// What survived of an earlier placement, with every expert placed and every slot used again, and as many gaps in
@@ -176,6 +184,7 @@ pub(crate) fn from_survivors<'a>(
     room: &Room,
     loads: &'a [Vec<f64>],
     settings: &Settings,
+    work: &mut Workspace,
 ) -> Homes<'a> {
     let w = &loads[0];
     let mut layer = survivors.clone();
@@ -195,7 +204,7 @@ pub(crate) fn from_survivors<'a>(
     let limit = settings.max_moves_per_layer;
     close(&mut layer, &whole, w, room, limit, &mut steps);
     Homes {
-        splits: Splits::of(&layer, loads),
+        splits: Splits::of(&layer, loads, work),
         layer: Cow::Owned(layer),
         exact: None,
         steps,
@@ -212,6 +221,7 @@ pub(crate) fn lazy<'a>(
     loads: &'a [Vec<f64>],
     settings: &Settings,
     least_gain: f64,
+    work: &mut Workspace,
 ) -> Option<Homes<'a>> {
     let (origin, w): (&Layer, _) = (&now.layer, &loads[0]);
     let limit = settings.max_moves_per_layer;
@@ -224,12 +234,13 @@ pub(crate) fn lazy<'a>(
         ways.insert(0, (layer, steps));
     }
     for (layer, steps) in ways {
-        let homes = searched(layer, steps, now, room, loads, settings);
+        let homes = searched(layer, steps, now, room, loads, settings, work);
         let gain = homes.splits.expected() - now.splits.expected();
         let falls = now.splits.predicted() - homes.splits.predicted();
         if *homes.layer != *origin && (mended > 0 || (gain > least_gain && falls <= WORSE)) {
             return Some(homes);
         }
+        homes.splits.retire(work);
     }
     None
 }
@@ -241,11 +252,12 @@ fn searched<'a>(
     room: &Room,
     loads: &'a [Vec<f64>],
     settings: &Settings,
+    work: &mut Workspace,
 ) -> Homes<'a> {
     let mut splits = if layer == *now.layer {
         now.splits.clone()
     } else {
-        Splits::of(&layer, loads)
+        Splits::of(&layer, loads, work)
     };
     let start = layer.clone();
     let effort = Effort {
@@ -256,7 +268,7 @@ fn searched<'a>(
         finals: FINALS,
         rounds: ROUNDS,
     };
-    search(&mut layer, &now.layer, room, &mut splits, effort);
+    search(&mut layer, &now.layer, room, &mut splits, effort, work);
     let copies = layer.moved_from(&start);
     if copies > 0 {
         steps.push(Step::Improve { copies });
