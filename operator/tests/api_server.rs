@@ -118,7 +118,7 @@ async fn defaults_scale_and_what_cannot_be_changed() {
     assert_eq!(made.data.pointer("/spec/workers/count"), Some(&json!(2)));
     assert_eq!(
         made.data.pointer("/spec/balancing/threshold"),
-        Some(&json!(0.97))
+        Some(&json!(0.98))
     );
     assert_eq!(
         made.data.pointer("/spec/workers/kvMemory"),

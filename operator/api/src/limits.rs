@@ -134,7 +134,7 @@ pub const BANDWIDTH: QuantityLimit = QuantityLimit {
     high: "1Pi",
 };
 /// `spec.balancing.threshold`: what it is when the manifest does not say. It is above 0 and at most 1.
-pub const THRESHOLD: f64 = 0.97;
+pub const THRESHOLD: f64 = 0.98;
 /// Lowest and highest priority of a request.
 pub const PRIORITY: (i64, i64) = (-1_000_000_000, 1_000_000_000);
 /// Lowest priority that requests may have when the manifest does not say.

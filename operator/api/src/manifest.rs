@@ -331,7 +331,7 @@ pub struct BalancingSpec {
     /// Length of a load window in milliseconds, default 2000.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub window_ms: Option<u64>,
-    /// Balance (mean over maximum, after the best split) below which copies may move, default 0.97.
+    /// Balance (mean over maximum, after the best split) below which copies may move, default 0.98.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub threshold: Option<f64>,
     /// Most copies to move per layer and window, default 4.

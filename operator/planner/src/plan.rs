@@ -16,7 +16,7 @@ use crate::settings::Settings;
 use crate::solve::{SOLVE_GAP, SOLVE_SWEEPS, balance, settled, shares};
 use crate::steps::Homes;
 use crate::table::SplitTable;
-use crate::trigger::{Because, History, Verdict};
+use crate::trigger::{Because, History, Verdict, Worth};
 use crate::{bound, budget, check, cover, report, steps, trigger};
 
 /// What is to be done.
@@ -136,7 +136,7 @@ pub fn plan(
     let layers = side_by_side(problem.layers, settings.threads, |l, work| {
         planner.layer(l, next.resting(l), work)
     });
-    let layers = planner.admitted(layers);
+    let layers = planner.gone_along(planner.admitted(layers));
     let decision = planner.decide(layers, &mut next)?;
     *history = next;
     Ok(decision)
@@ -182,6 +182,8 @@ struct Planned {
     to_load: Vec<usize>,
     /// Whether it closes a gap in cover.
     covers: bool,
+    /// The best split of a layer that stands, if its shares are worth publishing once there is a new epoch anyway.
+    better: Option<Flow>,
     report: LayerReport,
 }
 
@@ -279,7 +281,7 @@ impl<'a> Planner<'a> {
         }
         let now = Homes::as_is(old, &loads, &in_force, work);
         let was = Was::of(before, &now);
-        let worth = trigger::worth_moving(self.doubt(l, &in_force));
+        let worth = Worth::in_service(self.doubt(l, &in_force), was.expected);
         let gap = cover::open(&self.room, &now.layer).next().is_some();
         let because = match trigger::may_move(was.expected, resting, self.settings) {
             Err(because) if !gap => because,
@@ -359,7 +361,7 @@ impl<'a> Planner<'a> {
                 &self.room,
                 loads,
                 self.settings,
-                trigger::LEAST_GAIN,
+                Worth::anyway(),
                 work,
             )
         {
@@ -434,9 +436,12 @@ impl<'a> Planner<'a> {
         let mut planned = if verdict == Verdict::Keep {
             // The shares in force stand, so it is their loads that the report is about.
             let expected = homes.splits.expected();
-            let homes = homes.layer.into_owned();
-            let mut kept = self.told(l, homes, (was, expected), &in_force.loads);
+            let layer = homes.layer.into_owned();
+            let mut kept = self.told(l, layer, (was, expected), &in_force.loads);
             kept.report.after = was.before;
+            if trigger::goes_along(was.before, was.best) {
+                kept.better = Some(homes.splits.into_prediction());
+            }
             kept
         } else {
             self.shared(l, homes, was, work)
@@ -447,17 +452,64 @@ impl<'a> Planner<'a> {
         planned
     }
 
-    /// Turns a solved split into shares and says how the layer stands; verdict and reason are the caller's.
+    /// Publishes better shares of layers that would stand, if other layers make a new epoch anyway: that costs nothing
+    /// more.
+    fn gone_along(&self, mut layers: Vec<Planned>) -> Vec<Planned> {
+        if layers.iter().all(|p| p.report.verdict == Verdict::Keep) {
+            return layers;
+        }
+        let mut work = Workspace::default();
+        for (l, planned) in layers.iter_mut().enumerate() {
+            let Some(flow) = planned.better.take() else {
+                continue;
+            };
+            let LayerReport {
+                before,
+                best,
+                expected_before: expected,
+                expected_after,
+                because,
+                doubt,
+                ..
+            } = planned.report;
+            let was = Was {
+                before,
+                best,
+                expected,
+            };
+            let layer = std::mem::replace(&mut planned.homes, Layer::empty(0, 0));
+            let told = (was, expected_after);
+            *planned = self.with_shares(l, layer, flow, told, Vec::new(), &mut work);
+            planned.report.because = because;
+            planned.report.doubt = doubt;
+        }
+        layers
+    }
+
+    /// Solves the split of new homes; verdict and reason are the caller's.
     fn shared(&self, l: usize, homes: Homes<'_>, was: Was, work: &mut Workspace) -> Planned {
-        let w = &self.demand[l];
         let Homes {
             layer,
             splits,
             exact,
-            mut steps,
+            steps,
         } = homes;
-        let expected = splits.expected();
+        let told = (was, splits.expected());
         let flow = exact.unwrap_or_else(|| splits.into_prediction());
+        self.with_shares(l, layer.into_owned(), flow, told, steps, work)
+    }
+
+    /// Turns a split into shares and says how the layer stands.
+    fn with_shares(
+        &self,
+        l: usize,
+        layer: Layer,
+        flow: Flow,
+        told: (Was, f64),
+        mut steps: Vec<Step>,
+        work: &mut Workspace,
+    ) -> Planned {
+        let w = &self.demand[l];
         let solved = settled(flow, w, SOLVE_SWEEPS, SOLVE_GAP, work);
         steps.push(Step::Split {
             sweeps: solved.sweeps,
@@ -467,7 +519,7 @@ impl<'a> Planner<'a> {
         placement.copies = shares(&layer.table(&self.room), &solved);
         let loads = SplitTable::of(&self.room.ranks, &placement)
             .map_or_else(|| solved.loads.clone(), |table| table.fixed_loads(w));
-        let mut planned = self.told(l, layer.into_owned(), (was, expected), &loads);
+        let mut planned = self.told(l, layer, told, &loads);
         planned.placement = Some(placement);
         planned.report.steps = steps;
         planned
@@ -510,6 +562,7 @@ impl<'a> Planner<'a> {
             placement: None,
             to_load: Vec::new(),
             covers: false,
+            better: None,
             report,
         }
     }

@@ -38,7 +38,7 @@ pub struct Economy {
 impl Default for Settings {
     fn default() -> Self {
         Self {
-            threshold: 0.97,
+            threshold: 0.98,
             max_moves_per_layer: 4,
             max_bytes: None,
             economy: None,

@@ -20,7 +20,7 @@ use crate::report::Step;
 use crate::search::{Effort, Splits, search};
 use crate::settings::{Cover, Settings};
 use crate::solve::{SOLVE_GAP, SOLVE_SWEEPS};
-use crate::trigger::LEAST_GAIN;
+use crate::trigger::{LEAST_GAIN, Worth};
 
 /// How far above the mean the highest load of the local search under even split may stay.
 const TARGET: f64 = 1.01;
@@ -130,7 +130,8 @@ fn polish<'a>(
         if covered && homes.splits.expected() >= settings.threshold {
             break;
         }
-        let Some(mut better) = lazy(&homes, room, loads, settings, LEAST_GAIN, work) else {
+        let Some(mut better) = lazy(&homes, room, loads, settings, Worth::anyway(), work)
+        else {
             break;
         };
         homes.steps.append(&mut better.steps);
@@ -212,7 +213,7 @@ pub(crate) fn from_survivors<'a>(
 }
 
 /// The lazy step: close gaps in cover, connect, then search, within the limit on copies together. `None` if no gap is
-/// closed and nothing found gains more than `least_gain` of expected balance.
+/// closed and nothing found gains enough of expected balance.
 ///
 /// Connecting costs copies that the search may need more: if both together gain nothing, the search goes alone.
 pub(crate) fn lazy<'a>(
@@ -220,7 +221,7 @@ pub(crate) fn lazy<'a>(
     room: &Room,
     loads: &'a [Vec<f64>],
     settings: &Settings,
-    least_gain: f64,
+    worth: Worth,
     work: &mut Workspace,
 ) -> Option<Homes<'a>> {
     let (origin, w): (&Layer, _) = (&now.layer, &loads[0]);
@@ -237,7 +238,9 @@ pub(crate) fn lazy<'a>(
         let homes = searched(layer, steps, now, room, loads, settings, work);
         let gain = homes.splits.expected() - now.splits.expected();
         let falls = now.splits.predicted() - homes.splits.predicted();
-        if *homes.layer != *origin && (mended > 0 || (gain > least_gain && falls <= WORSE)) {
+        let copies = homes.layer.moved_from(origin);
+        let gains = worth.is_reached(gain, copies) && falls <= WORSE;
+        if *homes.layer != *origin && (mended > 0 || gains) {
             return Some(homes);
         }
         homes.splits.retire(work);

@@ -49,15 +49,19 @@ pub enum Because {
 /// Windows a layer rests after it moved.
 pub(crate) const REST: u8 = 2;
 /// How far below the threshold a resting layer moves nevertheless.
-const URGENT: f64 = 0.05;
+const URGENT: f64 = 0.01;
 /// Least gain in balance that is worth moving a copy for.
 pub(crate) const LEAST_GAIN: f64 = 0.002;
-/// Part of the doubt that a move must gain beside. The best split depends on the demand less than shares in force do,
-/// so less of the doubt is about it; without any of it, homes at the edge of the threshold follow every sample.
-const MOVE_DOUBT: f64 = 0.2;
+/// What each copy must gain beside, in balance.
+const LEAST_PER_COPY: f64 = 0.001;
+/// Part of the doubt that a move must gain beside. The best split depends on the demand much less than shares in force
+/// do, so little of the doubt is about it; without any of it, homes at the edge of the threshold follow every sample.
+const MOVE_DOUBT: f64 = 0.05;
 /// Least gain in balance that is worth new shares: an epoch costs every worker a switch, and workers split each
 /// batch anew from the published shares, so that what is left of the gain there is smaller still.
 const LEAST_REWEIGH: f64 = 0.01;
+/// The same where there is a new epoch anyway.
+const LEAST_ALONG: f64 = 0.001;
 /// How often in a window may noise be taken for drift, over all ranks and layers together.
 const FALSE_ALARMS: f64 = 0.01;
 /// Overload that is followed even if noise may explain it: a strong drift in every window looks like noise, and where
@@ -110,9 +114,34 @@ pub(crate) fn doubt(standard_error: f64, trials: usize) -> f64 {
     (std::f64::consts::SQRT_2 * z * standard_error).min(MOST_DOUBT)
 }
 
-/// Least gain in balance that a move must promise under a demand of this doubt.
-pub(crate) fn worth_moving(doubt: f64) -> f64 {
-    LEAST_GAIN + MOVE_DOUBT * doubt
+/// The least gain in balance that copies are moved for.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Worth {
+    least: f64,
+    per_copy: f64,
+}
+
+impl Worth {
+    /// In service, under a demand of this doubt, where the best split has this balance: an overload of d takes
+    /// d · balance² off it.
+    pub(crate) const fn in_service(doubt: f64, balance: f64) -> Self {
+        Self {
+            least: LEAST_GAIN + MOVE_DOUBT * doubt * balance * balance,
+            per_copy: LEAST_PER_COPY,
+        }
+    }
+
+    /// Where copies are loaded anyway.
+    pub(crate) const fn anyway() -> Self {
+        Self {
+            least: LEAST_GAIN,
+            per_copy: 0.0,
+        }
+    }
+
+    pub(crate) fn is_reached(self, gain: f64, copies: usize) -> bool {
+        gain > self.least + self.per_copy * copies as f64
+    }
 }
 
 /// What is left for a layer that does not move: new shares, if they gain enough and noise does not explain the gain.
@@ -124,6 +153,12 @@ pub(crate) fn without_move(in_force: f64, best: f64, doubt: f64) -> Verdict {
     } else {
         Verdict::Keep
     }
+}
+
+/// Whether a layer that stands gets new shares if there is a new epoch for the sake of others. Both are balances in
+/// (0, 1]. Noise is no reason against it: the shares in force were fitted to a sample as well, and to an older one.
+pub(crate) fn goes_along(in_force: f64, best: f64) -> bool {
+    best - in_force >= LEAST_ALONG
 }
 
 #[cfg(test)]
@@ -142,11 +177,11 @@ mod tests {
         history.passed(0, true);
         for _ in 0..2 {
             assert_eq!(
-                may_move(0.95, history.resting(0), &settings),
+                may_move(0.965, history.resting(0), &settings),
                 Err(Because::Resting)
             );
             assert_eq!(
-                may_move(0.91, history.resting(0), &settings),
+                may_move(0.955, history.resting(0), &settings),
                 Ok(()),
                 "urgent"
             );
@@ -154,6 +189,18 @@ mod tests {
         }
         assert_eq!(may_move(0.95, history.resting(0), &settings), Ok(()));
         assert_eq!(may_move(0.97, true, &settings), Err(Because::Balanced));
+    }
+
+    #[test]
+    fn a_move_gains_more_the_more_copies_it_takes_and_the_less_is_known() {
+        assert!(!Worth::anyway().is_reached(0.002, 1));
+        assert!(Worth::anyway().is_reached(0.0021, 100));
+        let sure = Worth::in_service(0.0, 0.95);
+        assert!(sure.is_reached(0.0061, 4) && !sure.is_reached(0.0059, 4));
+        // A twentieth of the doubt; at half the balance it takes a quarter off.
+        let unsure = |balance| Worth::in_service(0.08, balance);
+        assert!(unsure(1.0).is_reached(0.0071, 1) && !unsure(1.0).is_reached(0.0069, 1));
+        assert!(unsure(0.5).is_reached(0.0041, 1) && !unsure(0.5).is_reached(0.0039, 1));
     }
 
     #[test]

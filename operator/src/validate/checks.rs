@@ -259,7 +259,7 @@ impl Checks {
         self.add(
             "spec.balancing.threshold",
             format!("is {value}"),
-            "give a balance above 0 and up to 1, such as 0.97",
+            "give a balance above 0 and up to 1, such as 0.98",
         );
         1.0
     }

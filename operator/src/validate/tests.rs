@@ -75,7 +75,7 @@ fn what_is_left_open_gets_the_documented_defaults() {
             balancing: ValidatedBalancing {
                 enabled: true,
                 window_ms: 2000,
-                threshold: 0.97,
+                threshold: 0.98,
                 max_moves_per_layer: 4,
                 min_rows: 256,
                 forecast: true,
