@@ -14,7 +14,7 @@ use foregate_api::load::{EngineLoad, LoadWindow};
 use foregate_api::placement::{Placement, Reason};
 use foregate_planner::demand::Demand;
 use foregate_planner::split::balance;
-use foregate_planner::{History, Problem, RankSlots, Settings, initial, plan};
+use foregate_planner::{History, Problem, RankSlots, Settings, Verdict, initial, plan};
 
 use dice::Dice;
 
@@ -184,4 +184,46 @@ fn a_mix_that_stays_is_left_alone_and_a_shift_is_followed() {
         // first windows of a mix are in truth worse than those of later ones.
         assert!(late <= 8, "{rows}/{burst}: {late}");
     }
+}
+
+#[test]
+fn better_shares_go_along_with_a_new_epoch_but_make_none() {
+    let mut cluster = Cluster::new(1);
+    let mut dice = Dice(2);
+    cluster.problem.demand = dice.mix();
+    let settings = Settings::default();
+    let (active, _) = initial(&cluster.problem, &settings).unwrap();
+    let decide = |problem: &Problem| {
+        plan(problem, Some(&active), &settings, &mut History::default()).unwrap()
+    };
+    let signs: Vec<f64> = (0..EXPERTS).map(|_| dice.uniform() - 0.5).collect();
+    let turned = |by: f64| {
+        let mut problem = cluster.problem.clone();
+        for (x, sign) in problem.demand[1].iter_mut().zip(&signs) {
+            *x *= 1.0 + by * sign;
+        }
+        problem
+    };
+    // Layer 1 drifts a little: too little for an epoch of its own.
+    let gain = |problem: &Problem| {
+        let decision = decide(problem);
+        let layer = &decision.report().layers[1];
+        (decision.placement().is_none(), layer.best - layer.before)
+    };
+    let little = (1..100).map(|by| turned(f64::from(by) * 0.01));
+    let mut kept =
+        little.filter(|problem| matches!(gain(problem), (true, gain) if gain > 0.004));
+    let mut problem = kept.next().unwrap();
+    // Layer 0 is turned over.
+    problem.demand[0].reverse();
+    let decision = decide(&problem);
+    let report = decision.report();
+    assert!(report.layers[0].verdict >= Verdict::Reweigh, "{report:?}");
+    let along = &report.layers[1];
+    assert_eq!(along.verdict, Verdict::Reweigh, "{along:?}");
+    assert_eq!(along.copies_moved, 0);
+    assert!(along.after > along.before + 0.003, "{along:?}");
+    // What is as good as it gets stands.
+    assert_eq!(report.layers[2].verdict, Verdict::Keep);
+    assert_eq!(decision.placement().unwrap().layers[2], active.layers[2]);
 }

@@ -19,6 +19,16 @@ impl Watch for Still {
 }
 
 fn simulate(setting: &str, regime: Regime, policies: &[Policy], seeds: u64) -> Document {
+    foretold(setting, regime, policies, seeds, Forecast::Off)
+}
+
+fn foretold(
+    setting: &str,
+    regime: Regime,
+    policies: &[Policy],
+    seeds: u64,
+    forecast: Forecast,
+) -> Document {
     let case = Case {
         shape: Shape::named(setting).unwrap(),
         regime,
@@ -26,7 +36,7 @@ fn simulate(setting: &str, regime: Regime, policies: &[Policy], seeds: u64) -> D
         policies: policies.to_vec(),
         settings: Settings::default(),
         cover: Cover::default(),
-        forecast: Forecast::Off,
+        forecast,
         device: Device::named("h200").unwrap(),
     };
     let outcomes: Vec<_> = (0..seeds)
@@ -91,6 +101,48 @@ fn coarse_experts_on_eight_ranks() {
     let ours = of(&document, Policy::ConnectedLazy);
     assert!(ours.split.mean > 0.998, "{ours:?}");
     near("components", ours.components, 1.0, 1e-9);
+}
+
+#[test]
+fn homes_planned_afresh_in_each_step_follow_any_drift_at_any_price() {
+    let policies = [Policy::ConnectedStep, Policy::ConnectedLazy];
+    let document = simulate("qwen3-32g", Regime::Strong, &policies, 1);
+    let [step, lazy] = policies.map(|policy| of(&document, policy));
+    assert!(
+        step.split.mean > lazy.split.mean + 0.01,
+        "{step:?} {lazy:?}"
+    );
+    assert!(step.split.p5 > lazy.split.p5, "{step:?} {lazy:?}");
+    // Each plan is made without the one before.
+    assert!(
+        step.copies_share > 1.0 && lazy.copies_share < 0.15,
+        "{step:?} {lazy:?}"
+    );
+    near("components", step.components, 1.0, 1e-9);
+}
+
+#[test]
+fn a_step_that_is_known_is_planned_for_and_the_others_hear_nothing_of_it() {
+    let policies = [Policy::EplbStep, Policy::ConnectedLazy];
+    let by = |forecast| {
+        let document = foretold("qwen3-32g", Regime::Strong, &policies, 1, forecast);
+        policies.map(|policy| of(&document, policy))
+    };
+    let [[eplb, off], [same, exact]] = [by(Forecast::Off), by(Forecast::Exact)];
+    assert!(
+        exact.fixed.mean > off.fixed.mean + 0.02,
+        "{exact:?} {off:?}"
+    );
+    assert!(
+        exact.split.mean > off.split.mean + 0.01,
+        "{exact:?} {off:?}"
+    );
+    near(
+        "split of who hears nothing",
+        same.split.mean,
+        eplb.split.mean,
+        1e-12,
+    );
 }
 
 #[test]
