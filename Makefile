@@ -8,7 +8,7 @@ SHELL := /usr/bin/env bash
 ARGS ?=
 # Seconds per fuzz target.
 FUZZ_SECONDS ?= 60
-FUZZ_TARGETS := http_body exchange_frame safetensors_header
+FUZZ_TARGETS := http_body exchange_frame safetensors_header expert_trace
 
 # The property tests of `make test` draw the same cases every time: what it says is said of the change, not of the day.
 # New cases are drawn by `make soak`, as often as ROUNDS says.
