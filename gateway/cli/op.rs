@@ -68,7 +68,7 @@ fn executor(args: &OpArgs) -> Result<(Arc<dyn Executor>, Option<Arc<Cpu>>), CliE
         DeviceClass::Cuda => {
             let executor = foregate_cuda::open(args.ordinal)
                 .map_err(|error| CliError::Runtime(error.to_string()))?;
-            Ok((executor, None))
+            Ok((Arc::new(executor), None))
         }
     }
 }

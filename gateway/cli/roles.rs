@@ -336,6 +336,7 @@ async fn worker(role: &Role, config: WorkerConfig) -> Result<(), CliError> {
         store: Arc::clone(&role.seams.store),
         local_hub: Some(Arc::clone(&role.seams.hub)),
         dense: Arc::clone(&role.seams.dense),
+        cards: foregate_worker::Cards::of_this_machine(),
         rpc_listener,
         exchange_listener,
         registry: role.registry.clone(),

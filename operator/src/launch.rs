@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 
 use foregate_api::cpu::{Pinning, Seat};
 use foregate_api::ids::Rank;
+use foregate_api::manifest::DeviceClass;
 use foregate_api::member::Duty;
 pub use foregate_api::model::ModelFacts;
 use foregate_api::node::{
-    FabricKind, GatewayConfig, NodeConfig, OperatorConfig, RoleConfig, StoreConfig,
+    Device, FabricKind, GatewayConfig, NodeConfig, OperatorConfig, RoleConfig, StoreConfig,
     WorkerConfig,
 };
 use foregate_api::placement::Cover;
@@ -333,9 +334,12 @@ impl WorkerMemory {
 }
 
 /// Whether KV caches and weights of all workers fit. Memory is taken as it is used, so a plan that cannot fit would
-/// start and be killed under load.
+/// start and be killed under load. How much a card has, only its worker can see: it says so before it takes any.
 fn fits(shared: &Shared<'_>, model: &ModelFacts) -> Result<(), LaunchError> {
     let workers = &shared.cluster.workers;
+    if workers.device == DeviceClass::Cuda {
+        return Ok(());
+    }
     let memories: Vec<WorkerMemory> = (0..workers.count)
         .map(|rank| {
             let duty = workers.duty(Rank(rank));
@@ -574,6 +578,7 @@ impl Shared<'_> {
             },
             duty,
             slots: if duty.holds_experts() { self.slots } else { 0 },
+            device: self.device(rank),
             threads: self.threads,
             cpu_path: workers.cpu_path,
             pinning: self.pinning(),
@@ -589,6 +594,15 @@ impl Shared<'_> {
             domain: domain.to_owned(),
             window_ms: self.cluster.balancing.window_ms,
         })
+    }
+
+    /// Each worker has a card of its own: a pod sees only that one, workers of one machine see all.
+    fn device(&self, rank: Rank) -> Device {
+        match (self.cluster.workers.device, self.place.machine) {
+            (DeviceClass::Cpu, _) => Device::Cpu,
+            (DeviceClass::Cuda, Machine::Pods) => Device::Cuda { card: 0 },
+            (DeviceClass::Cuda, Machine::Shared { .. }) => Device::Cuda { card: rank.0 },
+        }
     }
 
     fn pinning(&self) -> Pinning {

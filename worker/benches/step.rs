@@ -61,6 +61,7 @@ fn config() -> WorkerConfig {
         fabric: FabricKind::Local,
         duty: foregate_api::member::Duty::Attention,
         slots: 0,
+        device: foregate_api::node::Device::Cpu,
         threads: 2,
         cpu_path: CpuPath::Auto,
         pinning: Pinning::None,

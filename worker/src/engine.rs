@@ -31,6 +31,7 @@ use std::time::{Duration, Instant};
 
 use foregate_api::ids::Epoch;
 use foregate_api::load::EngineLoad;
+use foregate_api::model::ModelSpec;
 use foregate_api::node::WorkerConfig;
 use foregate_kernels::{Anywhere, Executor, KvCache, KvShape, ViewMut};
 use foregate_models::Model;
@@ -133,8 +134,8 @@ pub struct KvTooSmall {
 ///
 /// # Errors
 /// When they hold no page.
-pub fn kv_shape(model: &Model, config: &WorkerConfig) -> Result<KvShape, KvTooSmall> {
-    let shape = |pages| model.kv_shape(pages, config.page_tokens as usize);
+pub fn kv_shape(spec: &ModelSpec, config: &WorkerConfig) -> Result<KvShape, KvTooSmall> {
+    let shape = |pages| foregate_models::kv_shape(spec, pages, config.page_tokens as usize);
     let need = shape(1).page_bytes().unwrap_or(usize::MAX);
     let pages = usize::try_from(config.kv_bytes).unwrap_or(usize::MAX) / need.max(1);
     if pages == 0 || config.page_tokens == 0 {

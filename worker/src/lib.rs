@@ -46,6 +46,7 @@ use crate::residency::serve::ExpertsService;
 use crate::serve::GenerationService;
 
 pub mod dense;
+mod device;
 mod drain;
 pub mod engine;
 pub mod error;
@@ -64,6 +65,7 @@ pub mod sequence;
 pub mod serve;
 mod start;
 
+pub use device::Cards;
 pub use error::WorkerError;
 pub use health::Health;
 pub use loading::{Progress, ProgressSink};
@@ -88,6 +90,8 @@ pub struct Deps {
     pub local_hub: Option<Arc<LocalHub>>,
     /// The dense weights of this process.
     pub dense: Arc<DenseWeights>,
+    /// The cards that a worker may be told to compute on.
+    pub cards: Cards,
     /// Bound listener of the gRPC services.
     pub rpc_listener: tokio::net::TcpListener,
     /// Bound listener of the exchange; needed by the TCP fabric only.
@@ -125,7 +129,7 @@ pub async fn run(deps: Deps) -> Result<(), WorkerError> {
     )?);
     let loading = Loading::new(Arc::clone(&deps.progress), Arc::clone(&metrics));
     let loaded = tokio::select! {
-        loaded = start::load(&deps.config, Arc::clone(&deps.dense), loading.clone()) => loaded?,
+        loaded = start::load(&deps.config, Arc::clone(&deps.dense), deps.cards.clone(), loading.clone()) => loaded?,
         () = deps.shutdown.cancelled() => return Ok(()),
     };
     let health = deps.health.clone();
@@ -165,6 +169,7 @@ impl Worker {
             store,
             local_hub,
             dense: _,
+            cards: _,
             rpc_listener,
             exchange_listener,
             registry: _,
@@ -182,8 +187,8 @@ impl Worker {
         let endpoint = Endpoint::open(EndpointParts {
             me: me.clone(),
             spec: Arc::clone(&spec),
-            ops: Arc::<foregate_kernels::Cpu>::clone(&loaded.cpu),
-            callee_ops: Arc::<foregate_kernels::Cpu>::clone(&loaded.cpu),
+            ops: loaded.device.ops(),
+            callee_ops: loaded.device.ops(),
             way: start::way(&config, local_hub, exchange_listener, keys.clone())?,
             load: Arc::clone(&load),
             metrics: Arc::clone(&metrics),
@@ -199,7 +204,7 @@ impl Worker {
             slots: config.slots,
             phase: Phase::Joining,
             model: spec.as_ref().clone(),
-            cpu_path: loaded.cpu.path().to_string(),
+            cpu_path: loaded.device.path(),
             kv_pages: loaded.attention.as_ref().map_or(0, |attention| {
                 u32::try_from(attention.shape.pages).unwrap_or(u32::MAX)
             }),
@@ -240,7 +245,8 @@ impl Worker {
             Arc::clone(&spec),
             Arc::clone(&loaded.checkpoint),
             Arc::clone(&metrics),
-            Arc::clone(&loaded.cpu),
+            Arc::clone(loaded.device.cpu()),
+            loaded.device.executor(),
             keys.clone(),
         );
         let follower = Follower::new(FollowerParts {

@@ -7,11 +7,14 @@ use std::sync::Arc;
 use foregate_api::cpu::{CpuPath, Pinning, Seat};
 use foregate_api::node::{FabricKind, WorkerConfig};
 use foregate_checkpoint::Checkpoint;
-use foregate_kernels::{Cpu, Keep, KvCache, KvShape, Ops, PathError, SeatError, Seats, Share};
+use foregate_kernels::{
+    Cpu, Keep, KvCache, KvShape, Ops as _, PathError, SeatError, Seats, Share,
+};
 use foregate_models::Model;
 use foregate_tls::Keys;
 
 use crate::dense::DenseWeights;
+use crate::device::{Cards, Device};
 use crate::error::WorkerError;
 use crate::exchange::Way;
 use crate::fabric::local::LocalHub;
@@ -21,7 +24,7 @@ use crate::loading::Loading;
 /// A model in memory, without its experts.
 pub(crate) struct Loaded {
     pub(crate) checkpoint: Arc<Checkpoint>,
-    pub(crate) cpu: Arc<Cpu>,
+    pub(crate) device: Device,
     /// What sequences need; none in a worker that holds experts only.
     pub(crate) attention: Option<Attention>,
     /// Bytes of the dense weights in memory.
@@ -141,15 +144,17 @@ fn refuse(field: &'static str, what: &str) -> WorkerError {
 pub(crate) async fn load(
     config: &WorkerConfig,
     dense: Arc<DenseWeights>,
+    cards: Cards,
     loading: Loading,
 ) -> Result<Loaded, WorkerError> {
     let config = config.clone();
-    tokio::task::spawn_blocking(move || load_now(&config, &dense, &loading)).await?
+    tokio::task::spawn_blocking(move || load_now(&config, &dense, &cards, &loading)).await?
 }
 
 fn load_now(
     config: &WorkerConfig,
     dense: &DenseWeights,
+    cards: &Cards,
     loading: &Loading,
 ) -> Result<Loaded, WorkerError> {
     let dir = PathBuf::from(&config.model_dir);
@@ -162,23 +167,32 @@ fn load_now(
     // Memory lies on the node of the thread that writes it first.
     let _seated = cpu.enter();
     let spec = checkpoint.spec();
+    let device = Device::open(config.device, Arc::clone(&cpu), cards)
+        .map_err(|error| refuse("device", &error))?;
+    let shape = match config.duty.runs_attention() {
+        true => Some(crate::engine::kv_shape(spec, config)?),
+        false => None,
+    };
+    device
+        .plan(&checkpoint, config, shape)
+        .map_err(|error| refuse("device", &error))?;
     let slots = (config.slots as usize).min(spec.experts) * spec.moe_layers();
     let expert_bytes = (slots * spec.expert_bytes()) as u64;
     let mut dense_bytes = 0;
-    let attention = if config.duty.runs_attention() {
-        let model = dense.model(&dir, &checkpoint, Arc::clone(&cpu), |done, total| {
-            dense_bytes = total;
-            loading.tell(done, total + expert_bytes);
-        })?;
-        let shape = crate::engine::kv_shape(&model, config)?;
-        let kv = reserve(shape, config.kv_bytes)?;
-        Some(Attention { model, kv, shape })
-    } else {
-        None
+    let attention = match shape {
+        Some(shape) => {
+            let model = device.model(dense, &dir, &checkpoint, |done, total| {
+                dense_bytes = total;
+                loading.tell(done, total + expert_bytes);
+            })?;
+            let kv = reserve(&device, shape, config.kv_bytes)?;
+            Some(Attention { model, kv, shape })
+        }
+        None => None,
     };
     Ok(Loaded {
         checkpoint: Arc::new(checkpoint),
-        cpu,
+        device,
         attention,
         dense_bytes,
     })
@@ -219,13 +233,13 @@ pub fn cpu(path: CpuPath, seats: impl Into<Seats>) -> Result<Cpu, PathError> {
     Cpu::with_path(path, seats)
 }
 
-/// Address space for the KV cache. Only that can be refused here, so the field to change is the cache's size.
-fn reserve(shape: KvShape, bytes: u64) -> Result<KvCache, WorkerError> {
-    KvCache::new(shape).map_err(|_| {
+/// Room for the KV cache: address space, or a card's memory.
+fn reserve(device: &Device, shape: KvShape, bytes: u64) -> Result<KvCache, WorkerError> {
+    device.kv_cache(shape).map_err(|error| {
         refuse(
             "kv_bytes",
             &format!(
-                "the system does not reserve {bytes} bytes for keys and values; lower spec.workers.kvMemory"
+                "no {bytes} bytes are to be had for keys and values ({error}); lower spec.workers.kvMemory"
             ),
         )
     })
@@ -247,7 +261,9 @@ mod tests {
             head_dim: 128,
             dtype: foregate_kernels::KvDtype::F32,
         };
-        let error = reserve(shape, 16 << 40).unwrap_err().to_string();
+        let error = reserve(&Device::Processor(Arc::new(Cpu::new(1))), shape, 16 << 40)
+            .unwrap_err()
+            .to_string();
         assert!(
             error.starts_with("kv_bytes: ") && error.contains("spec.workers.kvMemory"),
             "{error}"
@@ -265,6 +281,7 @@ mod tests {
             fabric: FabricKind::Tcp,
             duty: Duty::Both,
             slots: 8,
+            device: foregate_api::node::Device::Cpu,
             threads: 1,
             cpu_path: CpuPath::Auto,
             pinning: Pinning::None,

@@ -25,6 +25,7 @@ use foregate_api::node::FabricKind;
 use foregate_api::weights::{PlainFormat, Quantization, WeightSettings};
 use foregate_checkpoint::tiny::Tiny;
 use foregate_wire::generation::{ExpertHint, GenerateRequest, Sampling};
+use foregate_worker::Cards;
 use foregate_worker::serve::validate;
 use futures::future::join_all;
 
@@ -49,6 +50,7 @@ fn draw_form(random: &mut Random) -> Form {
         weights: WeightSettings::default(),
         // Set without a draw, so that a case stays what it was.
         proven: page_tokens == 4,
+        cards: false,
     }
 }
 
@@ -137,7 +139,8 @@ async fn case(family: Family, seed: u64, met: &mut Met) {
 
 async fn run(family: Family, seed: u64, form: Form, random: &mut Random, met: &mut Met) {
     let rig = Rig::drawn_with(&Tiny::new(family), &form.weights);
-    let mut cluster = Cluster::start(rig.checkpoint.dir(), rig.spec(), form).await;
+    let cards = Cards::of_this_machine();
+    let mut cluster = Cluster::start(rig.checkpoint.dir(), rig.spec(), form, &cards).await;
     cluster.move_to_random(random).await;
     let requests: Vec<(Rank, GenerateRequest)> = (0..random.within(6, 10))
         .map(|_| {

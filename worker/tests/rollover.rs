@@ -226,6 +226,7 @@ impl Cluster {
                 model.checkpoint.clone(),
                 metrics.clone(),
                 self.model.cpu.clone(),
+                Arc::new(foregate_kernels::OnHost::new(self.model.cpu.clone())),
                 None,
             )),
             publisher: PublisherHandle { wanted, published },

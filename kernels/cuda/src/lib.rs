@@ -20,8 +20,6 @@ mod staged;
 
 use std::sync::Arc;
 
-use foregate_kernels::Executor;
-
 pub use driver::{ALIGN, Arg, Driver, DriverError, Launch, MemoryInfo, NO_MEMORY};
 pub use executor::{Cuda, cache_bytes};
 pub use fatbins::{FATBINS, Fatbin};
@@ -32,8 +30,8 @@ pub use staged::Staged;
 ///
 /// # Errors
 /// When there is none that can run the kernels; the text says what helps.
-pub fn open(ordinal: u32) -> Result<Arc<dyn Executor>, NoDevice> {
-    Ok(Arc::new(Cuda::new(Arc::new(Card::open(ordinal)?))))
+pub fn open(ordinal: u32) -> Result<Cuda, NoDevice> {
+    Ok(Cuda::new(Arc::new(Card::open(ordinal)?)))
 }
 
 /// Whether the driver's library can be opened. Nothing else of the driver may be touched before: its bindings panic

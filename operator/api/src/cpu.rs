@@ -11,6 +11,23 @@ pub enum Arithmetic {
     Chain,
     /// Sums of steps of 32 inputs, as AMX has them.
     Tiles,
+    /// As the kernels of cards sum.
+    Card,
+}
+
+impl Arithmetic {
+    /// What [`Member::cpu_path`](crate::member::Member::cpu_path) says of who computes on a card.
+    pub const CARD: &str = "cuda";
+
+    /// Of who computes with `path`: the name of an instruction path, or [`Self::CARD`]. A path of an unknown name is one of
+    /// the chain.
+    #[must_use]
+    pub fn of(path: &str) -> Self {
+        if path == Self::CARD {
+            return Self::Card;
+        }
+        path.parse::<CpuPath>().unwrap_or_default().arithmetic()
+    }
 }
 
 /// Which instructions the kernels use.

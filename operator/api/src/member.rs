@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::cpu::{Arithmetic, CpuPath};
+use crate::cpu::Arithmetic;
 use crate::ids::{Epoch, Rank};
 use crate::model::ModelSpec;
 
@@ -80,7 +80,7 @@ pub struct Member {
     pub phase: Phase,
     /// The model it loaded; members of one cluster agree on it.
     pub model: ModelSpec,
-    /// Name of the instruction path its kernels chose, for example `avx512`.
+    /// Name of the instruction path its kernels chose, for example `avx512`; [`Arithmetic::CARD`] if a card computes.
     pub cpu_path: String,
     /// Pages of its KV cache; none if it takes no sequences.
     pub kv_pages: u32,
@@ -89,11 +89,10 @@ pub struct Member {
 }
 
 impl Member {
-    /// How its kernels sum. A path of an unknown name is one of the chain: only tiles differ.
+    /// How its kernels sum.
     #[must_use]
     pub fn arithmetic(&self) -> Arithmetic {
-        let path = self.cpu_path.parse::<CpuPath>().unwrap_or_default();
-        path.arithmetic()
+        Arithmetic::of(&self.cpu_path)
     }
 
     /// Whether it takes sequences, once it is ready.

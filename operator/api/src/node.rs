@@ -150,6 +150,20 @@ pub enum FabricKind {
     Nccl,
 }
 
+/// What a worker computes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Device {
+    /// The processor.
+    #[default]
+    Cpu,
+    /// A card of NVIDIA's.
+    Cuda {
+        /// Its number, from 0, among those that the process sees.
+        card: u32,
+    },
+}
+
 /// Settings of a worker.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -172,6 +186,9 @@ pub struct WorkerConfig {
     pub duty: Duty,
     /// Expert slots per MoE layer; 0 exactly if it holds no experts.
     pub slots: u32,
+    /// What it computes on; workers of one cluster must sum alike.
+    #[serde(default)]
+    pub device: Device,
     /// Compute threads.
     pub threads: u32,
     /// Instructions of the kernels; workers of one cluster must sum alike.

@@ -23,9 +23,9 @@ use std::time::{Duration, Instant};
 
 use foregate_api::ids::{Epoch, Rank};
 use foregate_api::model::ModelSpec;
-use foregate_kernels::Ops;
+use foregate_kernels::{Anywhere, Executor, Ops, View, ViewMut};
 use foregate_models::combine;
-use foregate_models::experts::{ExpertBatch, Experts, ExpertsError, LateRows};
+use foregate_models::experts::{ExpertBatch, Experts, ExpertsError, LateRows, through_host};
 use foregate_planner::split::SplitTable;
 use foregate_wire::frame::{HEADER, MAX_FRAME, TraceContext};
 
@@ -44,6 +44,7 @@ pub mod plan;
 mod queue;
 pub mod serve;
 pub(crate) mod trace;
+mod whole;
 mod workbench;
 
 pub use endpoint::{Endpoint, EndpointParts, Way};
@@ -90,6 +91,7 @@ pub struct Exchange {
     next_call: u64,
     company: flight::Company,
     desk: serve::Desk,
+    whole: whole::WholeLayers,
 }
 
 /// What holds for the running step.
@@ -120,6 +122,7 @@ impl Exchange {
             next_call: 1,
             company: flight::Company::default(),
             desk: serve::Desk::of_engine(),
+            whole: whole::WholeLayers::default(),
         }
     }
 
@@ -232,6 +235,26 @@ impl Experts for Exchange {
         };
         self.parts.metrics.exchange(begun.elapsed().as_secs_f64());
         Ok(late)
+    }
+
+    /// A layer whose experts are all on this worker's device is computed there: nothing comes to the host.
+    fn run_on(
+        &mut self,
+        executor: &dyn Executor,
+        batch: &ExpertBatch<'_, Anywhere>,
+        mut out: ViewMut<'_, f32>,
+    ) -> Result<LateRows, ExpertsError> {
+        let on_device = matches!(batch.input, View::Device(_)) && self.step.routing.is_some();
+        // Rows that are lost already are left out only by who sorts them on the host.
+        if on_device && !batch.dead.contains(&true) {
+            let resident = self.parts.residency.snapshot();
+            if self.whole.run(executor, &resident, batch, &mut out)? {
+                let routes = batch.dead.len() * batch.top_k;
+                self.parts.server.ran_here(batch.layer, routes);
+                return Ok(LateRows::new());
+            }
+        }
+        through_host(batch, out, |batch, out| self.run(batch, out))
     }
 }
 

@@ -32,7 +32,7 @@ const RETRY: Duration = Duration::from_secs(1);
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
     "this worker computes with `{own}`, rank {rank} of the cluster with `{other}`, and their sums differ in the last \
-     bits; give all workers one spec.workers.cpuPath, or stop the others first to change it"
+     bits; give all workers one spec.workers.device and one spec.workers.cpuPath, or stop the others first to change it"
 )]
 pub struct Stranger {
     /// The path here.

@@ -12,7 +12,7 @@ use bytes::{Bytes, BytesMut};
 use foregate_api::ids::{ExpertId, LayerId};
 use foregate_api::model::ModelSpec;
 use foregate_checkpoint::{Checkpoint, ExpertHash};
-use foregate_kernels::{Cpu, Ops, ShapeError};
+use foregate_kernels::{Cpu, Executor, OpError, Ops};
 use foregate_models::{ExpertWeights, ModelError};
 use foregate_tls::Keys;
 use foregate_wire::connect::{BadAddress, channel};
@@ -60,9 +60,9 @@ pub enum LoadError {
         /// What its bytes give.
         found: String,
     },
-    /// The bytes cannot be packed.
+    /// The bytes cannot be packed, or a card has no memory for them.
     #[error(transparent)]
-    Shape(#[from] ShapeError),
+    Pack(#[from] OpError),
     /// The checkpoint does not give the expert.
     #[error(transparent)]
     Checkpoint(#[from] ModelError),
@@ -85,13 +85,15 @@ pub struct Loader {
     metrics: Arc<WorkerMetrics>,
     packing: Arc<Semaphore>,
     cpu: Arc<Cpu>,
+    executor: Arc<dyn Executor>,
     keys: Option<Keys>,
     connections: Mutex<BTreeMap<String, Channel>>,
 }
 
 impl Loader {
     /// A loader over the local files. Packing takes a core: at most as many experts are packed at a time as
-    /// `cpu` has threads, each where its threads are, so that the weights lie near them.
+    /// `cpu` has threads, each where its threads are, so that the weights lie near them; `executor` puts them where they are
+    /// computed with.
     /// Holders are asked over connections that `keys` prove, if there are any.
     #[must_use]
     pub fn new(
@@ -99,6 +101,7 @@ impl Loader {
         checkpoint: Arc<Checkpoint>,
         metrics: Arc<WorkerMetrics>,
         cpu: Arc<Cpu>,
+        executor: Arc<dyn Executor>,
         keys: Option<Keys>,
     ) -> Self {
         Self {
@@ -107,6 +110,7 @@ impl Loader {
             metrics,
             packing: Arc::new(Semaphore::new(cpu.threads())),
             cpu,
+            executor,
             keys,
             connections: Mutex::default(),
         }
@@ -162,9 +166,9 @@ impl Loader {
         let (bytes, announced) = timeout_at(deadline, self.fetch(item, holder))
             .await
             .map_err(|_| LoadError::Deadline)??;
-        let spec = Arc::clone(&self.spec);
+        let (spec, executor) = (Arc::clone(&self.spec), Arc::clone(&self.executor));
         self.pack(serving, move || {
-            let weights = ExpertWeights::from_canonical(&spec, &bytes)?;
+            let weights = ExpertWeights::from_canonical_on(&*executor, &spec, &bytes)?;
             verify(announced, weights.hash())?;
             Ok(weights)
         })
@@ -208,9 +212,14 @@ impl Loader {
         item: Item,
         serving: bool,
     ) -> Result<Arc<ExpertWeights>, LoadError> {
-        let checkpoint = Arc::clone(&self.checkpoint);
+        let (checkpoint, executor) = (Arc::clone(&self.checkpoint), Arc::clone(&self.executor));
         self.pack(serving, move || {
-            Ok(ExpertWeights::load(&checkpoint, item.0, item.1)?)
+            Ok(ExpertWeights::load_on(
+                &*executor,
+                &checkpoint,
+                item.0,
+                item.1,
+            )?)
         })
         .await
     }

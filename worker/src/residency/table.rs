@@ -27,6 +27,11 @@ impl fmt::Debug for Resident {
 }
 
 impl Resident {
+    /// The experts of a layer, here or not.
+    pub fn experts(&self) -> impl Iterator<Item = ExpertId> + use<> {
+        (0..index(self.experts)).map(ExpertId)
+    }
+
     /// An expert's weights, if they are here.
     #[must_use]
     pub fn get(&self, layer: LayerId, expert: ExpertId) -> Option<&Arc<ExpertWeights>> {

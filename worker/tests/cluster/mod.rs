@@ -9,7 +9,7 @@ use std::time::Duration;
 use foregate_api::cpu::{CpuPath, Pinning, Seat};
 use foregate_api::ids::{Epoch, ExpertId, Rank};
 use foregate_api::model::ModelSpec;
-use foregate_api::node::{FabricKind, WorkerConfig};
+use foregate_api::node::{Device, FabricKind, WorkerConfig};
 use foregate_api::placement::{LayerPlacement, Placement, Reason};
 use foregate_api::tls::TlsRole;
 use foregate_api::weights::WeightSettings;
@@ -22,7 +22,7 @@ use foregate_wire::generation::generation_client::GenerationClient;
 use foregate_wire::tonic::transport::Channel;
 use foregate_worker::dense::DenseWeights;
 use foregate_worker::fabric::local::LocalHub;
-use foregate_worker::{Deps, Health, Progress, WorkerError};
+use foregate_worker::{Cards, Deps, Health, Progress, WorkerError};
 use prometheus::Registry;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -52,6 +52,8 @@ pub struct Form {
     pub weights: WeightSettings,
     /// Whether all prove themselves to each other.
     pub proven: bool,
+    /// Whether each computes on a card of its own.
+    pub cards: bool,
 }
 
 pub struct Cluster {
@@ -71,7 +73,7 @@ pub struct Cluster {
 
 impl Cluster {
     /// Starts workers over a model directory and waits until all are registered.
-    pub async fn start(dir: &Path, spec: &ModelSpec, form: Form) -> Self {
+    pub async fn start(dir: &Path, spec: &ModelSpec, form: Form, cards: &Cards) -> Self {
         let store: Arc<dyn Store> = Arc::new(MemoryStore::new());
         let coord = Coord::new(Arc::clone(&store), "test");
         let shutdown = CancellationToken::new();
@@ -107,6 +109,7 @@ impl Cluster {
                 store: Arc::clone(&store),
                 local_hub: Some(Arc::clone(&hub)),
                 dense: Arc::clone(&dense),
+                cards: cards.clone(),
                 rpc_listener,
                 exchange_listener: Some(std::net::TcpListener::bind("127.0.0.1:0").unwrap()),
                 registry: Registry::new(),
@@ -237,7 +240,8 @@ fn all_loaded(told: &[Progress]) {
     assert!(last.done == last.total && told[0].done == 0, "{told:?}");
 }
 
-fn config(dir: &Path, rank: Rank, slots: u32, form: Form) -> WorkerConfig {
+/// Settings of a worker.
+pub fn config(dir: &Path, rank: Rank, slots: u32, form: Form) -> WorkerConfig {
     WorkerConfig {
         rank,
         model_dir: dir.to_str().unwrap().to_owned(),
@@ -248,6 +252,10 @@ fn config(dir: &Path, rank: Rank, slots: u32, form: Form) -> WorkerConfig {
         fabric: form.fabric,
         duty: foregate_api::member::Duty::Both,
         slots,
+        device: match form.cards {
+            true => Device::Cuda { card: rank.0 },
+            false => Device::Cpu,
+        },
         threads: form.threads,
         cpu_path: CpuPath::Auto,
         pinning: Pinning::None,

@@ -211,6 +211,7 @@ fn config(sizes: Sizes) -> WorkerConfig {
         fabric: FabricKind::Local,
         duty: foregate_api::member::Duty::Attention,
         slots: 0,
+        device: foregate_api::node::Device::Cpu,
         threads: 1,
         cpu_path: CpuPath::Auto,
         pinning: Pinning::None,

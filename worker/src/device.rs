@@ -1,0 +1,174 @@
+//! What a worker computes on, opened once by the class that its configuration names. The rest of the worker asks it for an
+//! executor, for ops over rows of this process, and for room; it does not ask which class it is.
+
+mod plan;
+
+use std::fmt;
+use std::path::Path;
+use std::sync::Arc;
+
+use foregate_api::cpu::Arithmetic;
+use foregate_api::model::ModelSpec;
+use foregate_api::node::{Device as Class, WorkerConfig};
+use foregate_api::weights::{Part, WeightFormat};
+use foregate_checkpoint::Checkpoint;
+use foregate_cuda::{Cuda, Staged};
+use foregate_kernels::{Cpu, Executor, KvCache, KvShape, OnHost, OpError, Ops};
+use foregate_models::{Model, ModelError};
+
+use crate::dense::DenseWeights;
+
+pub(crate) use plan::CardPlan;
+
+/// Opens cards by their numbers.
+#[derive(Clone)]
+pub struct Cards(Arc<OpenCard>);
+
+type OpenCard = dyn Fn(u32) -> Result<Cuda, String> + Send + Sync;
+
+impl Cards {
+    /// Those that `open` gives; its error says what helps.
+    pub fn new(open: impl Fn(u32) -> Result<Cuda, String> + Send + Sync + 'static) -> Self {
+        Self(Arc::new(open))
+    }
+
+    /// Those of the machine's driver.
+    #[must_use]
+    pub fn of_this_machine() -> Self {
+        Self::new(|card| foregate_cuda::open(card).map_err(|error| error.to_string()))
+    }
+}
+
+impl fmt::Debug for Cards {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Cards")
+    }
+}
+
+/// What a worker computes on.
+#[derive(Debug, Clone)]
+pub(crate) enum Device {
+    /// The processor.
+    Processor(Arc<Cpu>),
+    /// A card; the processor converts weights and sums what came from peers.
+    Card(Cuda, Arc<Cpu>),
+}
+
+impl Device {
+    /// Opens it.
+    ///
+    /// # Errors
+    /// Why there is none, with what helps.
+    pub(crate) fn open(class: Class, cpu: Arc<Cpu>, cards: &Cards) -> Result<Self, String> {
+        match class {
+            Class::Cpu => Ok(Self::Processor(cpu)),
+            Class::Cuda { card } => Ok(Self::Card((cards.0)(card)?, cpu)),
+        }
+    }
+
+    /// What members tell each other of how it sums: the path of a processor's instructions, or [`Arithmetic::CARD`].
+    pub(crate) fn path(&self) -> String {
+        match self {
+            Self::Processor(cpu) => cpu.path().to_string(),
+            Self::Card(..) => Arithmetic::CARD.to_owned(),
+        }
+    }
+
+    /// The processor.
+    pub(crate) const fn cpu(&self) -> &Arc<Cpu> {
+        match self {
+            Self::Processor(cpu) | Self::Card(_, cpu) => cpu,
+        }
+    }
+
+    /// What puts weights where they are computed with, packed on the calling thread.
+    pub(crate) fn executor(&self) -> Arc<dyn Executor> {
+        match self {
+            Self::Processor(cpu) => Arc::new(OnHost::new(Arc::<Cpu>::clone(cpu))),
+            Self::Card(cuda, _) => Arc::new(cuda.clone()),
+        }
+    }
+
+    /// Ops over rows of this process, with memory of their own: one for each thread that calls.
+    pub(crate) fn ops(&self) -> Arc<dyn Ops> {
+        match self {
+            Self::Processor(cpu) => Arc::<Cpu>::clone(cpu),
+            Self::Card(cuda, cpu) => Arc::new(Staged::new(cuda.clone(), Cpu::clone(cpu))),
+        }
+    }
+
+    /// Whether it takes these weights, and has room for all that a worker will put there, before any of it is: how much is told once.
+    ///
+    /// # Errors
+    /// A format that it does not take, or a sum that is more than what is free, with what would do.
+    pub(crate) fn plan(
+        &self,
+        checkpoint: &Checkpoint,
+        config: &WorkerConfig,
+        kv: Option<KvShape>,
+    ) -> Result<(), String> {
+        let Self::Card(cuda, _) = self else {
+            // A processor's memory is the machine's: who launched the workers has judged it.
+            return Ok(());
+        };
+        takes(checkpoint.spec())?;
+        let plan = CardPlan::of(checkpoint.spec(), config, kv);
+        let memory = cuda.driver().memory().map_err(|error| error.to_string())?;
+        tracing::info!(
+            card = cuda.driver().name(),
+            dense = plan.dense,
+            experts = plan.experts,
+            moving = plan.moving,
+            kv = plan.kv,
+            activations = plan.activations,
+            reserve = plan::RESERVE,
+            free = memory.free,
+            total = memory.total,
+            "card_memory_planned"
+        );
+        plan.fits(memory.free)
+    }
+
+    /// The dense weights, shared with other workers of this process where they compute on its processor.
+    ///
+    /// # Errors
+    /// When a tensor cannot be read, packed, or put on a card.
+    pub(crate) fn model(
+        &self,
+        dense: &DenseWeights,
+        dir: &Path,
+        checkpoint: &Checkpoint,
+        progress: impl FnMut(u64, u64),
+    ) -> Result<Model, ModelError> {
+        match self {
+            Self::Processor(cpu) => dense.model(dir, checkpoint, Arc::clone(cpu), progress),
+            Self::Card(_, cpu) => {
+                Model::load_on(checkpoint, self.executor(), cpu.threads(), progress)
+            }
+        }
+    }
+
+    /// Room for keys and values.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub(crate) fn kv_cache(&self, shape: KvShape) -> Result<KvCache, OpError> {
+        self.executor().kv_cache(shape)
+    }
+}
+
+/// Whether a card computes with a model's formats.
+fn takes(spec: &ModelSpec) -> Result<(), String> {
+    let taken = |format| matches!(format, WeightFormat::Float32 | WeightFormat::Bfloat16);
+    let of = |part: &Part| spec.formats.of(*part);
+    let Some(format) = Part::ALL.iter().map(of).find(|format| !taken(*format)) else {
+        return Ok(());
+    };
+    let remedy = match format {
+        WeightFormat::Float16 => "spec.model.dtype: bfloat16 converts them",
+        _ => "give a checkpoint of bfloat16, without spec.model.quantization",
+    };
+    Err(format!(
+        "cards compute with weights of bfloat16 and float32, the model has {format:?}: {remedy}; or spec.workers.device: cpu"
+    ))
+}
