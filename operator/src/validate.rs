@@ -280,6 +280,7 @@ pub fn validate(manifest: Manifest) -> Result<ValidatedCluster, Findings> {
         security: security::security(&mut checks, spec.security),
         pods: spec.pods,
     };
+    checks.device(cluster.workers.device, cluster.model.weights);
     checks.coverable(cluster.balancing.cover, cluster.workers.holders());
     for (field, keys) in [
         ("spec.pods.labels", &cluster.pods.labels),
@@ -351,7 +352,6 @@ fn workers(checks: &mut Checks, spec: WorkersSpec) -> ValidatedWorkers {
     } = spec;
     let count = checks.range(&limits::COUNT, count);
     let device = device.unwrap_or_default();
-    checks.device(device);
     let attention_only = checks.range(&limits::ATTENTION_ONLY, attention_only);
     let expert_only = checks.range(&limits::EXPERT_ONLY, expert_only);
     checks.duties(count, attention_only, expert_only);
@@ -365,7 +365,8 @@ fn workers(checks: &mut Checks, spec: WorkersSpec) -> ValidatedWorkers {
     };
     let kv_bytes = checks.bytes(&limits::KV_MEMORY, kv_memory.as_deref());
     let resources = checks.resources("spec.workers.resources", resources);
-    if let Some(memory) = resources.memory {
+    // On a card they are in its own memory.
+    if let (Some(memory), DeviceClass::Cpu) = (resources.memory, device) {
         checks.room_for_weights(kv_bytes, memory);
     }
     let domain_label = domain_label.unwrap_or_else(|| limits::DOMAIN_LABEL.to_owned());

@@ -74,8 +74,8 @@ const RULES: &[Rule] = &[
     // that of a worker that does both; where there is none, the operator says in the status what does not fit.
     Rule {
         at: "",
-        rule: "$workers.attentionOnly + $workers.expertOnly >= $workers.count || !has(self.status) || \
-               !has(self.status.model) || !has($workers.resources) || !has($workers.resources.limits) || \
+        rule: "$workers.device != 'cpu' || $workers.attentionOnly + $workers.expertOnly >= $workers.count || \
+               !has(self.status) || !has(self.status.model) || !has($workers.resources) || !has($workers.resources.limits) || \
                !('memory' in $workers.resources.limits) || \
                $kvBytes + $facts.denseBytes + $facts.slotBytes * ($evenSlots + $redundantSlots) <= $memoryBytes",
         says: Says::Expression(
@@ -176,9 +176,19 @@ const RULES: &[Rule] = &[
         says: Says::Expression("'is ' + self + '; give 64Ki to 16Ti'", "give 64Ki to 16Ti"),
     },
     Rule {
+        at: "spec",
+        rule: "self.workers.device == 'cpu' || (self.model.quantization == 'none' && self.model.dtype != 'float16')",
+        says: Says::Text(
+            "workers on cards compute with bfloat16 or float32: write model.quantization none and model.dtype auto, bfloat16 or \
+             float32, or workers.device cpu",
+        ),
+    },
+    Rule {
         at: "spec.workers.device",
-        rule: "self == 'cpu'",
-        says: Says::Text("this version has no kernels for cards: write cpu, or leave it out"),
+        rule: "self == oldSelf",
+        says: Says::Text(
+            "the device cannot be changed: ranks of two devices sum differently; make another MoeCluster",
+        ),
     },
     Rule {
         at: "spec.workers",
@@ -203,8 +213,9 @@ const RULES: &[Rule] = &[
     },
     Rule {
         at: "spec.workers",
-        rule: "!has(self.resources) || !has(self.resources.limits) || !('memory' in self.resources.limits) || \
-               !isQuantity(self.kvMemory) || !isQuantity(string(self.resources.limits['memory'])) || \
+        // On a card keys and values are in its own memory.
+        rule: "(has(self.device) && self.device != 'cpu') || !has(self.resources) || !has(self.resources.limits) || \
+               !('memory' in self.resources.limits) || !isQuantity(self.kvMemory) || !isQuantity(string(self.resources.limits['memory'])) || \
                quantity(self.kvMemory).isLessThan(quantity(string(self.resources.limits['memory'])))",
         says: Says::Expression(
             "'kvMemory %s leaves nothing of resources.limits.memory %s for weights: give more memory or less kvMemory'\

@@ -27,18 +27,8 @@ fn owner(name: &str) -> Owner {
 }
 
 fn prepared(manifest: Manifest, slots: &BTreeMap<Rank, u32>) -> Prepared {
-    prepared_with(manifest, slots, |_| ())
-}
-
-/// With a change after the validation.
-fn prepared_with(
-    manifest: Manifest,
-    slots: &BTreeMap<Rank, u32>,
-    change: impl FnOnce(&mut ValidatedCluster),
-) -> Prepared {
     let owner = owner(&manifest.metadata.name);
-    let mut cluster = validate(manifest).unwrap();
-    change(&mut cluster);
+    let cluster = validate(manifest).unwrap();
     let defaults = Defaults {
         image: IMAGE.to_owned(),
         cuda_image: CUDA_IMAGE.to_owned(),
@@ -237,12 +227,10 @@ fn workers_on_cards_have_an_image_of_their_own() {
     for (device, all, workers, worker, gateway) in cases {
         // A model of the hub, so that there is a container that fetches it.
         let mut manifest = example("single-gpu");
-        manifest.spec.workers.device = None;
+        manifest.spec.workers.device = Some(device);
         manifest.spec.pods.image = all.map(str::to_owned);
         manifest.spec.workers.image = workers.map(str::to_owned);
-        let prepared = prepared_with(manifest, &BTreeMap::new(), |cluster| {
-            cluster.workers.device = device;
-        });
+        let prepared = prepared(manifest, &BTreeMap::new());
         let expected = (vec![worker.to_owned(); 2], gateway.to_owned());
         assert_eq!(
             images(&prepared),

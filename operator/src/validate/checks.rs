@@ -9,6 +9,7 @@ use foregate_api::limits::{
 };
 use foregate_api::manifest::DeviceClass;
 use foregate_api::placement::Cover;
+use foregate_api::weights::{PlainFormat, Quantization, WeightSettings};
 
 use crate::quantity::{parse_bytes, parse_milli};
 use crate::validate::{
@@ -97,12 +98,26 @@ impl Checks {
         right
     }
 
-    pub(super) fn device(&mut self, device: DeviceClass) {
-        if device == DeviceClass::Cuda {
+    /// Kernels of cards take weights as they are.
+    pub(super) fn device(&mut self, device: DeviceClass, weights: WeightSettings) {
+        if device == DeviceClass::Cpu {
+            return;
+        }
+        if weights.quantization != Quantization::None {
             self.add(
-                "spec.workers.device",
-                "is cuda: this version has no kernels for cards".to_owned(),
-                "write cpu, or leave it out",
+                "spec.model.quantization",
+                format!(
+                    "is {}, and workers on cards compute with bfloat16 or float32",
+                    weights.quantization
+                ),
+                "write none, or spec.workers.device: cpu",
+            );
+        }
+        if weights.dtype == PlainFormat::Float16 {
+            self.add(
+                "spec.model.dtype",
+                "is float16, and workers on cards compute with bfloat16 or float32".to_owned(),
+                "write bfloat16, or spec.workers.device: cpu",
             );
         }
     }
