@@ -33,7 +33,10 @@ mod generated {
     pub mod experts {
         tonic::include_proto!("foregate.experts.v1");
     }
+    pub mod sglang {
+        tonic::include_proto!("sglang.grpc.scheduler");
+    }
 }
 
-pub use generated::{experts, generation};
+pub use generated::{experts, generation, sglang};
 pub use tonic;
