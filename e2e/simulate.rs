@@ -1,9 +1,10 @@
 //! `foregate simulate` as a user starts it: the document, the table, the plot, and what is refused; and
-//! `foregate bench lookahead`, which brings its own cluster.
+//! `foregate bench lookahead` and `foregate bench gateway`, which bring their own clusters.
 #![expect(clippy::unwrap_used, reason = "a failure here is the test's failure")]
 
 use std::process::{Command, Output};
 
+use foregate_harness::{on_path, skip};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -371,6 +372,50 @@ fn arms_of_a_running_cluster_give_the_same_answers() {
     assert_eq!(refused.status.code(), Some(2));
     assert!(
         said(&refused).contains("--overtake-ms"),
+        "{}",
+        said(&refused)
+    );
+}
+
+/// Without SMG, which is fetched only for the figures.
+#[test]
+fn a_gateway_is_measured_beside_the_direct_way() {
+    if on_path("etcd").is_none() {
+        skip("etcd is not on PATH, and `bench gateway` needs one");
+        return;
+    }
+    let folder = TempDir::new().unwrap();
+    let out = folder.path().join("made").to_str().unwrap().to_owned();
+    let tiny = |more: &[&str]| {
+        let base = ["bench", "gateway", "--rounds", "1", "--requests", "8"];
+        let load = ["--rate", "40", "--concurrency", "4", "--seconds", "1"];
+        foregate(&[&base, &load, more].concat())
+    };
+    let output = tiny(&["--tokens", "6", "--out", &out]);
+    assert!(output.status.success(), "{}", said(&output));
+    let read = |name: &str| std::fs::read_to_string(format!("{out}/{name}")).unwrap();
+    let found: Value = serde_json::from_str(&read("gateway.json")).unwrap();
+    let blocks = found["blocks"].as_array().unwrap();
+    assert_eq!(blocks.len(), 2);
+    for block in blocks {
+        assert_eq!(block["first"]["count"], 8);
+        assert_eq!(block["late"]["count"], 8 * 5);
+        assert_eq!(block["whole"]["count"], 8);
+        assert_eq!(block["failed"], 0);
+        assert!(block["per_second"].as_f64().unwrap() > 0.0);
+    }
+    assert_eq!(blocks[0]["way"], "direct");
+    assert_eq!(blocks[0]["cpu_ms"], Value::Null);
+    assert!(blocks[1]["cpu_ms"].as_f64().unwrap() > 0.0);
+    let ours = &found["ways"][1];
+    assert_eq!(ours["way"], "foregate");
+    assert!(ours["whole"]["p99"]["median"].is_number());
+    assert!(read("table.md").contains("| foregate |"));
+    assert!(read("gateway.svg").contains("foregate"));
+    let refused = tiny(&["--smg", "/no/such/smg"]);
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(
+        said(&refused).contains("--smg /no/such/smg"),
         "{}",
         said(&refused)
     );

@@ -2,6 +2,7 @@
 
 mod client;
 mod engine;
+mod gateway;
 mod kernels;
 mod lookahead;
 mod migrate;
@@ -13,6 +14,7 @@ mod rebalance;
 mod record;
 mod report;
 mod serve;
+mod stub;
 mod workload;
 
 use tokio_util::sync::CancellationToken;
@@ -40,6 +42,8 @@ enum What {
     Planners(planners::PlannersArgs),
     /// Routing by expected experts against least loaded, on a running cluster, with a placebo.
     Lookahead(lookahead::LookaheadArgs),
+    /// What Foregate's gateway, and SMG beside it, add to back ends that compute nothing: latency, requests per second.
+    Gateway(gateway::GatewayArgs),
     /// What a live migration adds to the time between two tokens, in this process.
     Migrate(migrate::MigrateArgs),
     /// Decode and prefill speed of the engine alone, in this process.
@@ -53,6 +57,9 @@ enum What {
     /// A worker of `bench engine --workers`, which starts it.
     #[command(hide = true)]
     EngineWorker(engine::ChildArgs),
+    /// The back ends of `bench gateway`, which starts them.
+    #[command(hide = true)]
+    Stub(stub::StubArgs),
 }
 
 /// Runs a benchmark.
@@ -69,11 +76,13 @@ pub(crate) async fn run(
         What::Rebalance(args) => Box::pin(rebalance::run(&args, progress, drain)).await,
         What::Planners(args) => Box::pin(planners::run(&args, progress, drain)).await,
         What::Lookahead(args) => Box::pin(lookahead::run(&args, progress, drain)).await,
+        What::Gateway(args) => Box::pin(gateway::run(&args, progress, drain)).await,
         What::Migrate(args) => Box::pin(migrate::run(&args, progress, &drain)).await,
         What::Engine(args) => Box::pin(engine::run(&args, progress)).await,
         What::Kernels(args) => kernels::run(&args, progress),
         What::Model(args) => model::run(&args, progress),
         What::Perplexity(args) => Box::pin(perplexity::run(args, progress)).await,
         What::EngineWorker(args) => Box::pin(engine::run_worker(&args)).await,
+        What::Stub(args) => Box::pin(stub::run(&args, drain)).await,
     }
 }

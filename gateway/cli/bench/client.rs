@@ -238,19 +238,19 @@ impl Ask {
 
 /// Bytes of a stream as lines, however they are cut.
 #[derive(Debug, Default)]
-struct Lines {
+pub(super) struct Lines {
     bytes: Vec<u8>,
     /// Bytes before this have no line end.
     searched: usize,
 }
 
 impl Lines {
-    fn push(&mut self, piece: &[u8]) {
+    pub(super) fn push(&mut self, piece: &[u8]) {
         self.bytes.extend_from_slice(piece);
     }
 
     /// The next whole line, without its end.
-    fn next(&mut self) -> Option<Vec<u8>> {
+    pub(super) fn next(&mut self) -> Option<Vec<u8>> {
         let rest = &self.bytes[self.searched..];
         let Some(end) = rest.iter().position(|byte| *byte == b'\n') else {
             self.searched = self.bytes.len();
