@@ -26,7 +26,7 @@ SKIPPED := $(CURDIR)/target/skipped
 # Launches of CUDA kernels that tests record for `make sanitize`, and what `make cuda` makes.
 CUDA := $(CURDIR)/target/cuda
 
-.PHONY: help up test lint cluster test-cluster on-cluster unit cuda sanitize soak fuzz bench bench-peers image-cuda gpu-check
+.PHONY: help up test lint cluster test-cluster on-cluster unit cuda sanitize soak fuzz bench bench-peers bench-gateway image-cuda gpu-check
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -97,6 +97,14 @@ bench-peers: ## vLLM and llama.cpp beside Foregate, in turns: table, JSON and pl
 	@.ci/need peers
 	cargo build --release --bin foregate
 	@e2e/peers/run target/release/foregate "$(OUT)" "$(ROUNDS)" "$(THREADS)"
+
+# More rounds say more; GATEWAY_ARGS goes to `foregate bench gateway`.
+GATEWAY_ARGS ?=
+bench-gateway: OUT = docs/bench/gateway
+bench-gateway: ## Foregate's gateway and SMG before back ends that compute nothing, in turns: table, JSON and plot under OUT
+	@.ci/need gateway
+	cargo build --release --bin foregate
+	@e2e/peers/gateway target/release/foregate "$(OUT)" $(GATEWAY_ARGS)
 
 # Where the image goes.
 IMAGE ?= target/image/foregate-cuda.tar
