@@ -29,7 +29,7 @@ CUDA := $(CURDIR)/target/cuda
 .PHONY: help up test lint cluster test-cluster on-cluster unit cuda sanitize soak fuzz bench bench-peers bench-gateway image-cuda gpu-check
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
 
 up: ## install what is missing, build, serve the demonstration model on port 8000
 	@.ci/need build

@@ -134,6 +134,8 @@ pub(super) struct Summary {
 #[derive(Debug, Clone, Serialize)]
 pub(super) struct Report {
     settings: GatewayArgs,
+    /// Whether this is a release build, as SMG's is.
+    pub(super) optimised: bool,
     processors: usize,
     pub(super) ways: Vec<Summary>,
     /// Processors that other work used during the closed loads.
@@ -153,6 +155,7 @@ impl Report {
         let ways = [DIRECT, FOREGATE, SMG_HTTP, SMG_GRPC];
         Ok(Self {
             settings: args.clone(),
+            optimised: !cfg!(debug_assertions),
             processors: std::thread::available_parallelism().map_or(1, usize::from),
             ways: ways
                 .into_iter()
@@ -174,7 +177,11 @@ impl Report {
         lines.extend(self.ways.iter().map(Summary::row));
         lines.push(self.settings.told());
         lines.push(self.noise());
-        lines.extend(self.verdict());
+        lines.push(match self.optimised {
+            true => self.verdict().unwrap_or_default(),
+            false => "A build without optimisation: nothing here says what the product does."
+                .to_owned(),
+        });
         lines.join("\n")
     }
 

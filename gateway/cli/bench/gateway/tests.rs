@@ -58,7 +58,14 @@ fn what_a_way_adds_is_taken_within_a_round() {
         block(FOREGATE, 1, 10.75, 30.0),
         block(SMG_GRPC, 1, 11.0, 40.0),
     ];
-    let report = Report::of(&args(), blocks).unwrap();
+    let mut report = Report::of(&args(), blocks).unwrap();
+    report.optimised = false;
+    let debug = report.table();
+    assert!(
+        debug.contains("without optimisation") && !debug.contains("Not slower"),
+        "{debug}"
+    );
+    report.optimised = true;
     let names: Vec<&str> = report.ways.iter().map(|way| way.way).collect();
     assert_eq!(names, [DIRECT, FOREGATE, SMG_GRPC]);
     let ours = &report.ways[1];
@@ -94,7 +101,8 @@ fn what_a_way_adds_is_taken_within_a_round() {
 #[test]
 fn without_smg_nothing_is_compared_with_it() {
     let blocks = vec![block(DIRECT, 0, 1.0, 400.0), block(FOREGATE, 0, 1.5, 300.0)];
-    let report = Report::of(&args(), blocks).unwrap();
+    let mut report = Report::of(&args(), blocks).unwrap();
+    report.optimised = true;
     assert_eq!(report.ways.len(), 2);
     assert_eq!(report.ways[1].against_smg, None);
     assert!(!report.table().contains("Not slower"), "{}", report.table());
