@@ -7,6 +7,7 @@
 
 mod bench;
 mod crd;
+mod device;
 mod doctor;
 mod environment;
 mod error;

@@ -336,7 +336,7 @@ async fn worker(role: &Role, config: WorkerConfig) -> Result<(), CliError> {
         store: Arc::clone(&role.seams.store),
         local_hub: Some(Arc::clone(&role.seams.hub)),
         dense: Arc::clone(&role.seams.dense),
-        cards: foregate_worker::Cards::of_this_machine(),
+        cards: crate::device::cards(),
         rpc_listener,
         exchange_listener,
         registry: role.registry.clone(),

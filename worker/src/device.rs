@@ -12,7 +12,6 @@ use foregate_api::model::ModelSpec;
 use foregate_api::node::{Device as Class, WorkerConfig};
 use foregate_api::weights::{Part, WeightFormat};
 use foregate_checkpoint::Checkpoint;
-use foregate_cuda::{Cuda, Staged};
 use foregate_kernels::{Cpu, Executor, KvCache, KvShape, OnHost, OpError, Ops};
 use foregate_models::{Model, ModelError};
 
@@ -20,22 +19,55 @@ use crate::dense::DenseWeights;
 
 pub(crate) use plan::CardPlan;
 
-/// Opens cards by their numbers.
+/// A card that is open.
+#[derive(Clone)]
+pub struct Card {
+    /// As its driver calls it.
+    pub name: String,
+    /// What a model walks on.
+    pub executor: Arc<dyn Executor>,
+    /// Ops of it over rows of this process, for the engine's thread.
+    pub ops: Arc<dyn Ops>,
+    /// The same for the thread that computes for peers, with memory of its own.
+    pub callee_ops: Arc<dyn Ops>,
+}
+
+impl fmt::Debug for Card {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Card").field(&self.name).finish()
+    }
+}
+
+/// Opens cards by their numbers. A worker knows no driver: who composes it does.
 #[derive(Clone)]
 pub struct Cards(Arc<OpenCard>);
 
-type OpenCard = dyn Fn(u32) -> Result<Cuda, String> + Send + Sync;
+type OpenCard = dyn Fn(u32, &Cpu) -> Result<Card, String> + Send + Sync;
 
 impl Cards {
-    /// Those that `open` gives; its error says what helps.
-    pub fn new(open: impl Fn(u32) -> Result<Cuda, String> + Send + Sync + 'static) -> Self {
+    /// Those that `open` gives, which gets a processor to sum results with that are here; its error says what helps.
+    pub fn new(
+        open: impl Fn(u32, &Cpu) -> Result<Card, String> + Send + Sync + 'static,
+    ) -> Self {
         Self(Arc::new(open))
     }
 
-    /// Those of the machine's driver.
+    /// The card of this number.
+    ///
+    /// # Errors
+    /// Why there is none, with what helps.
+    pub fn open(&self, card: u32, cpu: &Cpu) -> Result<Card, String> {
+        (self.0)(card, cpu)
+    }
+
+    /// For who has processors only.
     #[must_use]
-    pub fn of_this_machine() -> Self {
-        Self::new(|card| foregate_cuda::open(card).map_err(|error| error.to_string()))
+    pub fn none() -> Self {
+        Self::new(|card, _| {
+            Err(format!(
+                "there is no card {card} here; spec.workers.device: cpu"
+            ))
+        })
     }
 }
 
@@ -51,7 +83,7 @@ pub(crate) enum Device {
     /// The processor.
     Processor(Arc<Cpu>),
     /// A card; the processor converts weights and sums what came from peers.
-    Card(Cuda, Arc<Cpu>),
+    Card(Card, Arc<Cpu>),
 }
 
 impl Device {
@@ -62,7 +94,7 @@ impl Device {
     pub(crate) fn open(class: Class, cpu: Arc<Cpu>, cards: &Cards) -> Result<Self, String> {
         match class {
             Class::Cpu => Ok(Self::Processor(cpu)),
-            Class::Cuda { card } => Ok(Self::Card((cards.0)(card)?, cpu)),
+            Class::Cuda { card } => Ok(Self::Card(cards.open(card, &cpu)?, cpu)),
         }
     }
 
@@ -85,15 +117,23 @@ impl Device {
     pub(crate) fn executor(&self) -> Arc<dyn Executor> {
         match self {
             Self::Processor(cpu) => Arc::new(OnHost::new(Arc::<Cpu>::clone(cpu))),
-            Self::Card(cuda, _) => Arc::new(cuda.clone()),
+            Self::Card(card, _) => Arc::clone(&card.executor),
         }
     }
 
-    /// Ops over rows of this process, with memory of their own: one for each thread that calls.
+    /// Ops over rows of this process, for the engine's thread.
     pub(crate) fn ops(&self) -> Arc<dyn Ops> {
         match self {
             Self::Processor(cpu) => Arc::<Cpu>::clone(cpu),
-            Self::Card(cuda, cpu) => Arc::new(Staged::new(cuda.clone(), Cpu::clone(cpu))),
+            Self::Card(card, _) => Arc::clone(&card.ops),
+        }
+    }
+
+    /// The same for the thread that computes for peers.
+    pub(crate) fn callee_ops(&self) -> Arc<dyn Ops> {
+        match self {
+            Self::Processor(cpu) => Arc::<Cpu>::clone(cpu),
+            Self::Card(card, _) => Arc::clone(&card.callee_ops),
         }
     }
 
@@ -107,26 +147,29 @@ impl Device {
         config: &WorkerConfig,
         kv: Option<KvShape>,
     ) -> Result<(), String> {
-        let Self::Card(cuda, _) = self else {
+        let Self::Card(card, _) = self else {
             // A processor's memory is the machine's: who launched the workers has judged it.
             return Ok(());
         };
         takes(checkpoint.spec())?;
         let plan = CardPlan::of(checkpoint.spec(), config, kv);
-        let memory = cuda.driver().memory().map_err(|error| error.to_string())?;
+        let free = card
+            .executor
+            .free_memory()
+            .map_err(|error| error.to_string())?;
+        let free = free.unwrap_or(u64::MAX);
         tracing::info!(
-            card = cuda.driver().name(),
+            card = card.name,
             dense = plan.dense,
             experts = plan.experts,
             moving = plan.moving,
             kv = plan.kv,
             activations = plan.activations,
             reserve = plan::RESERVE,
-            free = memory.free,
-            total = memory.total,
+            free,
             "card_memory_planned"
         );
-        plan.fits(memory.free)
+        plan.fits(free)
     }
 
     /// The dense weights, shared with other workers of this process where they compute on its processor.

@@ -65,7 +65,7 @@ pub mod sequence;
 pub mod serve;
 mod start;
 
-pub use device::Cards;
+pub use device::{Card, Cards};
 pub use error::WorkerError;
 pub use health::Health;
 pub use loading::{Progress, ProgressSink};
@@ -188,7 +188,7 @@ impl Worker {
             me: me.clone(),
             spec: Arc::clone(&spec),
             ops: loaded.device.ops(),
-            callee_ops: loaded.device.ops(),
+            callee_ops: loaded.device.callee_ops(),
             way: start::way(&config, local_hub, exchange_listener, keys.clone())?,
             load: Arc::clone(&load),
             metrics: Arc::clone(&metrics),

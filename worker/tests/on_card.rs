@@ -26,12 +26,12 @@ use foregate_api::node::FabricKind;
 use foregate_api::weights::{PlainFormat, Quantization, WeightSettings};
 use foregate_checkpoint::Checkpoint;
 use foregate_checkpoint::tiny::Tiny;
-use foregate_cuda::Cuda;
+use foregate_cuda::{Cuda, Staged};
 use foregate_store::memory::MemoryStore;
 use foregate_wire::generation::{GenerateRequest, Sampling};
 use foregate_worker::dense::DenseWeights;
 use foregate_worker::fabric::local::LocalHub;
-use foregate_worker::{Cards, Deps, Health};
+use foregate_worker::{Card, Cards, Deps, Health};
 use futures::future::join_all;
 use prometheus::Registry;
 use tokio::net::TcpListener;
@@ -53,10 +53,16 @@ impl Machine {
     fn new(memory: usize) -> Self {
         let opened = Arc::<Mutex<Vec<Arc<Emulated>>>>::default();
         let kept = Arc::clone(&opened);
-        let cards = Cards::new(move |_| {
+        let cards = Cards::new(move |_, cpu| {
             let card = Arc::new(Emulated::new(memory));
             kept.lock().unwrap().push(Arc::clone(&card));
-            Ok(Cuda::new(card))
+            let cuda = Cuda::new(card);
+            Ok(Card {
+                name: cuda.driver().name().to_owned(),
+                ops: Arc::new(Staged::new(cuda.clone(), cpu.clone())),
+                callee_ops: Arc::new(Staged::new(cuda.clone(), cpu.clone())),
+                executor: Arc::new(cuda),
+            })
         });
         Self { opened, cards }
     }
@@ -224,15 +230,10 @@ async fn what_cannot_be_had_is_refused_by_name() {
     let taken = small.opened.lock().unwrap()[0].used();
     assert_eq!(taken, 0, "it says so before it takes any");
 
-    let none = Cards::new(|card| Err(format!("there is no GPU number {card}")));
-    let text = refused(dir.path(), &spec, form, &none).await;
-    assert_eq!(text, "device: there is no GPU number 0");
-
-    // A test's binary has no kernels, a test's machine seldom a driver: either is said.
-    let text = refused(dir.path(), &spec, form, &Cards::of_this_machine()).await;
-    assert!(
-        text.contains("--features cuda") || text.contains("driver"),
-        "{text}"
+    let text = refused(dir.path(), &spec, form, &Cards::none()).await;
+    assert_eq!(
+        text,
+        "device: there is no card 0 here; spec.workers.device: cpu"
     );
 
     for (dtype, quantization, remedy) in [

@@ -48,9 +48,7 @@ impl CardPlan {
             } else {
                 0
             },
-            kv: kv
-                .and_then(foregate_cuda::cache_bytes)
-                .map_or(0, |bytes| bytes as u64),
+            kv: kv.map_or(0, cache),
             activations: rows(spec, config, attends)
                 .saturating_add(logits(spec, config, attends)),
         }
@@ -101,6 +99,12 @@ impl CardPlan {
             ),
         })
     }
+}
+
+/// Keys and values of all pages.
+fn cache(shape: KvShape) -> u64 {
+    let values = 2 * shape.layers * shape.kv_heads * shape.head_dim * shape.page_tokens;
+    (shape.pages as u64).saturating_mul((values * shape.dtype.bytes()) as u64)
 }
 
 /// Activations of the largest step, rows by rows: the model's (`foregate_models`' scratch), those between kernels, and rows

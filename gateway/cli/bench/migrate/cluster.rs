@@ -127,7 +127,7 @@ impl Cluster {
             store: Arc::clone(store),
             local_hub: Some(Arc::clone(hub)),
             dense: Arc::clone(dense),
-            cards: foregate_worker::Cards::of_this_machine(),
+            cards: foregate_worker::Cards::none(),
             rpc_listener,
             exchange_listener: None,
             registry,
