@@ -259,7 +259,8 @@ fn the_next_decision_is_judged_by_the_newest_record() {
             .windows(2)
             .all(|pair| pair[0].best <= pair[1].best)
     );
-    assert!(about.to_string().contains("below 0.970"));
+    let threshold = past.newest().unwrap().settings.threshold;
+    assert!(about.to_string().contains(&format!("below {threshold:.3}")));
     assert_eq!(next(&Past::default(), NOW), Err(Missing::Nothing));
 }
 
