@@ -183,6 +183,7 @@ const DOORS: &[(&str, &[&str])] = &[
     ("clap", &[BINARY]),
     ("hf-hub", &[BINARY]),
     ("indicatif", &[BINARY]),
+    ("mimalloc", &[BINARY]),
     ("opentelemetry-otlp", &[BINARY]),
     ("opentelemetry-proto", &[BINARY]),
     ("opentelemetry_sdk", &[BINARY]),

@@ -39,6 +39,10 @@ use progress::Progress;
 use shutdown::Signals;
 use telemetry::LogFormat;
 
+/// A gateway allocates for every token of every stream, on whatever thread it is.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Serve mixture-of-experts models with one expert plan shared by operator, gateway and workers.
 #[derive(Debug, Parser)]
 #[command(name = "foregate", version, propagate_version = true)]
