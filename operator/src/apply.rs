@@ -93,18 +93,17 @@ async fn whose(
     owner: &Owner,
     name: &str,
 ) -> Result<Whose, kube::Error> {
-    let named = ListParams::default().fields(&format!("metadata.name={name}"));
-    let found = api.list_metadata(&named).await?.items;
+    let found = api.list_metadata(&named(name)).await?.items;
     Ok(match found.first() {
         None => Whose::Nobodys,
-        Some(object) if is_of(object, owner) => Whose::Ours,
+        Some(object) if owner.owns(object) => Whose::Ours,
         Some(_) => Whose::Others,
     })
 }
 
-fn is_of(object: &PartialObjectMeta<DynamicObject>, owner: &Owner) -> bool {
-    let mut owners = object.owner_references().iter();
-    owners.any(|reference| reference.uid == owner.uid)
+/// The object of this name, if there is one: to list what is listed anyway asks for no further right.
+fn named(name: &str) -> ListParams {
+    ListParams::default().fields(&format!("metadata.name={name}"))
 }
 
 /// Somebody else has written what we would write, or another controller owns the object.
@@ -135,7 +134,7 @@ pub(crate) async fn owned(client: &Client, owner: &Owner) -> Result<Owned, kube:
         let api: Api<DynamicObject> =
             Api::namespaced_with(client.clone(), &owner.namespace, &kind);
         let found = api.list_metadata(&ours).await?.items;
-        let of_it = found.iter().filter(|object| is_of(object, owner));
+        let of_it = found.iter().filter(|object| owner.owns(*object));
         let names = of_it.map(|object| object.name_any());
         owned.extend(names.map(|name| (kind.kind.clone(), name)));
     }
@@ -186,8 +185,7 @@ pub(crate) async fn create(client: &Client, pod: &Pod) -> Result<(), ApplyError>
         end => return Ok(end.map(drop)?),
     }
     let name = pod.name_any();
-    let named = ListParams::default().fields(&format!("metadata.name={name}"));
-    let found = api.list_metadata(&named).await?.items;
+    let found = api.list_metadata(&named(&name)).await?.items;
     let kind = MoeCluster::types().kind;
     // That of an earlier cluster of this name goes with it.
     let passes = |object: &PartialObjectMeta<Pod>| {

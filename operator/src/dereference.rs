@@ -74,11 +74,7 @@ impl Found {
             }
             return;
         }
-        if !pod
-            .owner_references()
-            .iter()
-            .any(|reference| reference.uid == owner.uid)
-        {
+        if !owner.owns(&pod) {
             return;
         }
         if component == Some(Component::Worker.name()) {

@@ -196,11 +196,11 @@ fn authority_name(owner: &Owner) -> String {
 }
 
 fn whose(owner: &Owner, secret: &Secret) -> Result<Whose, SecretsError> {
-    let owners = secret.owner_references();
-    if owners.iter().any(|reference| reference.uid == owner.uid) {
+    if owner.owns(secret) {
         return Ok(Whose::Ours);
     }
-    if owners
+    if secret
+        .owner_references()
         .iter()
         .any(|reference| reference.kind == owner.reference().kind)
     {

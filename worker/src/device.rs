@@ -17,7 +17,7 @@ use foregate_models::{Model, ModelError};
 
 use crate::dense::DenseWeights;
 
-pub(crate) use plan::CardPlan;
+use plan::CardPlan;
 
 /// A card that is open.
 #[derive(Clone)]

@@ -199,7 +199,7 @@ fn request_limits(parts: &EngineParts) -> RequestLimits {
 const LONGEST_WAIT: Duration = Duration::from_millis(20);
 
 /// Bytes of logits that one step may have, unless decoding alone needs more.
-const LOGIT_BYTES: usize = 64 << 20;
+pub(crate) const LOGIT_BYTES: usize = 64 << 20;
 
 struct Engine {
     model: Model,

@@ -102,6 +102,12 @@ impl Owner {
         format!("{}.{}.{uid}", self.namespace, self.name)
     }
 
+    /// Whether an object names this cluster among its owners.
+    pub(crate) fn owns(&self, object: &impl kube::ResourceExt) -> bool {
+        let mut owners = object.owner_references().iter();
+        owners.any(|reference| reference.uid == self.uid)
+    }
+
     pub(crate) fn reference(&self) -> OwnerReference {
         let TypeMeta { api_version, kind } = MoeCluster::types();
         OwnerReference {

@@ -1,7 +1,9 @@
 //! The seam between a model and its experts: a model never knows where they are.
 
 use foregate_api::ids::LayerId;
-use foregate_kernels::{Anywhere, Executor, Extent, Host, Memory, OpError, View, ViewMut};
+use foregate_kernels::{
+    Anywhere, Executor, ExpertLayer, ExpertTable, Extent, Host, Memory, OpError, View, ViewMut,
+};
 
 /// One layer's rows on their way to experts: in this process's memory, or [`Anywhere`].
 #[derive(Debug)]
@@ -111,6 +113,24 @@ impl ExpertBatch<'_> {
 }
 
 impl ExpertBatch<'_, Anywhere> {
+    /// All of it as one op of the device that has the rows and, as `table` says, the experts.
+    #[must_use]
+    pub const fn on_device<'b>(
+        &'b self,
+        table: &'b ExpertTable,
+        out: ViewMut<'b, f32>,
+    ) -> ExpertLayer<'b> {
+        ExpertLayer {
+            x: self.input,
+            rows: self.dead.len(),
+            experts: self.experts,
+            weights: self.weights,
+            top_k: self.top_k,
+            table,
+            out,
+        }
+    }
+
     /// The same batch with its values in this process.
     fn here<'b>(
         &'b self,

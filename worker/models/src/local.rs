@@ -7,7 +7,7 @@ use std::sync::{Arc, OnceLock};
 use foregate_api::ids::{ExpertId, LayerId};
 use foregate_checkpoint::Checkpoint;
 use foregate_kernels::{
-    Anywhere, Cpu, Executor, ExpertLayer, ExpertParts, ExpertTable, OpError, Ops, View, ViewMut,
+    Anywhere, Cpu, Executor, ExpertParts, ExpertTable, OpError, Ops, View, ViewMut,
 };
 
 use crate::error::ModelError;
@@ -290,15 +290,7 @@ impl Experts for LocalExperts {
         else {
             return through_host(batch, out, |batch, out| self.run(batch, out));
         };
-        let op = ExpertLayer {
-            x: batch.input,
-            rows: batch.dead.len(),
-            experts: batch.experts,
-            weights: batch.weights,
-            top_k: batch.top_k,
-            table,
-            out,
-        };
+        let op = batch.on_device(table, out);
         executor.expert_layer(op).map_err(|error| ExpertsError {
             layer: batch.layer,
             what: error.to_string(),

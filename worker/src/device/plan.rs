@@ -7,12 +7,12 @@ use foregate_api::model::ModelSpec;
 use foregate_api::node::WorkerConfig;
 use foregate_kernels::KvShape;
 
+use crate::engine::LOGIT_BYTES;
+
 /// Bytes that are left to the driver, its context, and the rounding of many small pieces.
 pub(crate) const RESERVE: u64 = 256 << 20;
 /// Positions of a sequence that one block of the attention takes; more are split, and partial results kept.
 const ATTENTION_SPLIT: u64 = 512;
-/// Bytes of logits that a step may have, unless decoding alone needs more.
-const LOGIT_BYTES: u64 = 64 << 20;
 
 /// Bytes by what they are for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -148,7 +148,7 @@ fn logits(spec: &ModelSpec, config: &WorkerConfig, attends: bool) -> u64 {
         return 0;
     }
     let decode = u64::from(config.max_num_seqs).saturating_mul(4 * spec.vocab as u64);
-    decode.max(LOGIT_BYTES)
+    decode.max(LOGIT_BYTES as u64)
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@
 
 use std::sync::{Arc, Weak};
 
-use foregate_kernels::{Anywhere, Executor, ExpertLayer, ExpertTable, OpError, ViewMut};
+use foregate_kernels::{Anywhere, Executor, ExpertTable, OpError, ViewMut};
 use foregate_models::experts::{ExpertBatch, ExpertsError};
 
 use crate::residency::table::Resident;
@@ -48,15 +48,7 @@ impl WholeLayers {
         let Some(table) = table else {
             return Ok(false);
         };
-        let op = ExpertLayer {
-            x: batch.input,
-            rows: batch.dead.len(),
-            experts: batch.experts,
-            weights: batch.weights,
-            top_k: batch.top_k,
-            table,
-            out: out.again(),
-        };
+        let op = batch.on_device(table, out.again());
         executor.expert_layer(op).map_err(failed)?;
         Ok(true)
     }
