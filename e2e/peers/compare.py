@@ -24,8 +24,12 @@ CONTEXT, DECODE, PREFILL = 64, 64, 512
 BATCHES, PROMPTS = (1, 8, 32), (1, 32)
 # Seconds after which llama.cpp begins no further prompt: it reads one after the other, so the speed is the same.
 MOST_SECONDS = 10
-# Seconds above which mistral.rs is not given prompts: it reads some tokens a second, one prompt after the other.
-MOST_READING = 240
+# Seconds of a turn of mistral.rs in which it is given further prompts: it reads some tokens a second, one prompt after the other.
+MOST_READING = 300
+# Seconds after which a turn is ended and counts as failed: no engine may keep the others waiting for ever.
+MOST_TURN = 600
+# Engines that are so slow that one turn of theirs takes longer than a round of all the others: only in the first round.
+ONCE = {"mistral.rs"}
 # Passes within a turn: the middle one of ours counts, the better one of a peer.
 OUR_TURNS, TURNS = 3, 2
 
@@ -49,9 +53,13 @@ class Run:
         self.cores = ",".join(map(str, cores))
 
     def call(self, command, more=None):
-        """Runs to the end; gives stdout, or None with the reason on stderr."""
+        """Runs to the end, or to its deadline; gives stdout, or None with the reason on stderr."""
         command = ["taskset", "-c", self.cores, *map(str, command)]
-        done = subprocess.run(command, env=environment(more or {}), capture_output=True, text=True)
+        try:
+            done = subprocess.run(command, env=environment(more or {}), capture_output=True, text=True, timeout=MOST_TURN)
+        except subprocess.TimeoutExpired:
+            print(f"not done after {MOST_TURN} s", file=sys.stderr)
+            return None
         if done.returncode:
             print("\n".join(done.stderr.splitlines()[-15:]), file=sys.stderr)
             return None
@@ -160,7 +168,8 @@ def main():
     run.vllm_compiles()
     for number in range(run.rounds):
         print(f"peers: round {number + 1} of {run.rounds}", flush=True)
-        record["rounds"].append({f"{one[0]} {one[1]}": turn(run, one) for one in engines(run)})
+        turns = [one for one in engines(run) if number == 0 or one[0] not in ONCE]
+        record["rounds"].append({f"{one[0]} {one[1]}": turn(run, one) for one in turns})
     record["serving"] = serving.measure(run, environment)
     record["medians"] = medians(record["rounds"])
     record["ratios"] = ratios(record["rounds"])
@@ -174,7 +183,7 @@ def medians(rounds):
     """Engine → row → median."""
     result = {}
     for engine in rounds[0]:
-        turns = [one[engine]["rows"] for one in rounds if one[engine]]
+        turns = [one[engine]["rows"] for one in rounds if one.get(engine)]
         if turns:
             rows = [row for row in turns[0] if all(row in one for one in turns)]
             result[engine] = {row: median(one[row] for one in turns) for row in rows}
@@ -187,7 +196,7 @@ def ratios(rounds):
     for peer in rounds[0]:
         name, form = peer.rsplit(" ", 1)
         ours = f"Foregate {form}"
-        pairs = [(one[ours]["rows"], one[peer]["rows"]) for one in rounds if one[ours] and one[peer]]
+        pairs = [(one[ours]["rows"], one[peer]["rows"]) for one in rounds if one[ours] and one.get(peer)]
         if name != "Foregate" and pairs:
             rows = [row for row in pairs[0][0] if all(row in theirs for _, theirs in pairs)]
             result[peer] = {row: median(a[row] / b[row] for a, b in pairs) for row in rows}

@@ -4,8 +4,8 @@ prompts, greedy answers that ignore the end of sequence, the best of some turns 
     python measure.py MODEL_DIR CONTEXT DECODE PREFILL TURNS MOST_SECONDS BATCH,… PROMPTS,…
 
 It takes text, not token ids: prompts are as many random tokens of the checkpoint's own vocabulary as decode to text, and
-what counts is how many it says it read. It reads prompts one after the other. A load whose prompts alone would take more
-than MOST_SECONDS, by what one prompt took, is left out of the result.
+what counts is how many it says it read. It reads prompts one after the other. A load whose prompts alone would take longer
+than what is left of MOST_SECONDS, by what one prompt took, is left out of the result.
 """
 
 import json
@@ -101,7 +101,7 @@ def main():
     speed = read / steps[0][0]
 
     def fits(sequences, tokens):
-        return sequences * tokens / speed <= most
+        return sequences * tokens / speed <= most - (time.time() - psutil.Process().create_time())
 
     figures = {
         "load_seconds": load,
