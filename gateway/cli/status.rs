@@ -8,7 +8,7 @@ use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
-use foregate_gateway::serve::{self as server, Limits};
+use foregate_gateway::serve::{self as server, End, Limits};
 use foregate_worker::Health;
 use prometheus::{Registry, TextEncoder};
 use tokio::net::TcpListener;
@@ -67,7 +67,7 @@ pub(crate) async fn serve(
         sleep(FLUSH).await;
     };
     tokio::select! {
-        () = server::serve(listener, router, Limits::for_requests(0), ended.clone()) => {}
+        () = server::serve(listener, router, Limits::for_requests(0), End::at_once(ended.clone())) => {}
         () = cut => {}
     }
 }

@@ -301,12 +301,6 @@ impl Admission {
         }
     }
 
-    /// Whether new requests are refused because the gateway ends.
-    #[must_use]
-    pub fn is_draining(&self) -> bool {
-        self.draining.is_cancelled()
-    }
-
     /// Requests that hold a permit.
     #[must_use]
     pub fn running(&self) -> u32 {

@@ -61,9 +61,14 @@ use http::{Defaults, Gateway};
 use loads::Loads;
 use metrics::Metrics;
 use prompt::Prompter;
+use serve::End;
 pub use upstream::Trial;
 use upstream::Upstream;
 use view::Views;
+
+/// Time after `shutdown` in which a request is still taken on a connection that is already open: long enough for most clients
+/// to be told by an answer that their connection ends.
+const LEAVE: Duration = Duration::from_secs(10);
 
 /// Longest time that requests in work may take after `shutdown`.
 const DRAIN: Duration = Duration::from_secs(30);
@@ -113,11 +118,12 @@ pub struct Deps {
     pub registry: prometheus::Registry,
     /// How the window is tried out; `Trial::default()` unless something is measured.
     pub trial: Trial,
-    /// Ends the gateway: new requests are refused, those in work are finished.
+    /// Ends the gateway: connections end with their next answer, then new requests are refused; those in work are finished.
     pub shutdown: CancellationToken,
 }
 
-/// Serves HTTP until `shutdown`, then refuses new requests and finishes those in work (for 30 s at most).
+/// Serves HTTP until `shutdown`. Then it takes no new connection, ends each one with its next answer, after 10 s refuses what still
+/// comes, and finishes what is in work (for 30 s at most).
 ///
 /// # Errors
 /// Settings or files that cannot work, found before the first request.
@@ -175,8 +181,12 @@ pub async fn run(deps: Deps) -> Result<(), GatewayError> {
             tasks.spawn(forecast::keep_fitted(outlook, ended.clone()));
         }
     }
+    let end = End {
+        leaving: shutdown.clone(),
+        closing: CancellationToken::new(),
+    };
     let gateway = Arc::new(gateway(
-        config, api_keys, prompter, defaults, views, upstream, metrics, past, trial, &shutdown,
+        config, api_keys, prompter, defaults, views, upstream, metrics, past, trial, &end,
     ));
     if gateway.runner.upstream.wants_prefixes() {
         let upstream = Arc::clone(&gateway.runner.upstream);
@@ -192,7 +202,7 @@ pub async fn run(deps: Deps) -> Result<(), GatewayError> {
     });
     let router = http::router(Arc::clone(&gateway));
     tokio::select! {
-        () = serve::serve(listener, router, limits, shutdown.clone()) => {}
+        () = serve::serve(listener, router, limits, end.clone()) => {}
         () = async {
             shutdown.cancelled().await;
             tokio::time::sleep(DRAIN).await;
@@ -200,6 +210,7 @@ pub async fn run(deps: Deps) -> Result<(), GatewayError> {
             tracing::warn!("requests in work were cut off after {} s of draining", DRAIN.as_secs());
         }
         () = idle(&gateway.admission, &shutdown) => {}
+        () = close(&end) => {}
     }
     ended.cancel();
     tasks.close();
@@ -211,13 +222,23 @@ pub async fn run(deps: Deps) -> Result<(), GatewayError> {
 /// also for one on which half a request was sent and no more will come.
 async fn idle(admission: &Admission, shutdown: &CancellationToken) {
     shutdown.cancelled().await;
-    tokio::time::sleep(FLUSH).await;
-    if admission.running() > 0 {
+    loop {
+        tokio::time::sleep(FLUSH).await;
+        if admission.running() == 0 {
+            return;
+        }
         while admission.running() > 0 {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
-        tokio::time::sleep(FLUSH).await;
     }
+}
+
+/// Brings the second step of the end after the first. Never returns.
+async fn close(end: &End) {
+    end.leaving.cancelled().await;
+    tokio::time::sleep(LEAVE).await;
+    end.closing.cancel();
+    std::future::pending().await
 }
 
 /// What the model directory says about text and sampling. The tokenizer alone takes a second.
@@ -270,7 +291,7 @@ fn gateway(
     metrics: Arc<Metrics>,
     past: past::Past,
     trial: Trial,
-    shutdown: &CancellationToken,
+    end: &End,
 ) -> Gateway {
     let windowed = config.routing == RoutingPolicy::Window;
     let runner = Runner {
@@ -287,7 +308,7 @@ fn gateway(
         patience: Duration::from_millis(config.queue_timeout_ms),
         rules: config.traffic.clone(),
     };
-    let admission = Admission::new(settings, shutdown.clone());
+    let admission = Admission::new(settings, end.closing.clone());
     Gateway {
         config,
         api_keys,
@@ -296,6 +317,7 @@ fn gateway(
         bodies: http::Bodies::default(),
         views,
         past,
+        leaving: end.leaving.clone(),
         admission,
         runner,
         metrics,

@@ -9,6 +9,10 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use axum::Router;
+use axum::http::HeaderValue;
+use axum::http::header::CONNECTION;
+use axum::middleware::map_response;
+use axum::response::Response;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
@@ -52,31 +56,54 @@ impl Limits {
     }
 }
 
-/// Serves until `shutdown`, then takes no new connection or request and returns when the last answer is
-/// written. Dropping it cuts every connection.
-pub async fn serve(
-    listener: TcpListener,
-    router: Router,
-    limits: Limits,
-    shutdown: CancellationToken,
-) {
+/// The two steps of an end.
+#[derive(Debug, Clone)]
+pub struct End {
+    /// No new connection is taken, and every answer ends its connection. A request that comes on a connection that is
+    /// already there is still served: its client could not know.
+    pub leaving: CancellationToken,
+    /// Connections are closed after the answer that is under way; those without one at once.
+    pub closing: CancellationToken,
+}
+
+impl End {
+    /// Both steps in one: for servers whose clients can ask again.
+    #[must_use]
+    pub fn at_once(told: CancellationToken) -> Self {
+        Self {
+            leaving: told.clone(),
+            closing: told,
+        }
+    }
+}
+
+/// Serves until the end, and returns when the last answer is written. Dropping it cuts every connection.
+pub async fn serve(listener: TcpListener, router: Router, limits: Limits, end: End) {
+    let leaving = end.leaving.clone();
+    let router = router.layer(map_response(move |mut answer: Response| {
+        if leaving.is_cancelled() {
+            let close = HeaderValue::from_static("close");
+            answer.headers_mut().insert(CONNECTION, close);
+        }
+        std::future::ready(answer)
+    }));
     let mut connections = JoinSet::new();
     loop {
         tokio::select! {
-            () = shutdown.cancelled() => break,
+            () = end.leaving.cancelled() => break,
             Some(_) = connections.join_next() => {}
             accepted = listener.accept(), if connections.len() < limits.connections => {
                 match accepted {
                     Ok((stream, _)) => {
                         let router = router.clone();
-                        connections.spawn(connection(stream, router, limits, shutdown.clone()));
+                        connections.spawn(connection(stream, router, limits, end.closing.clone()));
                     }
                     Err(error) if of_the_client(&error) => {}
                     Err(error) => {
                         tracing::error!(%error, "a connection could not be taken");
                         // The next one would fail the same way at once.
                         tokio::select! {
-                            () = shutdown.cancelled() => break,
+                            () = end.leaving.cancelled() => break,
                             () = sleep(REFUSED) => {}
                         }
                     }
@@ -102,7 +129,7 @@ async fn connection(
     stream: TcpStream,
     router: Router,
     limits: Limits,
-    shutdown: CancellationToken,
+    closing: CancellationToken,
 ) {
     // A token's event is smaller than a segment: it must not wait for the next one.
     if let Err(error) = stream.set_nodelay(true) {
@@ -116,7 +143,7 @@ async fn connection(
     let mut served = pin!(builder.serve_connection(io, TowerToHyperService::new(router)));
     let ended = tokio::select! {
         ended = served.as_mut() => ended,
-        () = shutdown.cancelled() => {
+        () = closing.cancelled() => {
             served.as_mut().graceful_shutdown();
             served.await
         }
@@ -219,7 +246,7 @@ mod tests {
 
     use axum::body::{Body, Bytes};
     use axum::routing::get;
-    use tokio::io::AsyncReadExt;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::sync::Barrier;
     use tokio::time::timeout;
 
@@ -240,8 +267,15 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let mut tasks = JoinSet::new();
-        tasks.spawn(serve(listener, router, limits, CancellationToken::new()));
+        tasks.spawn(serve(listener, router, limits, end()));
         (address, tasks)
+    }
+
+    fn end() -> End {
+        End {
+            leaving: CancellationToken::new(),
+            closing: CancellationToken::new(),
+        }
     }
 
     /// In one go: the server, on the same thread, finds the connection with all its bytes.
@@ -339,14 +373,14 @@ mod tests {
         };
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let shutdown = CancellationToken::new();
+        let end = end();
         let mut server = JoinSet::new();
         let router = Router::new().route("/", get(handler));
-        server.spawn(serve(listener, router, LIMITS, shutdown.clone()));
+        server.spawn(serve(listener, router, LIMITS, end.clone()));
         let mut client = send(address, b"GET / HTTP/1.1\r\nhost: x\r\n\r\n");
         let mut asks = asks;
         asks.wait_for(|asked| *asked).await.unwrap();
-        shutdown.cancel();
+        end.leaving.cancel();
         timeout(LONG, async {
             while TcpStream::connect(address).await.is_ok() {
                 sleep(SHORT / 10).await;
@@ -356,6 +390,37 @@ mod tests {
         .unwrap();
         go_on.cancel();
         assert!(rest(&mut client).await.ends_with("late"));
+        timeout(LONG, server.join_next()).await.unwrap();
+    }
+
+    /// A client that keeps its connection may send its next request at any time, and cannot send it twice.
+    #[tokio::test]
+    async fn who_keeps_a_connection_is_answered_once_more_and_told_that_it_ends() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let end = end();
+        let mut server = JoinSet::new();
+        let router = Router::new().route("/", get(async || "here"));
+        server.spawn(serve(listener, router, LIMITS, end.clone()));
+        let request = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n";
+        let mut kept = send(address, request);
+        let mut first = [0; 1024];
+        let read = timeout(LONG, kept.read(&mut first)).await.unwrap().unwrap();
+        let first = String::from_utf8_lossy(&first[..read]);
+        assert!(first.ends_with("here") && !first.contains("connection: close"));
+        let mut idle = send(address, request);
+        let mut byte = [0; 1];
+        timeout(LONG, idle.read_exact(&mut byte))
+            .await
+            .unwrap()
+            .unwrap();
+        end.leaving.cancel();
+        kept.write_all(request).await.unwrap();
+        let second = rest(&mut kept).await;
+        assert!(second.ends_with("here") && second.contains("connection: close"));
+        assert!(!server.is_empty() && server.try_join_next().is_none());
+        end.closing.cancel();
+        let _answer = rest(&mut idle).await;
         timeout(LONG, server.join_next()).await.unwrap();
     }
 }

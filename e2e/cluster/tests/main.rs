@@ -10,7 +10,9 @@
     reason = "a failure here is the test's failure, which prints what it saw; its clock is the real one"
 )]
 
+mod autoscaling;
 mod canary;
+mod certificates;
 mod coverage;
 mod devices;
 mod duties;
@@ -20,6 +22,7 @@ mod losses;
 mod names;
 mod nodes;
 mod refusals;
+mod resources;
 mod rights;
 mod routes;
 mod scaling;

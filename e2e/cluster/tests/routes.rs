@@ -2,14 +2,10 @@
 //! theirs and the API server takes them. The resources are those that the projects publish, at the versions of
 //! `e2e/cluster/tools/crds/modules`.
 
-use std::path::Path;
-use std::process::Command;
-
-use foregate_harness::cluster::{Cluster, ROLLOUT, awaited};
-use foregate_harness::repository;
 use serde_json::{Value, json};
 
-use crate::site::{Site, is};
+use crate::resources::{Resources, built};
+use crate::site::Site;
 use crate::stage;
 
 #[test]
@@ -17,7 +13,7 @@ fn routes_and_pools_are_taken_where_their_resources_are() {
     let Some((cluster, _made, _turn)) = stage::made() else {
         return;
     };
-    let _resources = Resources::install(cluster);
+    let _resources = Resources::install(cluster, &built("crds"));
     let site = Site::with_operator(
         cluster,
         "routes",
@@ -76,51 +72,4 @@ fn names(pods: &[Value]) -> Vec<String> {
     pods.iter()
         .map(|pod| pod["metadata"]["name"].to_string())
         .collect()
-}
-
-/// The published resources, for as long as it lives.
-struct Resources {
-    cluster: &'static Cluster,
-    folder: String,
-}
-
-impl Resources {
-    fn install(cluster: &'static Cluster) -> Self {
-        let built = Command::new(repository("e2e/cluster/build"))
-            .arg("crds")
-            .output()
-            .unwrap();
-        assert!(
-            built.status.success(),
-            "{}",
-            String::from_utf8_lossy(&built.stderr)
-        );
-        let folder = String::from_utf8(built.stdout).unwrap().trim().to_owned();
-        assert!(Path::new(&folder).is_dir(), "{folder}");
-        // Too large for the annotation that a client's own apply leaves.
-        let _printed = cluster.kubectl(&["apply", "--server-side", "-f", &folder]);
-        let installed = Self { cluster, folder };
-        let printed = cluster.kubectl(&["get", "-f", &installed.folder, "-o", "name"]);
-        for name in printed.lines() {
-            awaited(&format!("{name} to be served"), ROLLOUT, || {
-                let text = cluster.kubectl(&["get", name, "-o", "json"]);
-                let crd: Value = serde_json::from_str(&text).unwrap();
-                is(&crd, "Established")
-                    .then_some(())
-                    .ok_or_else(|| crd["status"].to_string())
-            });
-        }
-        installed
-    }
-}
-
-impl Drop for Resources {
-    fn drop(&mut self) {
-        let output = self
-            .cluster
-            .try_kubectl(&["delete", "-f", &self.folder, "--wait=false"], "");
-        if !output.status.success() {
-            println!("left: {}", String::from_utf8_lossy(&output.stderr));
-        }
-    }
 }

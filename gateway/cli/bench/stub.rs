@@ -15,7 +15,7 @@ use foregate_api::model::ModelSpec;
 use foregate_checkpoint::Checkpoint;
 use foregate_gateway::output::Detokenizer;
 use foregate_gateway::prompt::Prompter;
-use foregate_gateway::serve::{self as server, Limits};
+use foregate_gateway::serve::{self as server, End, Limits};
 use foregate_wire::generation::generation_server::GenerationServer;
 use foregate_wire::serve::{serve, server as grpc};
 use foregate_wire::sglang::sglang_scheduler_server::SglangSchedulerServer;
@@ -112,7 +112,7 @@ pub(super) async fn run(args: &StubArgs, drain: CancellationToken) -> Result<(),
         let (router, end) = (openai::router(&script), drain.clone());
         let limits = Limits::for_requests(REQUESTS);
         tasks.spawn(async move {
-            server::serve(listener, router, limits, end).await;
+            server::serve(listener, router, limits, End::at_once(end)).await;
             Ok(())
         });
         faces.http.push(address);

@@ -36,7 +36,7 @@ pub(super) async fn health() -> Response<Body> {
 }
 
 pub(super) async fn ready(State(gateway): State<Arc<Gateway>>) -> Response<Body> {
-    let reason = if gateway.admission.is_draining() {
+    let reason = if gateway.leaving.is_cancelled() {
         Some("the server is shutting down".to_owned())
     } else {
         gateway.runner.upstream.not_ready()

@@ -6,6 +6,7 @@ use std::time::Duration;
 use foregate_api::node::GatewayConfig;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 
 use super::body::Bodies;
 use super::defaults::Defaults;
@@ -43,6 +44,8 @@ pub struct Gateway {
     pub views: Arc<Views>,
     /// What is kept of its past.
     pub past: Past,
+    /// Cancelled when the gateway is told to end.
+    pub leaving: CancellationToken,
     /// Who may work.
     pub admission: Admission,
     /// Runs requests.

@@ -84,7 +84,7 @@ impl Tracing {
                 Some(Ok(ended)) => ended.event(&self.header, at_ms).into_iter().collect(),
                 Some(Err(RecvError::Lagged(lost))) => vec![Event::Gap { at_ms, lost }],
                 Some(Err(RecvError::Closed)) => return None,
-                None if self.gateway.admission.is_draining() => return None,
+                None if self.gateway.leaving.is_cancelled() => return None,
                 None => {
                     let view = self.gateway.views.load();
                     self.windows.new_in(&view.state, &self.header, at_ms)

@@ -86,15 +86,11 @@ impl Hermetic {
     /// If there is none of this name.
     #[must_use]
     pub fn program(&self, name: &str) -> PathBuf {
-        let env = succeeded(
-            "run env",
-            run(&self.id).arg("env").output().expect("it starts"),
-        );
-        let path = env.lines().find_map(|line| line.strip_prefix("path="));
-        std::env::split_paths(path.unwrap_or_default())
+        let path = self.told("path");
+        std::env::split_paths(&path)
             .map(|folder| folder.join(name))
             .find(|file| file.is_file())
-            .unwrap_or_else(|| panic!("no {name} in {env}"))
+            .unwrap_or_else(|| panic!("no {name} in {path}"))
     }
 
     /// What service accounts have asked the API server, one event of its audit log a line.
@@ -103,14 +99,30 @@ impl Hermetic {
     /// If it cannot be read.
     #[must_use]
     pub fn audit(&self) -> String {
-        let env = succeeded(
-            "run env",
-            run(&self.id).arg("env").output().expect("it starts"),
-        );
-        let folder = env.lines().find_map(|line| line.strip_prefix("run="));
-        let file = Path::new(folder.unwrap_or_default()).join("logs/audit.jsonl");
+        let file = Path::new(&self.told("run")).join("logs/audit.jsonl");
         std::fs::read_to_string(&file)
             .unwrap_or_else(|error| panic!("{}: {error}", file.display()))
+    }
+
+    /// The administrator's way to the API server, for a program in the box's network.
+    ///
+    /// # Panics
+    /// If the box is gone.
+    #[must_use]
+    pub fn kubeconfig(&self) -> PathBuf {
+        self.told("kubeconfig").into()
+    }
+
+    /// What `run env` says of the cluster.
+    fn told(&self, what: &str) -> String {
+        let env = run(&self.id).arg("env").output().expect("it starts");
+        let env = succeeded("run env", env);
+        let mut lines = env.lines().filter_map(|line| line.split_once('='));
+        let found = lines.find(|(name, _)| *name == what);
+        found
+            .unwrap_or_else(|| panic!("no {what} in {env}"))
+            .1
+            .to_owned()
     }
 
     /// Drops what is forwarded to a port of pods on every node, until the answer is dropped. What a pod and its own

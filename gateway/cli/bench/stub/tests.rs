@@ -37,8 +37,15 @@ where
 async fn http(script: &Arc<Script>) -> (String, JoinSet<()>) {
     let router = openai::router(script);
     let limits = Limits::for_requests(8);
-    face(move |listener| server::serve(listener, router, limits, CancellationToken::new()))
-        .await
+    face(move |listener| {
+        server::serve(
+            listener,
+            router,
+            limits,
+            End::at_once(CancellationToken::new()),
+        )
+    })
+    .await
 }
 
 #[test]
