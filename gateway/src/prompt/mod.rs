@@ -4,6 +4,7 @@ mod date;
 mod python_json;
 mod template;
 mod token_bytes;
+mod words;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -16,6 +17,7 @@ pub use token_bytes::TokenBytes;
 
 use crate::error::ApiError;
 use crate::model_files::{ModelFileError, read};
+use words::Words;
 
 /// What a model directory says about text. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -34,6 +36,8 @@ struct TextSide {
     tokenizer: Tokenizer,
     bytes: TokenBytes,
     longest: usize,
+    /// Where words can be encoded one by one.
+    words: Option<Words>,
 }
 
 impl Prompter {
@@ -87,11 +91,19 @@ impl Prompter {
     /// # Errors
     /// 400 if the model has no tokenizer or the text cannot be encoded.
     pub fn encode(&self, param: &str, text: &str, special: bool) -> Result<Vec<u32>, ApiError> {
-        let tokenizer = self.tokenizer().ok_or_else(|| no_tokenizer(param))?;
-        let encoding = tokenizer.encode_fast(text, special).map_err(|error| {
+        let side = self.inner.text.as_ref();
+        let TextSide {
+            tokenizer, words, ..
+        } = side.ok_or_else(|| no_tokenizer(param))?;
+        let ids = match words {
+            Some(words) => words.encode(tokenizer, text, special),
+            None => tokenizer
+                .encode_fast(text, special)
+                .map(|encoding| encoding.get_ids().to_vec()),
+        };
+        ids.map_err(|error| {
             ApiError::invalid(param, format!("the text cannot be encoded: {error}"))
-        })?;
-        Ok(encoding.get_ids().to_vec())
+        })
     }
 
     /// Decodes ids. `param` names the field for errors.
@@ -156,10 +168,12 @@ fn text_side(path: &Path, json: &[u8]) -> Result<TextSide, ModelFileError> {
         serde_json::from_slice(json).map_err(|error| parse(error.to_string()))?;
     let bytes = TokenBytes::new(&tokenizer, &document);
     let longest = bytes.longest().max(1);
+    let words = Words::of(&tokenizer, &document);
     Ok(TextSide {
         tokenizer,
         bytes,
         longest,
+        words,
     })
 }
 
