@@ -2,6 +2,7 @@
 
 mod detokenize;
 mod stop;
+mod utf8;
 
 pub use detokenize::Detokenizer;
 pub use stop::{Found, StopScanner};

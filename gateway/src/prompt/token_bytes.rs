@@ -1,5 +1,7 @@
 //! The exact bytes of single tokens, which text alone cannot give: a token may be half a character.
 
+use std::collections::BTreeSet;
+
 use serde_json::Value;
 use tokenizers::Tokenizer;
 
@@ -18,6 +20,10 @@ enum Spelling {
 #[derive(Debug)]
 pub struct TokenBytes {
     bytes: Vec<Box<[u8]>>,
+    /// Ids of special tokens.
+    special: BTreeSet<u32>,
+    /// See [`TokenBytes::are_text`].
+    are_text: bool,
 }
 
 impl TokenBytes {
@@ -27,6 +33,14 @@ impl TokenBytes {
         let added = tokenizer.get_added_tokens_decoder();
         let highest = added.keys().copied().max().unwrap_or(0);
         let size = tokenizer.get_vocab_size(true).max(highest as usize + 1);
+        let vocab = tokenizer.get_vocab(true);
+        let dense = vocab.values().all(|id| (*id as usize) < size);
+        // The decoder spells all tokens alike.
+        let alike = added.values().all(|token| {
+            spell(&token.content, Spelling::ByteLevel) == token.content.as_bytes()
+        });
+        let special = added.iter().filter(|(_, token)| token.special);
+        let special = special.map(|(id, _)| *id).collect();
         let bytes = (0..size as u32)
             .map(|id| {
                 let Some(token) = tokenizer.id_to_token(id) else {
@@ -40,7 +54,27 @@ impl TokenBytes {
                 spell(&token, spelling).into_boxed_slice()
             })
             .collect();
-        Self { bytes }
+        Self {
+            bytes,
+            special,
+            are_text: document["decoder"]["type"] == "ByteLevel" && dense && alike,
+        }
+    }
+
+    /// Whether a text is the bytes of its tokens one after the other, read as UTF-8 with U+FFFD for what is none. Then it
+    /// can be decoded token by token.
+    #[must_use]
+    pub const fn are_text(&self) -> bool {
+        self.are_text
+    }
+
+    /// The bytes of a token in a text; none for a special token that is skipped.
+    #[must_use]
+    pub fn in_text(&self, id: u32, skip_special: bool) -> &[u8] {
+        match skip_special && self.special.contains(&id) {
+            true => &[],
+            false => self.of(id),
+        }
     }
 
     /// The bytes of a token; empty for an id outside the vocabulary.
