@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 use axum::body::Body;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header};
 use futures::StreamExt;
-use serde_json::Value;
+use serde::Serialize;
 
-use super::shape::{Shape, Usage};
+use super::shape::{Shape, Usage, write};
 use super::sse;
 use crate::error::{ApiError, rate_limits};
 use crate::generate::{Answer, Delta};
@@ -69,8 +69,8 @@ async fn whole(
         .filter_map(|choice| choice.finish.as_ref().map(|finish| finish.reason))
         .collect();
     sse::record(call, identity, usage, &reasons);
-    let document = shape.whole(choices.into_values().collect(), usage);
-    let mut response = json_response(StatusCode::OK, &document);
+    let choices: Vec<Delta> = choices.into_values().collect();
+    let mut response = json_response(StatusCode::OK, &shape.whole(&choices, usage));
     placed(&answer, response.headers_mut());
     Ok(response)
 }
@@ -108,8 +108,8 @@ fn placed(answer: &Answer, headers: &mut HeaderMap) {
 }
 
 /// A JSON answer.
-pub(super) fn json_response(status: StatusCode, document: &Value) -> Response<Body> {
-    let mut response = Response::new(Body::from(document.to_string()));
+pub(super) fn json_response(status: StatusCode, document: &impl Serialize) -> Response<Body> {
+    let mut response = Response::new(Body::from(write(document, Vec::new())));
     *response.status_mut() = status;
     response.headers_mut().insert(
         header::CONTENT_TYPE,

@@ -6,12 +6,13 @@ use axum::Extension;
 use axum::body::Body;
 use axum::extract::State;
 use axum::http::{Request, Response};
-use serde_json::{Map, Value, json};
+use serde::Serialize;
+use serde_json::Value;
 
 use super::chat_request::parse_chat;
 use super::logprobs::{Labels, routed};
 use super::route::{self, Begun};
-use super::shape::{Shape, Usage, finish_fields};
+use super::shape::{Frame, Shape, Usage, finish_fields};
 use super::state::{Encoded, Gateway};
 use crate::error::ApiError;
 use crate::generate::{Delta, Generation, Job};
@@ -70,41 +71,78 @@ struct ChatShape {
     opened: Vec<bool>,
 }
 
+/// A choice: in a chunk with `delta`, in a whole answer with `message`.
+#[derive(Debug, Default, Serialize)]
+struct ChatChoice<'a> {
+    index: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    delta: Option<Message<'a>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    message: Option<Message<'a>>,
+    finish_reason: Option<&'static str>,
+    stop_reason: Value,
+    logprobs: Option<Value>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_ids: Option<Vec<u32>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    routed_experts: Option<Value>,
+}
+
+/// What the model says, or what of it is new.
+#[derive(Debug, Default, Serialize)]
+struct Message<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    role: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    content: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    refusal: Option<Value>,
+}
+
 impl ChatShape {
-    fn frame(&self, object: &str, choices: &[Value]) -> Value {
-        json!({
-            "id": self.id,
-            "object": object,
-            "created": self.created,
-            "model": self.model,
-            "choices": choices,
-        })
+    const fn frame<'a>(
+        &'a self,
+        object: &'static str,
+        choices: Vec<ChatChoice<'a>>,
+    ) -> Frame<'a, ChatChoice<'a>> {
+        Frame {
+            id: self.id.as_str(),
+            object,
+            created: self.created,
+            model: self.model.as_str(),
+            choices,
+            prompt_logprobs: None,
+            prompt_token_ids: None,
+            usage: None,
+        }
     }
 
     /// What a choice has beside its text, in both forms.
-    fn report(&self, delta: &Delta) -> Map<String, Value> {
-        let mut fields = Map::new();
-        fields.insert("index".into(), delta.choice.into());
-        let (reason, stop) = finish_fields(delta.finish.as_ref());
-        fields.insert("finish_reason".into(), reason);
-        fields.insert("stop_reason".into(), stop);
-        let logprobs = match self.asked.logprobs {
-            Some(top) if !delta.tokens.is_empty() => self.labels.chat(&delta.tokens, top),
-            _ => Value::Null,
+    fn report<'a>(&self, delta: &Delta) -> ChatChoice<'a> {
+        let asked = &self.asked;
+        let (finish_reason, stop_reason) = finish_fields(delta.finish.as_ref());
+        let logprobs = asked.logprobs.filter(|_| !delta.tokens.is_empty());
+        let ids = || delta.tokens.iter().map(|token| token.id).collect();
+        let experts = || {
+            let prompt = delta.prompt.as_ref();
+            let of_prompt = prompt.and_then(|prompt| prompt.routed.as_ref());
+            routed(of_prompt, &delta.routed)
         };
-        fields.insert("logprobs".into(), logprobs);
-        if self.asked.return_token_ids {
-            let ids: Vec<u32> = delta.tokens.iter().map(|token| token.id).collect();
-            fields.insert("token_ids".into(), ids.into());
+        ChatChoice {
+            index: delta.choice,
+            finish_reason,
+            stop_reason,
+            logprobs: logprobs.map(|top| self.labels.chat(&delta.tokens, top)),
+            token_ids: asked.return_token_ids.then(ids),
+            routed_experts: asked.return_routed_experts.then(experts),
+            ..ChatChoice::default()
         }
-        if self.asked.return_routed_experts {
-            let of_prompt = delta
-                .prompt
-                .as_ref()
-                .and_then(|prompt| prompt.routed.as_ref());
-            fields.insert("routed_experts".into(), routed(of_prompt, &delta.routed));
-        }
-        fields
+    }
+
+    /// Whether a choice speaks for the first time.
+    fn opens(&mut self, choice: usize) -> bool {
+        let opened = self.opened.get_mut(choice);
+        opened.is_some_and(|opened| !std::mem::replace(opened, true))
     }
 }
 
@@ -113,7 +151,7 @@ impl Shape for ChatShape {
         &self.model
     }
 
-    fn chunk(&mut self, delta: Delta) -> Option<Value> {
+    fn chunk<'a>(&'a mut self, delta: &'a Delta) -> Option<impl Serialize + 'a> {
         let first = delta.prompt.is_some();
         let quiet = delta.text.is_empty() && delta.finish.is_none() && !first;
         let reported = self.asked.logprobs.is_some()
@@ -122,64 +160,48 @@ impl Shape for ChatShape {
         if quiet && (!reported || delta.tokens.is_empty()) {
             return None;
         }
-        let mut message = Map::new();
-        if let Some(opened) = self.opened.get_mut(delta.choice)
-            && !*opened
-        {
-            *opened = true;
-            message.insert("role".into(), "assistant".into());
-            message.insert("content".into(), "".into());
-        }
-        if !delta.text.is_empty() {
-            message.insert("content".into(), delta.text.as_str().into());
-        }
-        let mut choice = self.report(&delta);
-        choice.insert("delta".into(), message.into());
-        let mut frame = self.frame("chat.completion.chunk", &[choice.into()]);
-        if self.asked.return_token_ids && first {
-            frame["prompt_token_ids"] = Value::from(self.prompt.as_ref());
-        }
-        if self.asked.include_usage {
-            frame["usage"] = Value::Null;
-        }
+        let opens = self.opens(delta.choice);
+        let mut choice = self.report(delta);
+        choice.delta = Some(Message {
+            role: opens.then_some("assistant"),
+            content: (opens || !delta.text.is_empty()).then_some(delta.text.as_str()),
+            refusal: None,
+        });
+        let mut frame = self.frame("chat.completion.chunk", vec![choice]);
+        let asks = self.asked.return_token_ids && first;
+        frame.prompt_token_ids = asks.then_some(self.prompt.as_ref());
+        frame.usage = self.asked.include_usage.then_some(Value::Null);
         Some(frame)
     }
 
-    fn usage_chunk(&self, usage: Usage) -> Value {
-        let mut frame = self.frame("chat.completion.chunk", &[]);
-        frame["usage"] = usage.to_json();
+    fn usage_chunk(&self, usage: Usage) -> impl Serialize {
+        let mut frame = self.frame("chat.completion.chunk", Vec::new());
+        frame.usage = Some(usage.to_json());
         frame
     }
 
-    fn whole(&self, choices: Vec<Delta>, usage: Usage) -> Value {
+    fn whole<'a>(&'a self, choices: &'a [Delta], usage: Usage) -> impl Serialize + 'a {
         let prompt = choices.first().and_then(|choice| choice.prompt.as_ref());
         let prompt_logprobs = self
             .asked
             .prompt_logprobs
             .and(prompt)
             .map(|prompt| self.labels.prompt(&prompt.logprobs));
-        let choices: Vec<Value> = choices
-            .iter()
-            .map(|delta| {
-                let mut choice = self.report(delta);
-                let message = json!({
-                    "role": "assistant",
-                    "content": delta.text,
-                    "refusal": null,
-                });
-                choice.insert("message".into(), message);
-                choice.into()
-            })
-            .collect();
-        let mut frame = self.frame("chat.completion", &choices);
-        frame["usage"] = usage.to_json();
-        if let Some(prompt_logprobs) = prompt_logprobs {
-            frame["prompt_logprobs"] = prompt_logprobs;
+        let choices = choices.iter().map(|delta| ChatChoice {
+            message: Some(Message {
+                role: Some("assistant"),
+                content: Some(&delta.text),
+                refusal: Some(Value::Null),
+            }),
+            ..self.report(delta)
+        });
+        let asks = self.asked.return_token_ids;
+        Frame {
+            prompt_logprobs,
+            prompt_token_ids: asks.then_some(self.prompt.as_ref()),
+            usage: Some(usage.to_json()),
+            ..self.frame("chat.completion", choices.collect())
         }
-        if self.asked.return_token_ids {
-            frame["prompt_token_ids"] = Value::from(self.prompt.as_ref());
-        }
-        frame
     }
 
     fn n(&self) -> usize {

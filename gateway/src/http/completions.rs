@@ -1,17 +1,19 @@
 //! `POST /v1/completions`.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use axum::Extension;
 use axum::body::Body;
 use axum::extract::State;
 use axum::http::{Request, Response};
-use serde_json::{Map, Value, json};
+use serde::Serialize;
+use serde_json::Value;
 
 use super::completions_request::{PromptInput, parse_completions};
 use super::logprobs::{Labels, Lists, routed};
 use super::route::{self, Begun};
-use super::shape::{Shape, Usage, finish_fields};
+use super::shape::{Frame, Shape, Usage, finish_fields};
 use super::state::{Encoded, Gateway};
 use crate::error::ApiError;
 use crate::generate::{Delta, Generation, Job};
@@ -126,34 +128,69 @@ struct CompletionsShape {
     asked: Generation,
 }
 
+#[derive(Debug, Serialize)]
+struct CompletionChoice<'a> {
+    index: usize,
+    text: Cow<'a, str>,
+    finish_reason: Option<&'static str>,
+    stop_reason: Value,
+    logprobs: Value,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_ids: Option<Vec<u32>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_token_ids: Option<&'a [u32]>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    routed_experts: Option<Value>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_logprobs: Option<Value>,
+}
+
 impl CompletionsShape {
-    fn frame(&self, choices: &[Value]) -> Value {
-        json!({
-            "id": self.id,
-            "object": "text_completion",
-            "created": self.created,
-            "model": self.model,
-            "choices": choices,
-        })
+    const fn frame<'a>(
+        &'a self,
+        choices: Vec<CompletionChoice<'a>>,
+    ) -> Frame<'a, CompletionChoice<'a>> {
+        Frame {
+            id: self.id.as_str(),
+            object: "text_completion",
+            created: self.created,
+            model: self.model.as_str(),
+            choices,
+            prompt_logprobs: None,
+            prompt_token_ids: None,
+            usage: None,
+        }
     }
 
-    fn choice(&self, delta: &Delta) -> Map<String, Value> {
+    fn choice<'a>(&'a self, delta: &'a Delta) -> CompletionChoice<'a> {
+        let asked = &self.asked;
         let at = delta.choice / self.n();
-        let echo = self.echoes.get(at);
-        let mut text = String::new();
-        if let (Some(echo), Some(_)) = (echo, &delta.prompt) {
-            text.push_str(&echo.text);
+        let prompt = delta.prompt.as_ref();
+        let text = match (self.echoes.get(at), prompt) {
+            (Some(echo), Some(_)) => Cow::Owned([&*echo.text, &*delta.text].concat()),
+            _ => Cow::Borrowed(delta.text.as_str()),
+        };
+        let (finish_reason, stop_reason) = finish_fields(delta.finish.as_ref());
+        let ids = || delta.tokens.iter().map(|token| token.id).collect();
+        let experts = || {
+            let of_prompt = prompt.and_then(|prompt| prompt.routed.as_ref());
+            routed(of_prompt, &delta.routed)
+        };
+        CompletionChoice {
+            index: delta.choice,
+            text,
+            finish_reason,
+            stop_reason,
+            logprobs: self.logprobs(delta, at),
+            token_ids: asked.return_token_ids.then(ids),
+            prompt_token_ids: (asked.return_token_ids && prompt.is_some())
+                .then(|| self.prompts[at].as_ref()),
+            routed_experts: asked.return_routed_experts.then(experts),
+            prompt_logprobs: asked
+                .prompt_logprobs
+                .and(prompt)
+                .map(|prompt| self.labels.prompt(&prompt.logprobs)),
         }
-        text.push_str(&delta.text);
-        let (reason, stop) = finish_fields(delta.finish.as_ref());
-        let mut fields = Map::new();
-        fields.insert("index".into(), delta.choice.into());
-        fields.insert("text".into(), text.into());
-        fields.insert("finish_reason".into(), reason);
-        fields.insert("stop_reason".into(), stop);
-        fields.insert("logprobs".into(), self.logprobs(delta, at));
-        self.extensions(delta, at, &mut fields);
-        fields
     }
 
     fn logprobs(&self, delta: &Delta, at: usize) -> Value {
@@ -181,32 +218,6 @@ impl CompletionsShape {
         }
         lists.into_json()
     }
-
-    fn extensions(&self, delta: &Delta, at: usize, fields: &mut Map<String, Value>) {
-        if self.asked.return_token_ids {
-            let ids: Vec<u32> = delta.tokens.iter().map(|token| token.id).collect();
-            fields.insert("token_ids".into(), ids.into());
-            if delta.prompt.is_some() {
-                fields.insert(
-                    "prompt_token_ids".into(),
-                    Value::from(self.prompts[at].as_ref()),
-                );
-            }
-        }
-        if self.asked.return_routed_experts {
-            let of_prompt = delta
-                .prompt
-                .as_ref()
-                .and_then(|prompt| prompt.routed.as_ref());
-            fields.insert("routed_experts".into(), routed(of_prompt, &delta.routed));
-        }
-        if let (Some(_), Some(prompt)) = (self.asked.prompt_logprobs, &delta.prompt) {
-            fields.insert(
-                "prompt_logprobs".into(),
-                self.labels.prompt(&prompt.logprobs),
-            );
-        }
-    }
 }
 
 impl Shape for CompletionsShape {
@@ -214,7 +225,7 @@ impl Shape for CompletionsShape {
         &self.model
     }
 
-    fn chunk(&mut self, delta: Delta) -> Option<Value> {
+    fn chunk<'a>(&'a mut self, delta: &'a Delta) -> Option<impl Serialize + 'a> {
         let speaks_of_prompt = delta.prompt.is_some()
             && (!self.echoes.is_empty()
                 || self.asked.return_token_ids
@@ -227,27 +238,25 @@ impl Shape for CompletionsShape {
         if quiet && !speaks_of_prompt && !speaks_of_tokens {
             return None;
         }
-        let mut frame = self.frame(&[self.choice(&delta).into()]);
-        if self.asked.include_usage {
-            frame["usage"] = Value::Null;
+        Some(Frame {
+            usage: self.asked.include_usage.then_some(Value::Null),
+            ..self.frame(vec![self.choice(delta)])
+        })
+    }
+
+    fn usage_chunk(&self, usage: Usage) -> impl Serialize {
+        Frame {
+            usage: Some(usage.to_json()),
+            ..self.frame(Vec::new())
         }
-        Some(frame)
     }
 
-    fn usage_chunk(&self, usage: Usage) -> Value {
-        let mut frame = self.frame(&[]);
-        frame["usage"] = usage.to_json();
-        frame
-    }
-
-    fn whole(&self, choices: Vec<Delta>, usage: Usage) -> Value {
-        let choices: Vec<Value> = choices
-            .iter()
-            .map(|delta| self.choice(delta).into())
-            .collect();
-        let mut frame = self.frame(&choices);
-        frame["usage"] = usage.to_json();
-        frame
+    fn whole<'a>(&'a self, choices: &'a [Delta], usage: Usage) -> impl Serialize + 'a {
+        let choices = choices.iter().map(|delta| self.choice(delta));
+        Frame {
+            usage: Some(usage.to_json()),
+            ..self.frame(choices.collect())
+        }
     }
 
     fn n(&self) -> usize {

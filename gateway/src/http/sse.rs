@@ -1,14 +1,15 @@
 //! Server-sent events as OpenAI sends them: `data: {…}` lines, comments to keep proxies awake, an error as
 //! an event of its own, `[DONE]` at a good end. Dropping the body drops the answer and so cancels it.
 
+use std::pin::Pin;
 use std::time::Duration;
 
 use axum::body::{Body, Bytes};
 use futures::StreamExt;
-use serde_json::Value;
-use tokio::time::{Instant, timeout};
+use serde::Serialize;
+use tokio::time::{Instant, Sleep, sleep};
 
-use super::shape::{Shape, Usage};
+use super::shape::{Shape, Usage, write};
 use crate::generate::Answer;
 use crate::metrics::Call;
 use crate::trace::Identity;
@@ -23,6 +24,8 @@ struct Events<S> {
     reasons: Vec<&'static str>,
     identity: Identity,
     call: Call,
+    /// Ends when a comment is due. One for all waits, as it is cheaper to put off than to make.
+    silence: Pin<Box<Sleep>>,
 }
 
 /// The body of a stream.
@@ -37,6 +40,7 @@ pub(super) fn body<S: Shape>(answer: Answer, shape: S, call: Call, identity: Ide
         reasons: Vec::new(),
         identity,
         call,
+        silence: Box::pin(sleep(KEEP_ALIVE)),
     };
     Body::from_stream(futures::stream::unfold(events, |mut events| async move {
         let bytes = events.next().await?;
@@ -49,45 +53,57 @@ impl<S: Shape> Events<S> {
     async fn next(&mut self) -> Option<Bytes> {
         loop {
             let answer = self.answer.as_mut()?;
-            match timeout(KEEP_ALIVE, answer.deltas.next()).await {
-                Err(_) => return Some(Bytes::from_static(b": keep-alive\n\n")),
-                Ok(None) => return Some(self.end()),
-                Ok(Some(Err(error))) => {
+            let delta = tokio::select! {
+                biased;
+                delta = answer.deltas.next() => delta,
+                () = self.silence.as_mut() => {
+                    self.speak();
+                    return Some(Bytes::from_static(b": keep-alive\n\n"));
+                }
+            };
+            self.speak();
+            match delta {
+                None => return Some(self.end()),
+                Some(Err(error)) => {
                     self.call.metrics.rejected(error.reason);
                     self.call.failed(&error);
                     self.answer = None;
-                    return Some(event(&error.to_json()));
+                    return Some(event(&error.to_json()).into());
                 }
-                Ok(Some(Ok(delta))) => {
-                    let arrived = delta.arrived;
+                Some(Ok(delta)) => {
                     if !delta.tokens.is_empty() {
                         self.call.token();
                     }
                     self.usage.add(&delta, self.shape.n());
                     self.reasons
                         .extend(delta.finish.as_ref().map(|finish| finish.reason));
-                    let Some(chunk) = self.shape.chunk(delta) else {
+                    let Some(bytes) = self.shape.chunk(&delta).map(|chunk| event(&chunk))
+                    else {
                         continue;
                     };
-                    let bytes = event(&chunk);
-                    if let Some(arrived) = arrived {
+                    if let Some(arrived) = delta.arrived {
                         let added = Instant::now() - arrived;
                         let overhead = &self.call.metrics.token_overhead;
                         overhead.observe(added.as_secs_f64());
                     }
-                    return Some(bytes);
+                    return Some(bytes.into());
                 }
             }
         }
     }
 
+    /// Something is said: silence begins anew.
+    fn speak(&mut self) {
+        self.silence.as_mut().reset(Instant::now() + KEEP_ALIVE);
+    }
+
     fn end(&mut self) -> Bytes {
         self.answer = None;
         record(&mut self.call, &self.identity, self.usage, &self.reasons);
-        let mut bytes = Vec::new();
-        if self.shape.include_usage() {
-            bytes.extend_from_slice(&event(&self.shape.usage_chunk(self.usage)));
-        }
+        let mut bytes = match self.shape.include_usage() {
+            true => event(&self.shape.usage_chunk(self.usage)),
+            false => Vec::new(),
+        };
         bytes.extend_from_slice(b"data: [DONE]\n\n");
         Bytes::from(bytes)
     }
@@ -104,7 +120,11 @@ pub(super) fn record(call: &mut Call, identity: &Identity, usage: Usage, reasons
         .record("gen_ai.response.finish_reasons", reasons.join(","));
 }
 
-fn event(document: &Value) -> Bytes {
-    // JSON has no raw line breaks, so one line it is.
-    Bytes::from(format!("data: {document}\n\n"))
+fn event(document: &impl Serialize) -> Vec<u8> {
+    // What one token takes without logprobs.
+    let mut bytes = Vec::with_capacity(256);
+    bytes.extend_from_slice(b"data: ");
+    let mut bytes = write(document, bytes);
+    bytes.extend_from_slice(b"\n\n");
+    bytes
 }
