@@ -60,11 +60,13 @@ pub struct Metrics {
     success: IntCounterVec,
     end_to_end: HistogramVec,
     first_token: HistogramVec,
-    between_tokens: HistogramVec,
+    /// Of the model: found once, as it is asked for with every token.
+    between_tokens: Histogram,
     per_token: HistogramVec,
     queued: HistogramVec,
     prompt_tokens: IntCounterVec,
-    generated_tokens: IntCounterVec,
+    /// Likewise.
+    generated_tokens: IntCounter,
     rejected: IntCounterVec,
     routed: IntCounterVec,
     resumes: IntCounter,
@@ -148,11 +150,13 @@ impl Metrics {
                 "Time from request to first token.",
                 &SECONDS,
             )?,
-            between_tokens: make.histograms(
-                "vllm:inter_token_latency_seconds",
-                "Time between two tokens of a sequence.",
-                &SECONDS,
-            )?,
+            between_tokens: make
+                .histograms(
+                    "vllm:inter_token_latency_seconds",
+                    "Time between two tokens of a sequence.",
+                    &SECONDS,
+                )?
+                .with_label_values(&[model]),
             per_token: make.histograms(
                 "vllm:request_time_per_output_token_seconds",
                 "Mean time per token after the first, by sequence.",
@@ -168,11 +172,9 @@ impl Metrics {
                 "Prompt tokens of sequences that were read.",
                 named,
             )?,
-            generated_tokens: make.counters(
-                "vllm:generation_tokens_total",
-                "Tokens generated.",
-                named,
-            )?,
+            generated_tokens: make
+                .counters("vllm:generation_tokens_total", "Tokens generated.", named)?
+                .with_label_values(&[model]),
             rejected: make.counters(
                 "foregate_gateway_rejected_total",
                 "Error answers by reason.",
@@ -302,13 +304,9 @@ impl Metrics {
     }
 
     pub(crate) fn token(&self, since_last: Option<Duration>) {
-        self.generated_tokens
-            .with_label_values(&[&self.model])
-            .inc();
+        self.generated_tokens.inc();
         if let Some(gap) = since_last {
-            self.between_tokens
-                .with_label_values(&[&self.model])
-                .observe(gap.as_secs_f64());
+            self.between_tokens.observe(gap.as_secs_f64());
         }
     }
 

@@ -88,7 +88,23 @@ impl Runner {
             .and_then(|choice| choice.sequence.choice())
             .map(ToString::to_string)
             .unwrap_or_default();
-        let first = stream::iter(started).map(|choice| choice.deltas().boxed());
+        let standing = permit.standing;
+        let answer = |deltas| Answer {
+            deltas,
+            workers,
+            route,
+            standing,
+            _places: places,
+            _permit: permit,
+        };
+        let mut first: Vec<_> = started
+            .into_iter()
+            .map(|choice| choice.deltas().boxed())
+            .collect();
+        // Nothing to merge: what merges has a waker and a queue of its own for each event.
+        if alone && let Some(only) = first.pop() {
+            return Ok(answer(only));
+        }
         let (runner, identity) = (self.clone(), identity.clone());
         let later = stream::iter(width..total).map(move |index| {
             let (runner, identity) = (runner.clone(), identity.clone());
@@ -100,14 +116,8 @@ impl Runner {
                 })
                 .boxed()
         });
-        Ok(Answer {
-            deltas: first.chain(later).flatten_unordered(width).boxed(),
-            workers,
-            route,
-            standing: permit.standing,
-            _places: places,
-            _permit: permit,
-        })
+        let all = stream::iter(first).chain(later);
+        Ok(answer(all.flatten_unordered(width).boxed()))
     }
 
     async fn open(
