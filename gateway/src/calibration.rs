@@ -266,7 +266,11 @@ fn of_layer(signature: &Signature, layer: usize) -> &[u32] {
 /// Choices that fell on the `top_k` likeliest experts; ties go to the lower number.
 fn hit(used: &[u32], shares: &[f64], top_k: usize) -> f64 {
     let mut order: Vec<usize> = (0..shares.len()).collect();
-    order.sort_by(|a, b| shares[*b].total_cmp(&shares[*a]).then(a.cmp(b)));
+    if top_k < order.len() {
+        order.select_nth_unstable_by(top_k, |a, b| {
+            shares[*b].total_cmp(&shares[*a]).then(a.cmp(b))
+        });
+    }
     let likeliest = order.into_iter().take(top_k);
     likeliest.map(|expert| f64::from(used[expert])).sum()
 }

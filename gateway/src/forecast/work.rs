@@ -114,11 +114,30 @@ impl Outlook {
         max_tokens: u32,
         sequences: u32,
     ) -> Work {
-        let entry = Arc::new(Entry {
-            prompt: u32::try_from(prompt.len()).unwrap_or(u32::MAX),
+        self.enter_known(
+            prompt.len(),
+            Words::of(prompt),
+            known,
             max_tokens,
             sequences,
-            words: Words::of(prompt),
+        )
+    }
+
+    /// The same for a prompt of so many tokens whose words are known.
+    #[must_use]
+    pub fn enter_known(
+        self: &Arc<Self>,
+        prompt: usize,
+        words: Words,
+        known: &Known,
+        max_tokens: u32,
+        sequences: u32,
+    ) -> Work {
+        let entry = Arc::new(Entry {
+            prompt: u32::try_from(prompt).unwrap_or(u32::MAX),
+            max_tokens,
+            sequences,
+            words,
             known: Mutex::new(known.signature.clone()),
             is_read: AtomicBool::new(false),
             received: AtomicU32::new(0),
@@ -154,13 +173,13 @@ impl Outlook {
         self.kinds.load().as_ref().map_or(0, |kinds| kinds.len())
     }
 
-    /// The experts that a prompt will use by the kinds of text that its words resemble, as a histogram of as many rows as
+    /// The experts that a prompt with these words will use, by the kinds of text that they resemble, as a histogram of as many rows as
     /// such a guess is worth. `None` while fewer than two kinds are known, or if they are of another model than one of
     /// `layers` MoE layers with `experts` experts, `top_k` of them for a token.
     #[must_use]
     pub fn guess(
         &self,
-        prompt: &[u32],
+        words: &Words,
         (layers, experts): (usize, usize),
         top_k: usize,
     ) -> Option<Signature> {
@@ -168,7 +187,7 @@ impl Outlook {
         if kinds.len() < 2 || !kinds.fits(experts, layers * experts) {
             return None;
         }
-        let guess = kinds.guess(&Words::of(prompt));
+        let guess = kinds.guess(words);
         let weights: Vec<f64> = guess.into_iter().map(f64::from).collect();
         let rows = GUESS_ROWS * top_k as f64;
         let counts = kinds
@@ -518,19 +537,22 @@ mod tests {
     fn a_prompt_is_guessed_by_its_words_once_there_are_kinds() {
         let outlook = outlook();
         let (prompt, _) = example(1, 999);
-        assert!(outlook.guess(&prompt, (2, 16), 1).is_none());
+        assert!(outlook.guess(&Words::of(&prompt), (2, 16), 1).is_none());
         for at in 0..96 {
             let (prompt, example) = example(at % 4, at);
             let work = outlook.enter(&prompt, &Known::default(), 1, 1);
             work.read(0, Some(example.signature));
         }
         outlook.refit();
-        let guess = outlook.guess(&prompt, (2, 16), 1).unwrap();
+        let guess = outlook.guess(&Words::of(&prompt), (2, 16), 1).unwrap();
         let layer: u32 = guess.counts[..16].iter().sum();
         assert!((500..=524).contains(&layer), "{layer}");
         let own: u32 = guess.counts[4..8].iter().sum();
         assert!(own > layer / 2, "{own} of {layer}");
-        assert!(outlook.guess(&prompt, (2, 8), 1).is_none(), "another model");
+        assert!(
+            outlook.guess(&Words::of(&prompt), (2, 8), 1).is_none(),
+            "another model"
+        );
     }
 
     #[test]

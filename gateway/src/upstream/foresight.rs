@@ -7,6 +7,7 @@ use tokio::time::Instant;
 
 use super::Upstream;
 use crate::calibration::{Calibration, Ended, Predictor, State};
+use crate::forecast::Words;
 use crate::heat::{Heat, OfTenant};
 use crate::signature::{Known, Profile, Signature};
 use crate::traffic::Tenant;
@@ -18,6 +19,8 @@ pub(super) struct Foreseen {
     pub(super) prefix: Known,
     /// By the kinds of text that its words resemble.
     pub(super) kinds: Option<Arc<Signature>>,
+    /// The words themselves, if anybody counts what is to come.
+    pub(super) words: Option<Words>,
 }
 
 /// What ended sequences have shown.
@@ -59,13 +62,16 @@ impl Upstream {
     /// What every predictor says of a prompt, believed or not: at the end it is compared.
     pub(super) fn foresight(&self, prompt: &[u32]) -> Foreseen {
         let model = self.views.load();
+        let words = self.outlook.as_ref().map(|_| Words::of(prompt));
         let guess = model.model().and_then(|model| {
             let shape = (model.moe_layers(), model.experts);
-            self.outlook.as_ref()?.guess(prompt, shape, model.top_k)
+            let outlook = self.outlook.as_ref()?;
+            outlook.guess(words.as_ref()?, shape, model.top_k)
         });
         Foreseen {
             prefix: self.signatures.known(prompt),
             kinds: guess.map(Arc::new),
+            words,
         }
     }
 

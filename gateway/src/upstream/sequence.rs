@@ -4,6 +4,7 @@
 //! received, the same seed and the same `prompt_len`, and goes on at the next index. Nothing comes twice.
 
 use std::collections::BTreeSet;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,7 +16,7 @@ use foregate_wire::generation::{
     FinishReason, Finished, GenerateEvent, GenerateRequest, Prefilled, RoutedExperts, Token,
 };
 use foregate_wire::tonic::{Code, Request, Status, Streaming};
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{Instant, Sleep, sleep, sleep_until, timeout_at};
 use tracing::{Instrument, Span};
 
 use super::Upstream;
@@ -69,6 +70,8 @@ pub struct Sequence {
     /// When its request came, and when its time is over.
     began: Instant,
     deadline: Instant,
+    /// Ends at the deadline. One for all waits: a timer of its own for each token would be entered and taken out again.
+    over: Pin<Box<Sleep>>,
     /// What predictors said of its prompt, and what of it is believed.
     foreseen: Foreseen,
     known: Known,
@@ -98,7 +101,8 @@ struct Running {
     stream: Streaming<GenerateEvent>,
     guard: LoadGuard,
     member: Arc<Member>,
-    span: Span,
+    /// The call's, which ends with it.
+    _span: Span,
 }
 
 impl Sequence {
@@ -110,21 +114,27 @@ impl Sequence {
         deadline: Instant,
         in_turn: bool,
     ) -> Result<Self, ApiError> {
-        let foreseen = upstream.foresight(&request.token_ids);
+        let mut foreseen = upstream.foresight(&request.token_ids);
         let known = upstream.known(&foreseen);
         request.expert_hint = upstream.hint(&foreseen);
-        let work = upstream.outlook.as_ref().map(|outlook| {
-            let prompt = request.token_ids.get(..request.prompt_len as usize);
-            // Kinds of text are its own: it asks them itself.
-            let known = upstream.by_prefix(&foreseen.prefix);
-            outlook.enter(prompt.unwrap_or_default(), &known, request.max_tokens, 1)
-        });
+        let words = foreseen.words.take();
+        let work = upstream
+            .outlook
+            .as_ref()
+            .zip(words)
+            .map(|(outlook, words)| {
+                // Kinds of text are its own: it asks them itself.
+                let known = upstream.by_prefix(&foreseen.prefix);
+                let prompt = request.prompt_len as usize;
+                outlook.enter_known(prompt, words, &known, request.max_tokens, 1)
+            });
         let mut sequence = Self {
             upstream,
             request,
             identity,
             began,
             deadline,
+            over: Box::pin(sleep_until(deadline)),
             foreseen,
             known,
             losses: 0,
@@ -173,18 +183,18 @@ impl Sequence {
             let Some(running) = &mut self.running else {
                 return Err(ApiError::internal("the sequence has ended already"));
             };
-            let span = running.span.clone();
             // A client that reads too slowly finds events ready at every call, so the clock is asked first.
             let message = if Instant::now() >= self.deadline {
                 None
             } else {
-                timeout_at(self.deadline, running.stream.message())
-                    .instrument(span)
-                    .await
-                    .ok()
+                tokio::select! {
+                    biased;
+                    message = running.stream.message() => Some(message),
+                    () = self.over.as_mut() => None,
+                }
             };
             let failure = match message {
-                None => Failure::Final(self.over()),
+                None => Failure::Final(self.late()),
                 Some(Ok(Some(GenerateEvent { event: Some(event) }))) => {
                     match self.take(event) {
                         Ok(Some(event)) => return Ok(event),
@@ -244,7 +254,7 @@ impl Sequence {
                     self.leave(&finished);
                     Ok(Some(Event::Finished(finished)))
                 }
-                FinishReason::Deadline => Err(Failure::Final(self.over())),
+                FinishReason::Deadline => Err(Failure::Final(self.late())),
                 FinishReason::Cancelled | FinishReason::Unspecified => {
                     Err(Failure::Lost("the worker gave the sequence up".into()))
                 }
@@ -464,7 +474,7 @@ impl Sequence {
                         stream,
                         guard,
                         member,
-                        span,
+                        _span: span,
                     });
                     return Ok(());
                 }
@@ -538,7 +548,7 @@ impl Sequence {
     ) -> Result<Streaming<GenerateEvent>, Failure> {
         let now = Instant::now();
         if now >= self.deadline {
-            return Err(Failure::Final(self.over()));
+            return Err(Failure::Final(self.late()));
         }
         let channel = self.upstream.channel(member).map_err(Failure::Final)?;
         let mut message = self.request.clone();
@@ -550,7 +560,7 @@ impl Sequence {
         match timeout_at(self.deadline.min(now + ANSWER), client.generate(request)).await {
             Ok(Ok(response)) => Ok(response.into_inner()),
             Ok(Err(status)) => Err(self.meaning(&status)),
-            Err(_) if Instant::now() >= self.deadline => Err(Failure::Final(self.over())),
+            Err(_) if Instant::now() >= self.deadline => Err(Failure::Final(self.late())),
             Err(_) => Err(Failure::Lost("the worker did not answer".into())),
         }
     }
@@ -566,13 +576,13 @@ impl Sequence {
                     status.message()
                 )))
             }
-            Code::DeadlineExceeded => Failure::Final(self.over()),
+            Code::DeadlineExceeded => Failure::Final(self.late()),
             Code::ResourceExhausted => Failure::Busy,
             code => Failure::Lost(format!("{code:?}: {}", status.message())),
         }
     }
 
-    fn over(&self) -> ApiError {
+    fn late(&self) -> ApiError {
         let whole = self.deadline.saturating_duration_since(self.began);
         ApiError::deadline(u64::try_from(whole.as_millis()).unwrap_or(u64::MAX))
     }
