@@ -109,7 +109,7 @@ def silu(x):
 
 # ---------------------------------------------------------------- safetensors
 
-SIZES = {"F32": ("f", 4), "U32": ("I", 4), "BF16": ("H", 2)}
+SIZES = {"F32": ("f", 4), "U32": ("I", 4), "BF16": ("H", 2), "F16": ("e", 2), "U8": ("B", 1)}
 
 
 def write_tensors(path, tensors, parameters):
@@ -226,28 +226,97 @@ def u32(shape, values):
     return ("U32", shape, values)
 
 
+def rounded_f16(x):
+    return struct.unpack("<e", struct.pack("<e", x))[0]
+
+
+E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+
+
+def e2m1(code):
+    return -E2M1[code & 7] if code & 8 else E2M1[code]
+
+
+def e4m3(code):
+    exponent, mantissa = code >> 3 & 15, code & 7
+    size = mantissa / 512 if exponent == 0 else (8 + mantissa) / 8 * 2.0 ** (exponent - 7)
+    return -size if code & 0x80 else size
+
+
+# Formats of codes with scales, as `foregate op` calls them.
+CODED = ("int8", "int4 32", "fp8 128 128", "fp8 3 16", "mxfp4")
+
+
+def rounds_inputs(dtype):
+    return dtype not in ("F32", "F16")
+
+
+def coded_matrix(random, form, n, k):
+    """Canonical bytes (kernels/src/dtype.rs) of random codes, and the numbers that they stand for."""
+    kind, *sizes = form.split()
+    sizes = [int(size) for size in sizes]
+    block_n, block_k = {"int8": (1, k), "int4": (1, *sizes), "fp8": tuple(sizes), "mxfp4": (1, 32)}[kind]
+    groups = -(-k // block_k)
+    blocks = -(-n // block_n) * groups
+    four = kind in ("int4", "mxfp4")
+    codes = [[random.below(16 if four else 256) for _ in range(k)] for _ in range(n)]
+    if kind == "fp8":
+        codes = [[0x42 if code & 0x7F == 0x7F else code for code in row] for row in codes]
+    # So that weights are about as large as those of other formats.
+    largest = {"int8": 128, "int4": 8, "fp8": 448, "mxfp4": 6}[kind] * math.sqrt(k)
+    zeros = [random.below(17) for _ in range(blocks)] if kind == "int4" else []
+    if kind == "mxfp4":
+        tail = [127 - round(math.log2(largest)) + random.below(2) for _ in range(blocks)]
+        scales = [2.0 ** (byte - 127) for byte in tail]
+    else:
+        scales = [rounded_f32((0.5 + abs(random.uniform())) / largest) for _ in range(blocks)]
+        tail = struct.pack(f"<{blocks}f", *scales)
+    rows = []
+    for output, row in enumerate(codes):
+        at = [output // block_n * groups + input // block_k for input in range(k)]
+        if kind == "int8":
+            numbers = [code - 256 if code > 127 else code for code in row]
+        elif kind == "int4":
+            numbers = [code - zeros[block] for code, block in zip(row, at)]
+        else:
+            numbers = [e4m3(code) if kind == "fp8" else e2m1(code) for code in row]
+        rows.append([number * scales[block] for number, block in zip(numbers, at)])
+    if four:
+        codes = [[low | high << 4 for low, high in zip(row[::2], row[1::2] + [0] * (k % 2))] for row in codes]
+    return flat(codes) + list(tail) + zeros, flat(rows)
+
+
+def weights(random, name, dtype, count, n, k):
+    """`count` matrices: the tensor, the parameters that tell its format, and the numbers of each."""
+    if dtype in CODED:
+        made = [coded_matrix(random, dtype, n, k) for _ in range(count)]
+        tensor = ("U8", (count, len(made[0][0])), flat(one for one, _ in made))
+        return tensor, {f"{name}.format": dtype, f"{name}.n": n, f"{name}.k": k}, [numbers for _, numbers in made]
+    near = {"BF16": rounded_bf16, "F16": rounded_f16, "F32": lambda v: v}[dtype]
+    made = [[near(v) for v in random.floats(n * k, 1 / math.sqrt(k))] for _ in range(count)]
+    return (dtype, (count, n, k), flat(made)), {}, made
+
+
 def case_matmul(random, rows, n, k, dtype, bias):
-    x, w = random.floats(rows * k), random.floats(n * k, 1 / math.sqrt(k))
-    tensors = {"x": f32((rows, k), x)}
-    if dtype == "BF16":
-        w = [rounded_bf16(v) for v in w]
+    x = random.floats(rows * k)
+    if rounds_inputs(dtype):
         x = [rounded_bf16(v) for v in x]
-    tensors["w"] = (dtype, (n, k), w)
+    tensors = {"x": f32((rows, k), x)}
+    tensors["w"], parameters, (w,) = weights(random, "w", dtype, 1, n, k)
     b = random.floats(n) if bias else None
     if bias:
         tensors["bias"] = f32((n,), b)
     want = {"out": flat(matrix_times(rows_of(x, k), rows_of(w, k), b))}
-    return Case("matmul", f"{dtype} {rows}x{n}x{k}{' bias' if bias else ''}", tensors, {}, want, 1e-5)
+    return Case("matmul", f"{dtype} {rows}x{n}x{k}{' bias' if bias else ''}", tensors, parameters, want, 1e-5)
 
 
 def case_embed(random, ids, vocabulary, width, dtype):
-    table = random.floats(vocabulary * width)
-    if dtype == "BF16":
-        table = [rounded_bf16(v) for v in table]
+    tensor, parameters, (table,) = weights(random, "table", dtype, 1, vocabulary, width)
     chosen = [random.below(vocabulary) for _ in range(ids)]
-    want = {"out": flat(rows_of(table, width)[i] for i in chosen)}
-    tensors = {"table": (dtype, (vocabulary, width), table), "ids": u32((ids,), chosen)}
-    return Case("embed", f"{dtype} {ids} of {vocabulary}x{width}", tensors, {}, want, 0.0)
+    # A code times its scale is one rounding.
+    want = {"out": [rounded_f32(v) for i in chosen for v in rows_of(table, width)[i]]}
+    tensors = {"table": tensor, "ids": u32((ids,), chosen)}
+    return Case("embed", f"{dtype} {ids} of {vocabulary}x{width}", tensors, parameters, want, 0.0)
 
 
 def normed(row, weight, eps):
@@ -373,15 +442,15 @@ def case_gate(random, rows, experts, top_k, normalise):
 def case_expert_layer(random, rows, experts, top_k, hidden, inner, dtype, crowd):
     """`crowd`: all rows on the first experts."""
     x = random.floats(rows * hidden)
-    draw = lambda n, k: [rounded_bf16(v) if dtype == "BF16" else v for v in random.floats(n * k, 1 / math.sqrt(k))]
-    gate = [draw(inner, hidden) for _ in range(experts)]
-    up = [draw(inner, hidden) for _ in range(experts)]
-    down = [draw(hidden, inner) for _ in range(experts)]
+    of_gate, parameters, gate = weights(random, "gate", dtype, experts, inner, hidden)
+    of_up, more, up = weights(random, "up", dtype, experts, inner, hidden)
+    of_down, last, down = weights(random, "down", dtype, experts, hidden, inner)
+    parameters = parameters | more | last
     chosen = [list(range(top_k)) if crowd else random.sample(experts, top_k) for _ in range(rows)]
-    weights = [random.floats(top_k) for _ in range(rows)]
-    rounded = (lambda row: [rounded_bf16(v) for v in row]) if dtype == "BF16" else (lambda row: row)
+    shares = [random.floats(top_k) for _ in range(rows)]
+    rounded = (lambda row: [rounded_bf16(v) for v in row]) if rounds_inputs(dtype) else (lambda row: row)
     out = []
-    for row, picked, scales in zip(rows_of(x, hidden), chosen, weights):
+    for row, picked, scales in zip(rows_of(x, hidden), chosen, shares):
         total = [0.0] * hidden
         for e, scale in zip(picked, scales):
             (g,) = matrix_times([rounded(row)], rows_of(gate[e], hidden))
@@ -392,14 +461,14 @@ def case_expert_layer(random, rows, experts, top_k, hidden, inner, dtype, crowd)
     tensors = {
         "x": f32((rows, hidden), x),
         "experts": u32((rows, top_k), flat(chosen)),
-        "weights": f32((rows, top_k), flat(weights)),
-        "gate": (dtype, (experts, inner, hidden), flat(gate)),
-        "up": (dtype, (experts, inner, hidden), flat(up)),
-        "down": (dtype, (experts, hidden, inner), flat(down)),
+        "weights": f32((rows, top_k), flat(shares)),
+        "gate": of_gate,
+        "up": of_up,
+        "down": of_down,
     }
     label = f"{dtype} {rows} rows, {experts} experts top {top_k}, {hidden}x{inner}{', all on the first' if crowd else ''}"
     # A value near the middle of two bfloat16 is rounded either way after the first half.
-    return Case("expert_layer", label, tensors, {}, {"out": out}, 3e-3 if dtype == "BF16" else 1e-5)
+    return Case("expert_layer", label, tensors, parameters, {"out": out}, 3e-3 if rounds_inputs(dtype) else 1e-5)
 
 
 def case_add(random, count):
@@ -444,6 +513,14 @@ def cases(random):
         yield case_expert_layer(random, 1, 8, 2, 32, 48, dtype, False)
         yield case_expert_layer(random, 13, 8, 4, 40, 24, dtype, False)
         yield case_expert_layer(random, 20, 6, 2, 32, 32, dtype, True)
+    for dtype in ("F16", *CODED):
+        yield case_matmul(random, 1, 64, 64, dtype, False)
+        yield case_matmul(random, 9, 65, 40, dtype, True)
+        yield case_matmul(random, 70, 130, 288, dtype, False)
+        yield case_embed(random, 5, 50, 70, dtype)
+        yield case_expert_layer(random, 1, 8, 2, 32, 48, dtype, False)
+        yield case_expert_layer(random, 13, 8, 4, 64, 96, dtype, False)
+        yield case_expert_layer(random, 20, 6, 2, 32, 40, dtype, True)
     yield case_rms_norm(random, 1, 64, False)
     yield case_rms_norm(random, 7, 33, True)
     yield case_rms_norm(random, 3, 2048, True)
@@ -546,17 +623,19 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def serve(kit, device, ask):
-    """Serves the demonstration model on a device, and gives what `ask(url)` says."""
+def serve(kit, device, settings, ask):
+    """Serves the demonstration model on a device with settings of its weights, and gives what `ask(url)` says."""
     port = free_port()
-    manifest = os.path.join(kit.out, f"{device}.yaml")
+    name = "-".join([device, *settings.values()])
+    manifest = os.path.join(kit.out, f"{name}.yaml")
+    said = "".join(f", {field}: {value}" for field, value in settings.items())
     with open(manifest, "w") as file:
         file.write(
             "apiVersion: foregate.dev/v1alpha1\nkind: MoeCluster\nmetadata: {name: check}\nspec:\n"
-            f"  model: {{uri: {os.path.join(kit.folder, 'demo')}, servedNames: [demo]}}\n"
+            f"  model: {{uri: {os.path.join(kit.folder, 'demo')}, servedNames: [demo]{said}}}\n"
             f"  workers: {{count: 1, device: {device}}}\n"
         )
-    log = open(os.path.join(kit.out, f"{device}.log"), "w")
+    log = open(os.path.join(kit.out, f"{name}.log"), "w")
     process = subprocess.Popen(
         [kit.program, "up", "-f", manifest, "--port", str(port)], env=kit.env, stdout=log, stderr=subprocess.STDOUT
     )
@@ -564,13 +643,13 @@ def serve(kit, device, ask):
         url = f"http://127.0.0.1:{port}"
         for _ in range(600):
             if process.poll() is not None:
-                raise RuntimeError(f"`foregate up` on {device} ended with {process.returncode}, see {device}.log")
+                raise RuntimeError(f"`foregate up` on {device} ended with {process.returncode}, see {name}.log")
             try:
                 urllib.request.urlopen(url + "/ready", timeout=2).read()
                 return ask(url)
             except OSError:
                 time.sleep(0.2)
-        raise RuntimeError(f"`foregate up` on {device} is not ready after two minutes, see {device}.log")
+        raise RuntimeError(f"`foregate up` on {device} is not ready after two minutes, see {name}.log")
     finally:
         process.terminate()
         try:
@@ -599,7 +678,12 @@ def differs(ours, theirs):
     return None if near < 0.1 else f"log-probabilities differ by {near:.3f}"
 
 
-def check_model(kit, report, random):
+# Settings of `spec.model` that the demonstration model is served with.
+SERVED = ({}, *({"quantization": name} for name in ("int8", "int4", "fp8", "mxfp4")), {"dtype": "float16"})
+
+
+def check_model(kit, report, random, settings):
+    label = " ".join(settings.values()) or "as stored"
     prompts = [[3 + random.below(200) for _ in range(1 + random.below(60))] for _ in range(8)]
 
     def ask(url):
@@ -607,16 +691,16 @@ def check_model(kit, report, random):
             return list(pool.map(lambda prompt: complete(url, prompt, 48), prompts))
 
     try:
-        theirs = serve(kit, "cpu", ask)
-        ours = serve(kit, kit.device, ask)
+        theirs = serve(kit, "cpu", settings, ask)
+        ours = serve(kit, kit.device, settings, ask)
     except (RuntimeError, OSError, KeyError, ValueError) as error:
-        report.add("model", "served on both devices", f"{type(error).__name__}: {error}")
+        report.add("model", f"{label}, served on both devices", f"{type(error).__name__}: {error}")
         return
     same = 0
     for number, (a, b) in enumerate(zip(ours, theirs)):
         same += a[0] == b[0]
-        report.add("model", f"prompt {number} of {len(prompts[number])} tokens", differs(a, b))
-    report.facts["streams equal to the processor's"] = f"{same} of {len(prompts)}"
+        report.add("model", f"{label}, prompt {number} of {len(prompts[number])} tokens", differs(a, b))
+    report.facts[f"streams equal to the processor's, {label}"] = f"{same} of {len(prompts)}"
 
 
 def check_nccl(kit, report):
@@ -669,6 +753,8 @@ TIMED = {
     "fg_gemm_bf16_m8": ["*", "*", "*", "*", "u32", "u32", "u32"],
     "fg_gemm_bf16_m64": ["*", "*", "*", "*", "u32", "u32", "u32"],
     "fg_gemm_bf16_m128": ["*", "*", "*", "*", "u32", "u32", "u32"],
+    "fg_gemm_coded_m8": ["*", "*", "u32", "u32", "u32", "*", "*", "u32", "u32", "u32"],
+    "fg_gemm_coded_m64": ["*", "*", "u32", "u32", "u32", "*", "*", "u32", "u32", "u32"],
     "fg_moe_gate_up_bf16_m16": ["*", "*", "*", "*", "*", "*", "*", "*", "*", "u32", "u32"],
     "fg_moe_down_bf16_m16": ["*", "*", "*", "*", "*", "*", "*", "u32", "u32"],
 }
@@ -820,8 +906,51 @@ def check_times(kit, report, table, bandwidth):
         wrong = near(sets[0][2], x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * sets[0][1].double(), 1e-5)
         theirs = [microseconds(sets, lambda s: torch.nn.functional.rms_norm(s[0], (width,), s[1], 1e-6)) for _ in range(2)]
         timed(report, f"norm {rows}x{width}", bandwidth, rows * width * 8, ours, theirs, wrong)
+    for kind in ("int8", "int4", "fp8", "mxfp4"):
+        check_coded(report, driver, bandwidth, kind)
     for per_expert in (1, 8):
         check_experts(report, driver, bandwidth, per_expert)
+
+
+def codes_on_card(kind, n, k):
+    """Canonical bytes of random codes, what a launch is told of them, and the numbers that they stand for."""
+    draw = lambda most, *shape: torch.randint(0, most, shape, device="cuda", dtype=torch.uint8)
+    scaled = lambda largest, *shape: (0.5 + torch.rand(*shape, device="cuda")) / (largest * math.sqrt(k))
+    as_bytes = lambda values: values.contiguous().flatten().view(torch.uint8)
+    across = lambda values, count: values.double().repeat_interleave(count, 1)
+    pairs = lambda codes: codes[:, ::2] | (codes[:, 1::2] << 4)
+    if kind == "int8":
+        codes, scales = draw(256, n, k), scaled(128, n, 1)
+        return torch.cat([codes.flatten(), as_bytes(scales)]), (1, 1, k), codes.view(torch.int8).double() * scales.double()
+    if kind == "int4":
+        codes, scales, zeros = draw(16, n, k), scaled(8, n, k // 64), draw(17, n, k // 64)
+        data = torch.cat([as_bytes(pairs(codes)), as_bytes(scales), zeros.flatten()])
+        return data, (2, 1, 64), (codes.double() - across(zeros, 64)) * across(scales, 64)
+    if kind == "fp8":
+        codes, scales = draw(256, n, k), scaled(448, n // 128, k // 128)
+        codes[(codes & 0x7F) == 0x7F] = 0x42
+        wide = across(scales, 128).repeat_interleave(128, 0)
+        return torch.cat([codes.flatten(), as_bytes(scales)]), (3, 128, 128), codes.view(torch.float8_e4m3fn).float().double() * wide
+    codes, powers = draw(16, n, k), draw(2, n, k // 32) + (127 - 2 - round(math.log2(k) / 2))
+    numbers = torch.tensor([e2m1(code) for code in range(16)], device="cuda", dtype=torch.float64)[codes.long()]
+    return torch.cat([as_bytes(pairs(codes)), powers.flatten()]), (4, 1, 32), numbers * torch.exp2(across(powers, 32) - 127)
+
+
+def check_coded(report, driver, bandwidth, kind):
+    """Products with codes, beside torch's with bfloat16 weights of the same shape."""
+    n, k = 4096, 2048
+    made = [codes_on_card(kind, n, k) for _ in range(16)]
+    plain = [numbers.to(torch.bfloat16) for _, _, numbers in made]
+    for rows, symbol in ((1, "fg_gemm_coded_m8"), (64, "fg_gemm_coded_m64")):
+        x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
+        sets = [(data, told, torch.full((rows, n), math.nan, device="cuda")) for data, told, _ in made]
+        grid = (-(-n // 64), -(-rows // int(symbol.rsplit("m", 1)[1])))
+        run = lambda s: driver.launch(symbol, grid, [x, s[0], *s[1], None, s[2], rows, n, k])
+        ours = [microseconds(sets, run) for _ in range(2)]
+        wrong = near(sets[0][2], x.double() @ made[0][2].T, 1e-5)
+        theirs = [microseconds(plain, lambda w: torch.matmul(x, w.T)) for _ in range(2)]
+        moved = made[0][0].numel() + rows * k * 2 + rows * n * 4
+        timed(report, f"product {kind} {rows}x{n}x{k}", bandwidth, moved, ours, theirs, wrong)
 
 
 def check_experts(report, driver, bandwidth, per_expert):
@@ -899,7 +1028,8 @@ def main():
     if args.no_card:
         return report.end()
     bandwidth = ceilings(report)
-    check_model(kit, report, random)
+    for settings in SERVED:
+        check_model(kit, report, random, settings)
     check_nccl(kit, report)
     try:
         check_times(kit, report, table, bandwidth)

@@ -64,8 +64,8 @@ pub struct ExpertTable {
     pub inner: usize,
     /// Width of a row.
     pub hidden: usize,
-    /// Format of all matrices.
-    pub dtype: Option<Dtype>,
+    /// Formats of all gates and ups, and of all downs: groups that are whole rows have two lengths.
+    pub dtypes: Option<[Dtype; 2]>,
 }
 
 /// `out[r] = Σ weight · expert(x[r])` over the row's experts as a gate left them: each expert as in [`ExpertFfn`], the

@@ -8,9 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use foregate_api::cpu::Arithmetic;
-use foregate_api::model::ModelSpec;
 use foregate_api::node::{Device as Class, WorkerConfig};
-use foregate_api::weights::{Part, WeightFormat};
 use foregate_checkpoint::Checkpoint;
 use foregate_kernels::{Cpu, Executor, KvCache, KvShape, OnHost, OpError, Ops};
 use foregate_models::{Model, ModelError};
@@ -137,10 +135,10 @@ impl Device {
         }
     }
 
-    /// Whether it takes these weights, and has room for all that a worker will put there, before any of it is: how much is told once.
+    /// Whether it has room for all that a worker will put there, before any of it is: how much is told once.
     ///
     /// # Errors
-    /// A format that it does not take, or a sum that is more than what is free, with what would do.
+    /// A sum that is more than what is free, with what would do.
     pub(crate) fn plan(
         &self,
         checkpoint: &Checkpoint,
@@ -151,7 +149,6 @@ impl Device {
             // A processor's memory is the machine's: who launched the workers has judged it.
             return Ok(());
         };
-        takes(checkpoint.spec())?;
         let plan = CardPlan::of(checkpoint.spec(), config, kv);
         let free = card
             .executor
@@ -198,20 +195,4 @@ impl Device {
     pub(crate) fn kv_cache(&self, shape: KvShape) -> Result<KvCache, OpError> {
         self.executor().kv_cache(shape)
     }
-}
-
-/// Whether a card computes with a model's formats.
-fn takes(spec: &ModelSpec) -> Result<(), String> {
-    let taken = |format| matches!(format, WeightFormat::Float32 | WeightFormat::Bfloat16);
-    let of = |part: &Part| spec.formats.of(*part);
-    let Some(format) = Part::ALL.iter().map(of).find(|format| !taken(*format)) else {
-        return Ok(());
-    };
-    let remedy = match format {
-        WeightFormat::Float16 => "spec.model.dtype: bfloat16 converts them",
-        _ => "give a checkpoint of bfloat16, without spec.model.quantization",
-    };
-    Err(format!(
-        "cards compute with weights of bfloat16 and float32, the model has {format:?}: {remedy}; or spec.workers.device: cpu"
-    ))
 }

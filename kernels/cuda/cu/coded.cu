@@ -2,7 +2,8 @@
 //
 // Codes are brought as they are, made bf16 in shared memory without loss, and multiplied by tensor cores; inputs that share a scale are one
 // chain. Floor with few rows: (bytes of codes + scales) / bandwidth: half (8 bits) or a quarter (4 bits) of bf16's, plus
-// 4 bytes per scale. FLOP as for bf16, and about 10 integer operations per code and 64 outputs.
+// 4 bytes per scale. FLOP as for bf16, and about 10 integer operations per code and 64 outputs. A row of an embedding: its codes read, 4 bytes
+// per value written.
 #include "lib/coded.cuh"
 #include "lib/device.cuh"
 #include "lib/math.cuh"
@@ -89,6 +90,22 @@ __device__ inline void down_of(const bf16* x, const uint64_t* down, const Coding
 
 } // namespace
 
+// Rows of an embedding of `n` rows that is the output projection too: each value is its code times its scale.
+extern "C" __global__ void __launch_bounds__(256)
+    fg_embed_coded(const uint8_t* table, uint32_t format, uint32_t block_n, uint32_t block_k, const uint32_t* ids,
+                   float* out, uint32_t n, uint32_t width) {
+    const Coding coding{format, block_n, block_k, n, width};
+    const uint32_t id = ids[blockIdx.x];
+    const uint8_t* codes = table + static_cast<uint64_t>(id) * coding.row_bytes();
+    float* to = out + static_cast<uint64_t>(blockIdx.x) * width;
+    for (uint32_t i = threadIdx.x; i < width; i += 256) {
+        const uint32_t code = coding.four_bits() ? codes[i / 2] >> (i % 2 * 4) & 15u : codes[i];
+        const uint32_t group = block_k >= width ? 0 : i / block_k;
+        const int32_t zero = format == INT4 ? coding.zero(table, id, group) : 0;
+        to[i] = widen(coding.number(code, zero)) * coding.scale(table, id, group);
+    }
+}
+
 // Three entries per shape of tile.
 #define CODED_KERNELS(rows_of_tile)                                                                                    \
     extern "C" __global__ void __launch_bounds__(128) fg_gemm_coded_m##rows_of_tile(                                   \
@@ -119,4 +136,5 @@ CODED_KERNELS(64)
 FAMILY(coded, ENTRY(fg_gemm_coded_m8, 128), ENTRY(fg_gemm_coded_m16, 128), ENTRY(fg_gemm_coded_m32, 128),
        ENTRY(fg_gemm_coded_m64, 128), ENTRY(fg_moe_gate_up_coded_m8, 128), ENTRY(fg_moe_gate_up_coded_m16, 128),
        ENTRY(fg_moe_gate_up_coded_m32, 128), ENTRY(fg_moe_gate_up_coded_m64, 128), ENTRY(fg_moe_down_coded_m8, 128),
-       ENTRY(fg_moe_down_coded_m16, 128), ENTRY(fg_moe_down_coded_m32, 128), ENTRY(fg_moe_down_coded_m64, 128))
+       ENTRY(fg_moe_down_coded_m16, 128), ENTRY(fg_moe_down_coded_m32, 128), ENTRY(fg_moe_down_coded_m64, 128),
+       ENTRY(fg_embed_coded, 256))

@@ -1,7 +1,7 @@
 // One value in, one value out; and rows taken from a table.
 //
 // Memory-bound. Floor = bytes / bandwidth; bytes counted per value: add and silu_mul 12 (two read, one written), round_bf16 6,
-// clamp, sigmoid_scale, gather and embed_f32 8, embed_bf16 6. FLOP: 1 for add, about 25 for silu and sigmoid: far below the ridge.
+// clamp, sigmoid_scale, gather and embed_f32 8, embed_bf16 and embed_f16 6. FLOP: 1 for add, about 25 for silu and sigmoid: far below the ridge.
 #include "lib/device.cuh"
 #include "lib/math.cuh"
 #include "lib/vector.cuh"
@@ -81,9 +81,17 @@ extern "C" __global__ void __launch_bounds__(256)
 }
 
 extern "C" __global__ void __launch_bounds__(256)
+    fg_embed_f16(const Half* table, const uint32_t* ids, float* out, uint32_t width) {
+    const Half* from = table + static_cast<uint64_t>(ids[blockIdx.x]) * width;
+    float* to = out + static_cast<uint64_t>(blockIdx.x) * width;
+    for (uint32_t i = threadIdx.x; i < width; i += THREADS) to[i] = widen(from[i]);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
     fg_embed_f32(const float* table, const uint32_t* ids, float* out, uint32_t width) {
     copy_row(out + static_cast<uint64_t>(blockIdx.x) * width, table + static_cast<uint64_t>(ids[blockIdx.x]) * width, width);
 }
 
 FAMILY(elementwise, ENTRY(fg_add, 256), ENTRY(fg_silu_mul, 256), ENTRY(fg_round_bf16, 256), ENTRY(fg_clamp, 256),
-       ENTRY(fg_sigmoid_scale, 256), ENTRY(fg_gather_rows, 256), ENTRY(fg_embed_bf16, 256), ENTRY(fg_embed_f32, 256))
+       ENTRY(fg_sigmoid_scale, 256), ENTRY(fg_gather_rows, 256), ENTRY(fg_embed_bf16, 256), ENTRY(fg_embed_f16, 256),
+       ENTRY(fg_embed_f32, 256))

@@ -33,6 +33,41 @@ struct PlainShared {
     float x[SIDE][SIDE + 1], w[SIDE][SIDE + 1];
 };
 
+// Without tensor cores: one chain of fused multiply-adds per output, k ascending.
+template <class Weight>
+__device__ inline void plain(const float* x, const Weight* w, const float* bias, float* out, uint32_t rows, uint32_t n,
+                             uint32_t k) {
+    SHARED(PlainShared, shared);
+    const uint32_t first_n = blockIdx.x * SIDE, first_m = blockIdx.y * SIDE;
+    const uint32_t column = threadIdx.x % SIDE, line = threadIdx.x / SIDE;
+    constexpr uint32_t LINES = 256 / SIDE, EACH = SIDE / LINES;
+    float sums[EACH] = {};
+    for (uint32_t at = 0; at < k; at += SIDE) {
+        for (uint32_t i = line; i < SIDE; i += LINES) {
+            const bool inside = at + column < k;
+            const uint64_t m = first_m + i, o = first_n + i;
+            shared.x[i][column] = inside && m < rows ? x[m * k + at + column] : 0.0f;
+            shared.w[i][column] = inside && o < n ? widen(w[o * k + at + column]) : 0.0f;
+        }
+        __syncthreads();
+        // Not a zero beyond the last input: it would meet a row that is not a number, or an infinite one.
+        const uint32_t depth = k - at < SIDE ? k - at : SIDE;
+        for (uint32_t i = 0; i < depth; ++i) {
+#pragma unroll
+            for (uint32_t r = 0; r < EACH; ++r)
+                sums[r] = fmaf(shared.x[line + r * LINES][i], shared.w[column][i], sums[r]);
+        }
+        __syncthreads();
+    }
+    const uint32_t output = first_n + column;
+#pragma unroll
+    for (uint32_t r = 0; r < EACH; ++r) {
+        const uint32_t row = first_m + line + r * LINES;
+        if (row < rows && output < n)
+            out[static_cast<uint64_t>(row) * n + output] = bias ? sums[r] + bias[output] : sums[r];
+    }
+}
+
 } // namespace
 
 extern "C" __global__ void __launch_bounds__(128)
@@ -60,40 +95,18 @@ extern "C" __global__ void __launch_bounds__(256)
     linear<Rows128>(x, w, bias, out, rows, n, k);
 }
 
-// Float32 weights, without tensor cores: one chain of fused multiply-adds per output, k ascending. For small models and routers;
-// floor = 4 · n · k bytes / bandwidth, reached with few rows only.
+// Float32 weights, for small models and routers; floor = 4 · n · k bytes / bandwidth, reached with few rows only.
 extern "C" __global__ void __launch_bounds__(256)
     fg_gemm_f32(const float* x, const float* w, const float* bias, float* out, uint32_t rows, uint32_t n, uint32_t k) {
-    SHARED(PlainShared, shared);
-    const uint32_t first_n = blockIdx.x * SIDE, first_m = blockIdx.y * SIDE;
-    const uint32_t column = threadIdx.x % SIDE, line = threadIdx.x / SIDE;
-    constexpr uint32_t LINES = 256 / SIDE, EACH = SIDE / LINES;
-    float sums[EACH] = {};
-    for (uint32_t at = 0; at < k; at += SIDE) {
-        for (uint32_t i = line; i < SIDE; i += LINES) {
-            const bool inside = at + column < k;
-            const uint64_t m = first_m + i, o = first_n + i;
-            shared.x[i][column] = inside && m < rows ? x[m * k + at + column] : 0.0f;
-            shared.w[i][column] = inside && o < n ? w[o * k + at + column] : 0.0f;
-        }
-        __syncthreads();
-        // Not a zero beyond the last input: it would meet a row that is not a number, or an infinite one.
-        const uint32_t depth = k - at < SIDE ? k - at : SIDE;
-        for (uint32_t i = 0; i < depth; ++i) {
-#pragma unroll
-            for (uint32_t r = 0; r < EACH; ++r)
-                sums[r] = fmaf(shared.x[line + r * LINES][i], shared.w[column][i], sums[r]);
-        }
-        __syncthreads();
-    }
-    const uint32_t output = first_n + column;
-#pragma unroll
-    for (uint32_t r = 0; r < EACH; ++r) {
-        const uint32_t row = first_m + line + r * LINES;
-        if (row < rows && output < n)
-            out[static_cast<uint64_t>(row) * n + output] = bias ? sums[r] + bias[output] : sums[r];
-    }
+    plain(x, w, bias, out, rows, n, k);
+}
+
+// Float16 weights, widened: half the bytes of float32, and its arithmetic.
+extern "C" __global__ void __launch_bounds__(256)
+    fg_gemm_f16(const float* x, const Half* w, const float* bias, float* out, uint32_t rows, uint32_t n, uint32_t k) {
+    plain(x, w, bias, out, rows, n, k);
 }
 
 FAMILY(gemm, ENTRY(fg_gemm_bf16_m8, 128), ENTRY(fg_gemm_bf16_m16, 128), ENTRY(fg_gemm_bf16_m32, 128),
-       ENTRY(fg_gemm_bf16_m64, 128), ENTRY(fg_gemm_bf16_m128, 256), ENTRY(fg_gemm_f32, 256))
+       ENTRY(fg_gemm_bf16_m64, 128), ENTRY(fg_gemm_bf16_m128, 256), ENTRY(fg_gemm_f32, 256),
+       ENTRY(fg_gemm_f16, 256))

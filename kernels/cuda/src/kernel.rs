@@ -147,15 +147,35 @@ kernels! {
     Combined {
         parts: Address, slot_of_choice: Address, weights: Address, top_k: u32, width: u32, out: Address,
     }
-    /// `fg_gemm_…`.
+    /// `fg_gemm_bf16_…`, `fg_gemm_f32`, `fg_gemm_f16`.
     Product { x: Address, w: Address, bias: Address, out: Address, rows: u32, n: u32, k: u32 }
-    /// `fg_moe_gate_up_…`.
+    /// `fg_gemm_coded_…`.
+    CodedProduct {
+        x: Address, w: Address, format: u32, block_n: u32, block_k: u32, bias: Address, out: Address, rows: u32,
+        n: u32, k: u32,
+    }
+    /// `fg_embed_coded`.
+    CodedRows {
+        table: Address, format: u32, block_n: u32, block_k: u32, ids: Address, out: Address, n: u32, width: u32,
+    }
+    /// `fg_moe_gate_up_bf16_…`.
     GateUp {
         x: Address, row_of_slot: Address, gate: Address, up: Address, offsets: Address,
         tile_group: Address, tile_first: Address, tile_count: Address, out: Address, inner: u32,
         hidden: u32,
     }
-    /// `fg_moe_down_…`.
+    /// `fg_moe_gate_up_coded_…`.
+    CodedGateUp {
+        x: Address, row_of_slot: Address, gate: Address, up: Address, format: u32, block_n: u32, block_k: u32,
+        offsets: Address, tile_group: Address, tile_first: Address, tile_count: Address, out: Address,
+        inner: u32, hidden: u32,
+    }
+    /// `fg_moe_down_coded_…`.
+    CodedDown {
+        x: Address, down: Address, format: u32, block_n: u32, block_k: u32, offsets: Address,
+        tile_group: Address, tile_first: Address, tile_count: Address, out: Address, hidden: u32, inner: u32,
+    }
+    /// `fg_moe_down_bf16_…`.
     Down {
         x: Address, down: Address, offsets: Address, tile_group: Address, tile_first: Address,
         tile_count: Address, out: Address, hidden: u32, inner: u32,

@@ -11,7 +11,7 @@ use foregate_cuda::{Cuda, Staged};
 use foregate_kernels::{
     Add, Attention, Cpu, Dtype, Embed, Executor, ExpertFfn, ExpertGroup, ExpertLayer,
     ExpertParts, Gate, KvCache, KvDtype, KvShape, KvWrite, LogSoftmax, MatMul, Matrix, Norm,
-    OpError, Ops, Oracle, PageMap, RmsNorm, Rope, RopeTable, SigmoidScale, SiluMul,
+    OpError, Ops, Oracle, PageMap, RmsNorm, Rope, RopeTable, SigmoidScale, SiluMul, quantize,
 };
 use foregate_kernels::{Array, Combine};
 
@@ -36,14 +36,28 @@ fn device() -> (Cuda, Staged) {
 }
 
 fn canonical(dtype: Dtype, seed: u32, n: usize, k: usize) -> Vec<u8> {
-    let values = numbers(seed, n * k);
-    match dtype {
-        Dtype::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
-        _ => values
-            .iter()
-            .flat_map(|v| half::bf16::from_f32(*v).to_le_bytes())
-            .collect(),
-    }
+    quantize(dtype, n, k, &numbers(seed, n * k)).unwrap()
+}
+
+/// All formats, as checkpoints and conversions have them.
+fn formats() -> Vec<Dtype> {
+    let fp8 = |block_n, block_k| Dtype::Fp8 { block_n, block_k };
+    vec![
+        Dtype::F32,
+        Dtype::F16,
+        Dtype::Bf16,
+        Dtype::Int8,
+        Dtype::Int4 { group: 32 },
+        Dtype::Int4 { group: 1 << 10 },
+        fp8(128, 128),
+        fp8(3, 16),
+        Dtype::Mxfp4,
+    ]
+}
+
+/// Whether products round their inputs to bfloat16.
+fn rounds(dtype: Dtype) -> bool {
+    !matches!(dtype, Dtype::F32 | Dtype::F16)
 }
 
 /// The same weight on the device and here.
@@ -69,14 +83,19 @@ fn close(found: &[f32], wanted: &[f32], share: f32) {
 #[test]
 fn products_are_those_of_the_oracle() {
     let (cuda, staged) = device();
-    for (dtype, rows, n, k) in [
-        (Dtype::F32, 3, 33, 40),
-        (Dtype::Bf16, 1, 70, 64),
-        (Dtype::Bf16, 9, 64, 40),
-        (Dtype::Bf16, 33, 20, 24),
-        (Dtype::Bf16, 70, 65, 16),
-        (Dtype::Bf16, 130, 130, 8),
-    ] {
+    let sizes = [
+        (1, 70, 64),
+        (9, 64, 40),
+        (33, 20, 24),
+        (70, 65, 16),
+        (130, 130, 8),
+        (3, 5, 166),
+        (2, 33, 160),
+    ];
+    for (dtype, (rows, n, k)) in formats()
+        .into_iter()
+        .flat_map(|dtype| sizes.map(|sizes| (dtype, sizes)))
+    {
         let (there, here) = weight(&cuda, dtype, 1, n, k);
         let (x, bias) = (numbers(2, rows * k), numbers(3, n));
         let run = |ops: &dyn Ops, w: &Matrix, bias| {
@@ -94,7 +113,7 @@ fn products_are_those_of_the_oracle() {
         for bias in [None, Some(&bias[..])] {
             let (found, wanted) = (run(&staged, &there, bias), run(&Oracle, &here, bias));
             close(&found, &wanted, 1e-5);
-            if dtype == Dtype::F32 {
+            if !rounds(dtype) {
                 assert_eq!(
                     found,
                     run(&Cpu::new(1), &here, bias),
@@ -105,13 +124,44 @@ fn products_are_those_of_the_oracle() {
     }
 }
 
+/// A row alone, which a small tile computes, has the bits that it has among others.
+#[test]
+fn a_row_does_not_depend_on_its_batch() {
+    let (cuda, staged) = device();
+    let (rows, n, k) = (70, 66, 160);
+    let x = numbers(2, rows * k);
+    for dtype in formats() {
+        let (w, _) = weight(&cuda, dtype, 1, n, k);
+        let run = |x: &[f32]| {
+            let rows = x.len() / k;
+            let mut out = vec![f32::NAN; rows * n];
+            staged
+                .matmul(MatMul {
+                    x,
+                    rows,
+                    w: &w,
+                    bias: None,
+                    out: &mut out,
+                })
+                .unwrap();
+            out
+        };
+        let all = run(&x);
+        for row in [0, 11, 69] {
+            let alone = run(&x[row * k..(row + 1) * k]);
+            assert_eq!(alone, all[row * n..(row + 1) * n], "{dtype} {row}");
+        }
+    }
+}
+
 #[test]
 fn rows_of_tables_and_elementwise_ops() {
     let (cuda, staged) = device();
-    for dtype in [Dtype::F32, Dtype::Bf16] {
-        let (there, here) = weight(&cuda, dtype, 5, 9, 21);
+    for dtype in formats() {
+        let width = if dtype == Dtype::Mxfp4 { 70 } else { 71 };
+        let (there, here) = weight(&cuda, dtype, 5, 9, width);
         let run = |ops: &dyn Ops, table: &Matrix| {
-            let mut out = vec![f32::NAN; 3 * 21];
+            let mut out = vec![f32::NAN; 3 * width];
             ops.embed(Embed {
                 table,
                 ids: &[8, 0, 3],
@@ -325,7 +375,7 @@ fn experts(cuda: &Cuda, dtype: Dtype, count: u32, hidden: usize, inner: usize) -
 fn groups_of_experts() {
     let (cuda, staged) = device();
     let (hidden, inner) = (24, 40);
-    for dtype in [Dtype::F32, Dtype::Bf16] {
+    for dtype in formats() {
         let experts = experts(&cuda, dtype, 3, hidden, inner);
         let x = numbers(30, 5 * hidden);
         for (lists, gap) in [
@@ -361,7 +411,7 @@ fn groups_of_experts() {
                 out
             };
             let (found, wanted) = (run(&staged, |w| &w.0), run(&Oracle, |w| &w.1));
-            let share = if dtype == Dtype::F32 { 1e-5 } else { 5e-3 };
+            let share = if rounds(dtype) { 5e-3 } else { 1e-5 };
             close(&found, &wanted, share);
         }
     }
@@ -372,7 +422,10 @@ fn groups_of_experts() {
 fn a_layer_of_experts() {
     let (cuda, staged) = device();
     let (hidden, inner, top_k) = (24, 40, 2);
-    for (dtype, rows) in [(Dtype::F32, 5), (Dtype::Bf16, 5), (Dtype::Bf16, 70)] {
+    for (dtype, rows) in formats()
+        .into_iter()
+        .flat_map(|dtype| [(dtype, 5), (dtype, 70)])
+    {
         let weights = experts(&cuda, dtype, 6, hidden, inner);
         let parts: Vec<ExpertParts<'_>> = weights
             .iter()
@@ -440,6 +493,47 @@ fn a_layer_of_experts() {
     }
 }
 
+/// Groups that are whole rows have two lengths in one expert; two formats are refused.
+#[test]
+fn halves_of_an_expert_share_a_format_and_not_its_groups() {
+    let (cuda, staged) = device();
+    let (hidden, inner) = (24, 40);
+    let part = |dtype, n, k| weight(&cuda, dtype, 7, n, k);
+    let (gate, gate_here) = part(Dtype::Int4 { group: 24 }, inner, hidden);
+    let (down, down_here) = part(Dtype::Int4 { group: 40 }, hidden, inner);
+    let (other, _) = part(Dtype::Int8, hidden, inner);
+    let x = numbers(30, 3 * hidden);
+    let run = |ops: &dyn Ops, gate: &Matrix, down: &Matrix| {
+        let mut out = vec![f32::NAN; 3 * hidden];
+        let groups = [ExpertGroup {
+            gate,
+            up: gate,
+            down,
+            rows: &[0, 1, 2],
+            out_offset: 0,
+        }];
+        let op: ExpertFfn<'_> = ExpertFfn {
+            x: &x,
+            hidden,
+            groups: &groups,
+            out: &mut out,
+        };
+        ops.expert_ffn(op).map(|()| out)
+    };
+    let found = run(&staged, &gate, &down).unwrap();
+    close(&found, &run(&Oracle, &gate_here, &down_here).unwrap(), 5e-3);
+    let error = run(&staged, &gate, &other).unwrap_err();
+    assert!(matches!(error, OpError::Unsupported { .. }), "{error}");
+    let parts = |down| ExpertParts {
+        gate: &gate,
+        up: &gate,
+        down,
+    };
+    let table = cuda.expert_table(&[parts(&down), parts(&down)]).unwrap();
+    assert_eq!(table.dtypes, Some([gate.dtype(), down.dtype()]));
+    assert!(cuda.expert_table(&[parts(&down), parts(&other)]).is_err());
+}
+
 #[test]
 fn what_does_not_fit_is_refused_before_anything_is_launched() {
     let (cuda, staged) = device();
@@ -472,10 +566,13 @@ fn what_does_not_fit_is_refused_before_anything_is_launched() {
         OpError::OnHost { .. }
     ));
     let error = cuda
-        .matrix(Dtype::F16, 1, 2, &[0; 4])
+        .matrix(Dtype::Int4 { group: 24 }, 1, 48, &[0; 34])
         .unwrap_err()
         .to_string();
-    assert!(error.contains("bfloat16 and float32"), "{error}");
+    assert!(
+        error.contains("int4-24") && error.contains("multiple of 16"),
+        "{error}"
+    );
     let shape = KvShape {
         layers: 1,
         pages: 1,

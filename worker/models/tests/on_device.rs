@@ -20,7 +20,7 @@ use foregate_api::model::Family;
 use foregate_api::weights::{PlainFormat, Quantization, WeightFormat, WeightSettings};
 use foregate_checkpoint::Checkpoint;
 use foregate_checkpoint::tiny::Tiny;
-use foregate_cuda::{Cuda, Staged};
+use foregate_cuda::{Cuda, Staged, cache_bytes};
 use foregate_kernels::{Cpu, Executor, KvCache};
 use foregate_models::{LocalExperts, Model, ModelError, StepBatch, StepOutput};
 
@@ -34,6 +34,13 @@ fn fixture(family: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("tests/fixtures")
         .join(family)
+}
+
+const fn quantised(quantization: Quantization) -> WeightSettings {
+    WeightSettings {
+        dtype: PlainFormat::Bfloat16,
+        quantization,
+    }
 }
 
 fn settings(dtype: PlainFormat) -> WeightSettings {
@@ -109,10 +116,9 @@ fn apart(found: &[f32], wanted: &[f32]) -> f32 {
 }
 
 /// Prefill of three sequences, then decode, on both; tokens are those that the processor chooses.
-fn compare(family: &str, dtype: PlainFormat, tolerance: f32) {
-    let settings = settings(dtype);
-    let mut cpu = Rig::with(&fixture(family), &settings, Cpu::new(1));
-    let mut device = Device::open(&fixture(family), &settings);
+fn compare(family: &str, settings: &WeightSettings, tolerance: f32) {
+    let mut cpu = Rig::with(&fixture(family), settings, Cpu::new(1));
+    let mut device = Device::open(&fixture(family), settings);
     let vocab = cpu.model.spec().vocab;
     let mut sequences = [prompt(19, 1), prompt(1, 5), prompt(8, 11)];
     let tables: Vec<Vec<u32>> = (0..3).map(|s| table(s * 8, 32)).collect();
@@ -140,36 +146,69 @@ fn compare(family: &str, dtype: PlainFormat, tolerance: f32) {
             }
             sequences[s].push(token);
         }
-        if dtype == PlainFormat::Float32 {
+        if settings.dtype == PlainFormat::Float32 {
             assert_eq!(found.routes, wanted.routes, "{family}: experts");
         }
     }
-    assert!(most <= tolerance, "{family} {dtype:?}: logits apart {most}");
+    assert!(
+        most <= tolerance,
+        "{family} {settings:?}: logits apart {most}"
+    );
     assert!(
         steps >= 8,
-        "{family} {dtype:?}: only {steps} tokens could be compared"
+        "{family} {settings:?}: only {steps} tokens could be compared"
     );
 }
 
 #[test]
 fn float32_weights_give_the_logits_of_the_processor() {
     for family in FAMILIES {
-        compare(family, PlainFormat::Float32, 2e-5);
+        compare(family, &settings(PlainFormat::Float32), 2e-5);
     }
 }
 
 #[test]
 fn bfloat16_weights_give_the_logits_of_the_processor() {
     for family in FAMILIES {
-        compare(family, PlainFormat::Bfloat16, 0.01);
+        compare(family, &settings(PlainFormat::Bfloat16), 0.01);
     }
+}
+
+const QUANTISED: [Quantization; 4] = [
+    Quantization::Int8,
+    Quantization::Int4,
+    Quantization::Fp8,
+    Quantization::Mxfp4,
+];
+
+#[test]
+fn quantised_weights_give_the_logits_of_the_processor() {
+    for quantization in QUANTISED {
+        for family in FAMILIES {
+            compare(family, &quantised(quantization), 0.01);
+        }
+    }
+}
+
+#[test]
+fn checkpoints_give_the_logits_of_the_processor_in_the_format_that_they_have() {
+    for name in ["fp8", "mxfp4", "awq", "gptq", "gptq_v2"] {
+        let name = format!("formats/{name}");
+        compare(&name, &WeightSettings::default(), 0.01);
+    }
+    compare("formats/float16", &WeightSettings::default(), 2e-5);
 }
 
 /// A row's logits have the same bits alone, in a batch, and however its prompt was cut.
 #[test]
 fn a_row_does_not_depend_on_its_batch() {
-    for family in FAMILIES {
-        let mut device = Device::open(&fixture(family), &settings(PlainFormat::Bfloat16));
+    let formats = QUANTISED.map(quantised);
+    for (family, settings) in FAMILIES
+        .iter()
+        .map(|family| (*family, settings(PlainFormat::Bfloat16)))
+        .chain(FAMILIES.into_iter().zip(formats))
+    {
+        let mut device = Device::open(&fixture(family), &settings);
         let vocab = device.model.spec().vocab;
         let (one, two) = (prompt(21, 3), prompt(9, 8));
         let whole = device.step(&[(&one, 0, &table(0, 24))]);
@@ -244,20 +283,7 @@ fn positions_beyond_a_split_agree() {
 }
 
 #[test]
-fn what_a_device_cannot_do_is_named() {
-    let quantised = WeightSettings {
-        dtype: PlainFormat::Auto,
-        quantization: Quantization::Int8,
-    };
-    let refused = Device::try_open(&fixture("mixtral"), &quantised, 1 << 30)
-        .err()
-        .unwrap();
-    let text = refused.to_string();
-    assert!(
-        text.contains("bfloat16 and float32") && text.contains("quantization"),
-        "{text}"
-    );
-
+fn a_device_without_room_says_so() {
     let full = Device::try_open(
         &fixture("mixtral"),
         &settings(PlainFormat::Float32),
@@ -288,6 +314,24 @@ fn a_failed_kernel_fails_the_step_and_names_the_call() {
         .unwrap_err();
     let text = error.to_string();
     assert!(text.contains("launch failed with 719"), "{text}");
+}
+
+/// Plans of a card's memory reckon with the bytes of the specification.
+#[test]
+fn weights_take_the_bytes_of_their_format() {
+    let mut reckoned = Vec::new();
+    for quantization in [Quantization::None].into_iter().chain(QUANTISED) {
+        let device = Device::open(&fixture("qwen2_moe"), &quantised(quantization));
+        let spec = device.model.spec();
+        let experts = spec.moe_layers() * spec.experts;
+        let weights = spec.dense_bytes() + experts * spec.expert_bytes();
+        let taken = device.emulated.used() - cache_bytes(device.kv.shape()).unwrap();
+        // Beside weights there are the addresses of experts.
+        assert_eq!(taken, weights + experts * 3 * 8, "{quantization}");
+        reckoned.push(weights);
+    }
+    // bfloat16, then int8 and int4: less each time.
+    assert!(reckoned[..3].is_sorted_by(|a, b| a > b), "{reckoned:?}");
 }
 
 /// All memory goes back with the model.

@@ -30,12 +30,18 @@ __device__ inline float e8m0(uint32_t code) {
 // A whole number of few bits to bf16, exact.
 __device__ inline bf16 whole_to_bf16(int32_t x) { return static_cast<bf16>(bits_of(static_cast<float>(x)) >> 16); }
 
-// Sizes of a matrix in a format. k is a multiple of 32; block_k of 16, or at least k.
+// A float32 wherever it stands: codes of an odd number come before it.
+__device__ inline float float_at(const uint8_t* from) {
+    if (reinterpret_cast<uintptr_t>(from) % 4 == 0) return *reinterpret_cast<const float*>(from);
+    return float_of(from[0] | from[1] << 8 | from[2] << 16 | static_cast<uint32_t>(from[3]) << 24);
+}
+
+// Sizes of a matrix in a format. block_k is a multiple of 16, or at least k.
 struct Coding {
     uint32_t format, block_n, block_k, n, k;
 
     __device__ bool four_bits() const { return format == INT4 || format == MXFP4; }
-    __device__ uint32_t row_bytes() const { return four_bits() ? k / 2 : k; }
+    __device__ uint32_t row_bytes() const { return four_bits() ? (k + 1) / 2 : k; }
     __device__ uint32_t groups() const { return block_k >= k ? 1 : (k + block_k - 1) / block_k; }
     __device__ uint64_t scale_index(uint32_t output, uint32_t group) const {
         return static_cast<uint64_t>(output / block_n) * groups() + group;
@@ -45,12 +51,19 @@ struct Coding {
     __device__ float scale(const uint8_t* matrix, uint32_t output, uint32_t group) const {
         const uint8_t* scales = matrix + code_bytes();
         const uint64_t at = scale_index(output, group);
-        return format == MXFP4 ? e8m0(scales[at]) : reinterpret_cast<const float*>(scales)[at];
+        return format == MXFP4 ? e8m0(scales[at]) : float_at(scales + at * 4);
     }
     // Of INT4 only.
     __device__ int32_t zero(const uint8_t* matrix, uint32_t output, uint32_t group) const {
         const uint64_t scales = static_cast<uint64_t>(n) * groups() * 4;
         return matrix[code_bytes() + scales + scale_index(output, group)];
+    }
+
+    // The number of a code, exact; `zero` counts for INT4.
+    __device__ bf16 number(uint32_t code, int32_t zero) const {
+        if (format == INT8) return whole_to_bf16(static_cast<int8_t>(code));
+        if (format == INT4) return whole_to_bf16(static_cast<int32_t>(code) - zero);
+        return format == FP8 ? e4m3_to_bf16(code) : e2m1_to_bf16(code);
     }
 };
 
@@ -70,7 +83,7 @@ struct CodedLine {
     uint32_t output;
 };
 
-// Brings the codes of one step: runs of 16 bytes.
+// Brings the codes of one step: runs of 16 bytes, or, where rows are not whole runs, byte by byte. What is not there is zero.
 template <class Shape, class W>
 __device__ inline void bring_codes(uint8_t* raw, W w_line, const Coding& coding, uint32_t step) {
     const uint32_t bytes = coding.four_bits() ? Shape::DEPTH / 2 : Shape::DEPTH, runs = bytes / 16;
@@ -79,11 +92,18 @@ __device__ inline void bring_codes(uint8_t* raw, W w_line, const Coding& coding,
         const CodedLine from = w_line(line);
         const bool filled = from.matrix != nullptr && at < coding.row_bytes();
         const uint64_t row = static_cast<uint64_t>(from.output) * coding.row_bytes();
-        copy_async(raw + line * RAW_LINE + run * 16, filled ? from.matrix + row + at : nullptr, filled);
+        uint8_t* to = raw + line * RAW_LINE + run * 16;
+        if (coding.row_bytes() % 16 == 0) {
+            copy_async(to, filled ? from.matrix + row + at : nullptr, filled);
+        } else {
+            for (uint32_t j = 0; j < 16; ++j)
+                to[j] = filled && at + j < coding.row_bytes() ? from.matrix[row + at + j] : static_cast<uint8_t>(0);
+        }
     }
 }
 
-// Makes bf16 of the codes of a step, 8 at a time. What is not there becomes zero.
+// Makes bf16 of the codes of a step, 8 at a time. Runs that are not there become zero; beyond the end of a row stand codes of 0, which
+// meet inputs of 0.
 template <class Shape, class W>
 __device__ inline void widen_codes(CodedShared<Shape>& shared, W w_line, const Coding& coding, uint32_t step) {
     const uint8_t* raw = shared.raw[step % Shape::STAGES];
@@ -98,12 +118,7 @@ __device__ inline void widen_codes(CodedShared<Shape>& shared, W w_line, const C
 #pragma unroll
         for (uint32_t j = 0; j < 8; ++j) {
             const uint32_t code = coding.four_bits() ? codes[j / 2] >> (j % 2 * 4) & 15u : codes[j];
-            bf16 value;
-            if (coding.format == INT8) value = whole_to_bf16(static_cast<int8_t>(code));
-            else if (coding.format == INT4) value = whole_to_bf16(static_cast<int32_t>(code) - zero);
-            else if (coding.format == FP8) value = e4m3_to_bf16(code);
-            else value = e2m1_to_bf16(code);
-            out[j] = there ? value : static_cast<bf16>(0);
+            out[j] = there ? coding.number(code, zero) : static_cast<bf16>(0);
         }
         uint32_t* to = reinterpret_cast<uint32_t*>(&shared.w[run_place<Shape>(line, run)]);
 #pragma unroll
@@ -159,11 +174,11 @@ __device__ inline void multiply_coded(CodedShared<Shape>& shared, W w_line, X x_
         widen_codes<Shape>(shared, w_line, coding, step);
         __syncthreads();
         for (uint32_t part = 0; part < Shape::DEPTH / 16; ++part) {
-            const uint32_t end = step * Shape::DEPTH + (part + 1) * 16;
-            if (end > coding.k) break;
+            const uint32_t begin = step * Shape::DEPTH + part * 16, end = begin + 16;
+            if (begin >= coding.k) break;
             multiply_part<Shape>(shared.w, shared.x[step % Shape::STAGES], part, chain);
-            if (end == coding.k || (coding.block_k < coding.k && end % coding.block_k == 0))
-                fold<Shape>(totals, chain, w_line, coding, coding.block_k >= coding.k ? 0 : (end - 1) / coding.block_k);
+            if (end >= coding.k || (coding.block_k < coding.k && end % coding.block_k == 0))
+                fold<Shape>(totals, chain, w_line, coding, coding.block_k >= coding.k ? 0 : begin / coding.block_k);
         }
     }
     copy_wait<0>();

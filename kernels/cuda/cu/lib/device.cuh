@@ -45,6 +45,20 @@ __device__ inline float float_of(uint32_t bits) {
 
 __device__ inline float widen(bf16 x) { return float_of(static_cast<uint32_t>(x) << 16); }
 
+// An IEEE half.
+struct Half {
+    uint16_t bits;
+};
+
+// Exact, also below 2^-14: what is multiplied there is a float32 that is not normal, by 2^112.
+__device__ inline float widen(Half x) {
+    const uint32_t sign = (x.bits & 0x8000u) << 16, size = x.bits & 0x7fffu;
+    if (size >= 0x7c00u) return float_of(sign | 0x7f800000u | (size & 0x3ffu) << 13);
+    return float_of(sign | size << 13) * float_of(0x77800000u);
+}
+
+__device__ inline float widen(float x) { return x; }
+
 // Two floats to bf16, nearest, ties to even; `low` goes to the lower half.
 __device__ inline uint32_t round_pair(float low, float high) {
 #ifdef FOREGATE_EMULATE

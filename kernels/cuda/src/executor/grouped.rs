@@ -6,30 +6,18 @@
 //!                row_of_slot, slot_of_choice ───────────────────────────-┘          └─► combine
 //! ```
 
+use std::mem;
 use std::ops::Range;
 
 use foregate_kernels::{Anywhere, Dtype, ExpertFfn, ExpertGroup, ExpertLayer, Extent, OpError};
 
-use super::product::{BLOCKS_PER_UNIT, NO_BIAS, THREADS, rung, supported};
+use super::format::{Coding, Kind, Tile};
+use super::product::{BLOCKS_PER_UNIT, NO_BIAS, THREADS};
 use super::{Cuda, Scratch};
 use crate::kernel::{
-    Address, Combined, Counted, Down, GateUp, NULL, Offsets, Pairwise, Permuted, Rows, Tiles,
-    failed, size,
+    Address, CodedDown, CodedGateUp, Combined, Counted, Down, GateUp, NULL, Offsets, Pairwise,
+    Permuted, Rows, Tiles, failed, size,
 };
-
-/// Rows of the tiles of grouped products, with the names of their halves and the threads of a block.
-const LADDER: [(u32, &str, &str, u32); 5] = [
-    (8, "fg_moe_gate_up_bf16_m8", "fg_moe_down_bf16_m8", 128),
-    (16, "fg_moe_gate_up_bf16_m16", "fg_moe_down_bf16_m16", 128),
-    (32, "fg_moe_gate_up_bf16_m32", "fg_moe_down_bf16_m32", 128),
-    (64, "fg_moe_gate_up_bf16_m64", "fg_moe_down_bf16_m64", 128),
-    (
-        128,
-        "fg_moe_gate_up_bf16_m128",
-        "fg_moe_down_bf16_m128",
-        256,
-    ),
-];
 
 /// Where lists of `u32` stand in one piece of memory.
 struct Lists {
@@ -60,6 +48,8 @@ struct Grouped {
     fullest: usize,
     hidden: usize,
     inner: usize,
+    /// Formats of gates and ups, and of downs: bfloat16 or codes.
+    dtypes: [Dtype; 2],
     out: Address,
 }
 
@@ -75,13 +65,14 @@ impl Cuda {
         op: &'static str,
         work: &Grouped,
     ) -> Result<(), OpError> {
-        let (rows, gate_up, down, threads) = LADDER[rung(work.fullest)];
+        let coded = matches!(Kind::of(work.dtypes[0], work.hidden), Kind::Coded(_));
+        let tile = Tile::of(coded, work.fullest);
         let [tile_group, tile_first, tile_count] = work.tile_lists;
         let driver = self.driver();
         Tiles {
             offsets: work.offsets,
             groups: work.groups,
-            tile_rows: rows,
+            tile_rows: size(op, "rows of a tile", tile.rows)?,
             tile_group,
             tile_first,
             tile_count,
@@ -91,37 +82,114 @@ impl Cuda {
         let between = scratch
             .inner
             .bytes(&self.shared.driver, "inner activations", bytes)?;
-        let (hidden, inner) = (
-            size(op, "hidden", work.hidden)?,
-            size(op, "inner", work.inner)?,
-        );
+        self.gate_up(op, work, tile, between)?;
+        self.down(op, work, tile, between)
+    }
+
+    /// First halves, a row of `out` per slot.
+    fn gate_up(
+        &self,
+        op: &'static str,
+        work: &Grouped,
+        tile: &Tile,
+        out: Address,
+    ) -> Result<(), OpError> {
+        let (driver, by) = (self.driver(), (op, tile.gate_up));
         let grid = [self.shared.driver.units() * BLOCKS_PER_UNIT, 1, 1];
-        GateUp {
-            x: work.x,
-            row_of_slot: work.row_of_slot,
-            gate: work.weights[0],
-            up: work.weights[1],
-            offsets: work.offsets,
+        let [gate, up, _] = work.weights;
+        let [tile_group, tile_first, tile_count] = work.tile_lists;
+        let (x, row_of_slot, offsets) = (work.x, work.row_of_slot, work.offsets);
+        let hidden = size(op, "hidden", work.hidden)?;
+        let inner = size(op, "inner", work.inner)?;
+        if let Kind::Coded(coding) = Kind::of(work.dtypes[0], work.hidden) {
+            let Coding {
+                format,
+                block_n,
+                block_k,
+            } = coding;
+            let halves = CodedGateUp {
+                x,
+                row_of_slot,
+                gate,
+                up,
+                format,
+                block_n,
+                block_k,
+                offsets,
+                tile_group,
+                tile_first,
+                tile_count,
+                out,
+                inner,
+                hidden,
+            };
+            return halves.run(driver, by, grid, tile.threads);
+        }
+        let halves = GateUp {
+            x,
+            row_of_slot,
+            gate,
+            up,
+            offsets,
             tile_group,
             tile_first,
             tile_count,
-            out: between,
+            out,
             inner,
             hidden,
+        };
+        halves.run(driver, by, grid, tile.threads)
+    }
+
+    /// Second halves, of what [`Self::gate_up`] wrote to `x`.
+    fn down(
+        &self,
+        op: &'static str,
+        work: &Grouped,
+        tile: &Tile,
+        x: Address,
+    ) -> Result<(), OpError> {
+        let (driver, by) = (self.driver(), (op, tile.down));
+        let grid = [self.shared.driver.units() * BLOCKS_PER_UNIT, 1, 1];
+        let [_, _, down] = work.weights;
+        let [tile_group, tile_first, tile_count] = work.tile_lists;
+        let (offsets, out) = (work.offsets, work.out);
+        let hidden = size(op, "hidden", work.hidden)?;
+        let inner = size(op, "inner", work.inner)?;
+        if let Kind::Coded(coding) = Kind::of(work.dtypes[1], work.inner) {
+            let Coding {
+                format,
+                block_n,
+                block_k,
+            } = coding;
+            let halves = CodedDown {
+                x,
+                down,
+                format,
+                block_n,
+                block_k,
+                offsets,
+                tile_group,
+                tile_first,
+                tile_count,
+                out,
+                hidden,
+                inner,
+            };
+            return halves.run(driver, by, grid, tile.threads);
         }
-        .run(driver, (op, gate_up), grid, threads)?;
-        Down {
-            x: between,
-            down: work.weights[2],
-            offsets: work.offsets,
+        let halves = Down {
+            x,
+            down,
+            offsets,
             tile_group,
             tile_first,
             tile_count,
-            out: work.out,
+            out,
             hidden,
             inner,
-        }
-        .run(driver, (op, down), grid, threads)
+        };
+        halves.run(driver, by, grid, tile.threads)
     }
 
     /// See [`ExpertFfn`].
@@ -145,17 +213,19 @@ impl Cuda {
             let (groups, others) = rest.split_at(together.count());
             rest = others;
             let to = out + (first.out_offset * op.hidden * size_of::<f32>()) as u64;
-            if first.gate.dtype() == Dtype::F32 {
-                self.plain_groups(&mut scratch, OP, (x, rows, op.hidden), groups, to)?;
-            } else {
-                self.coded_groups(&mut scratch, OP, (x, rows, op.hidden), groups, to)?;
+            let input = (x, rows, op.hidden);
+            match Kind::of(first.gate.dtype(), op.hidden) {
+                Kind::Plain(..) => self.plain_groups(&mut scratch, OP, input, groups, to)?,
+                Kind::Bf16 | Kind::Coded(_) => {
+                    self.tiled_groups(&mut scratch, OP, input, groups, to)?;
+                }
             }
         }
         Ok(())
     }
 
-    /// Groups with bfloat16 weights, in one grouped product.
-    fn coded_groups(
+    /// Groups whose weights meet inputs of bfloat16, all of one format, in one grouped product.
+    fn tiled_groups(
         &self,
         scratch: &mut Scratch,
         op: &'static str,
@@ -179,16 +249,13 @@ impl Cuda {
         for group in groups.iter().filter(|_| !in_order) {
             lists.extend_from_slice(group.rows);
         }
+        let dtypes = alike(op, groups)?;
         let mut weights = Vec::with_capacity(3 * groups.len());
         let parts: [for<'a> fn(&ExpertGroup<'a>) -> &'a foregate_kernels::Matrix; 3] =
             [|group| group.gate, |group| group.up, |group| group.down];
         for part in parts {
             for group in groups {
-                let w = part(group);
-                if w.dtype() != Dtype::Bf16 {
-                    return Err(mixed(op));
-                }
-                weights.push(self.weight(op, w)?);
+                weights.push(self.weight(op, part(group))?);
             }
         }
         let weights = scratch
@@ -218,12 +285,13 @@ impl Cuda {
                 fullest,
                 hidden,
                 inner: groups[0].gate.n(),
+                dtypes,
                 out,
             },
         )
     }
 
-    /// Groups with float32 weights, one after the other.
+    /// Groups whose weights meet inputs of float32, one after the other.
     fn plain_groups(
         &self,
         scratch: &mut Scratch,
@@ -232,11 +300,9 @@ impl Cuda {
         groups: &[ExpertGroup<'_>],
         mut out: Address,
     ) -> Result<(), OpError> {
+        alike(op, groups)?;
         for group in groups {
             let count = group.rows.len();
-            if group.up.dtype() != Dtype::F32 || group.down.dtype() != Dtype::F32 {
-                return Err(mixed(op));
-            }
             if count == 0 {
                 continue;
             }
@@ -296,15 +362,13 @@ impl Cuda {
         if op.rows == 0 {
             return Ok(());
         }
-        match op.table.dtype {
-            Some(Dtype::F32) => return self.layer_by_host(op),
-            Some(dtype) => supported(OP, dtype)?,
-            None => {
-                return Err(OpError::OnHost {
-                    op: OP,
-                    what: "the table of experts",
-                });
-            }
+        let dtypes = op.table.dtypes.ok_or(OpError::OnHost {
+            op: OP,
+            what: "the table of experts",
+        })?;
+        one_kind(OP, dtypes)?;
+        if let Kind::Plain(symbol, _) = Kind::of(dtypes[0], op.table.hidden) {
+            return self.layer_by_host(op, symbol);
         }
         let (groups, choices) = (op.table.experts, op.rows * op.top_k);
         let (hidden, inner) = (op.table.hidden, op.table.inner);
@@ -377,6 +441,7 @@ impl Cuda {
                 fullest: op.rows.min(2 * choices.div_ceil(groups)),
                 hidden,
                 inner,
+                dtypes,
                 out: parts,
             },
         )?;
@@ -405,8 +470,9 @@ impl Cuda {
         combined.run(self.driver(), (op, "fg_combine"), grid, THREADS)
     }
 
-    /// Experts with float32 weights: the choice comes to the host, which sorts it. Right, and slow.
-    fn layer_by_host(&self, op: ExpertLayer<'_>) -> Result<(), OpError> {
+    /// Experts whose weights meet inputs of float32, in products of `symbol`: the choice comes to the host, which sorts it.
+    /// Right, and slow.
+    fn layer_by_host(&self, op: ExpertLayer<'_>, symbol: &'static str) -> Result<(), OpError> {
         const OP: &str = "expert_layer";
         let (hidden, inner, groups) = (op.table.hidden, op.table.inner, op.table.experts);
         let mut chosen = vec![0; op.rows * op.top_k];
@@ -420,6 +486,7 @@ impl Cuda {
         let parts = chosen.len() * hidden * size_of::<f32>();
         let parts = scratch.parts.bytes(driver, "results of experts", parts)?;
         let (by_expert, slots) = sort(&chosen, op.top_k, groups);
+        let by = (OP, symbol);
         for (expert, rows) in by_expert.iter().enumerate() {
             let Range { start, end } = rows.slots;
             let count = end - start;
@@ -440,8 +507,8 @@ impl Cuda {
                 });
             };
             let to = parts + (start * hidden * size_of::<f32>()) as u64;
-            self.plain_product(OP, (x, w_gate, gate), (count, inner, hidden))?;
-            self.plain_product(OP, (x, w_up, up), (count, inner, hidden))?;
+            self.plain_product(by, (x, w_gate, NO_BIAS, gate), (count, inner, hidden))?;
+            self.plain_product(by, (x, w_up, NO_BIAS, up), (count, inner, hidden))?;
             let both = Pairwise {
                 x: gate,
                 y: up,
@@ -449,7 +516,7 @@ impl Cuda {
             };
             let grid = [self.blocks(half), 1, 1];
             both.run(self.driver(), (OP, "fg_silu_mul"), grid, THREADS)?;
-            self.plain_product(OP, (gate, w_down, to), (count, hidden, inner))?;
+            self.plain_product(by, (gate, w_down, NO_BIAS, to), (count, hidden, inner))?;
         }
         let slots = scratch.lists.holding(driver, "lists of experts", &slots)?;
         self.combined(OP, (op.rows, op.top_k, hidden), (parts, slots, sums, out))
@@ -495,6 +562,28 @@ const fn number(value: usize) -> u32 {
 /// Whether `rows` are all rows of `count`, in their order.
 fn is_all(rows: &[u32], count: usize) -> bool {
     rows.len() == count && rows.iter().enumerate().all(|(at, row)| at == *row as usize)
+}
+
+/// Formats of gates and ups, and of downs, which all groups have.
+fn alike(op: &'static str, groups: &[ExpertGroup<'_>]) -> Result<[Dtype; 2], OpError> {
+    let dtypes = [groups[0].gate.dtype(), groups[0].down.dtype()];
+    let same = |group: &ExpertGroup<'_>| {
+        [group.gate.dtype(), group.up.dtype(), group.down.dtype()]
+            == [dtypes[0], dtypes[0], dtypes[1]]
+    };
+    if groups.iter().all(same) {
+        one_kind(op, dtypes)?;
+        return Ok(dtypes);
+    }
+    Err(mixed(op))
+}
+
+/// Whether both halves of a feed-forward have the same kernels.
+fn one_kind(op: &'static str, [first, second]: [Dtype; 2]) -> Result<(), OpError> {
+    if mem::discriminant(&first) == mem::discriminant(&second) {
+        return Ok(());
+    }
+    Err(mixed(op))
 }
 
 fn mixed(op: &'static str) -> OpError {

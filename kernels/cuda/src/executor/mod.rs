@@ -3,6 +3,7 @@
 //! All launches stand in one order, whoever calls; memory between kernels is shared by all ops, and lent under a lock
 //! for as long as an op is put in that order.
 
+mod format;
 mod grouped;
 mod place;
 mod product;
@@ -17,13 +18,14 @@ use foregate_kernels::{
     SiluMul, Span, StepRows, View, ViewMut,
 };
 
+use self::format::{Coding, Kind, supported};
 use self::place::Places;
-use self::product::{NO_BIAS, THREADS, supported};
+use self::product::{NO_BIAS, THREADS};
 use self::scratch::Scratch;
 use crate::driver::Driver;
 use crate::kernel::{
-    Address, Attended, Chosen, ClampTo, KvWritten, LogSoftmaxed, Merged, NULL, Normed,
-    Pairwise, Rotated, Rows, SigmoidScaled, failed, size,
+    Address, Attended, Chosen, ClampTo, CodedRows, KvWritten, LogSoftmaxed, Merged, NULL,
+    Normed, Pairwise, Rotated, Rows, SigmoidScaled, failed, size,
 };
 use crate::region::DeviceRegion;
 
@@ -196,6 +198,31 @@ impl Cuda {
         }
         .run(self.driver(), (op, symbol), grid, THREADS)
     }
+
+    /// Rows of a table of codes by number.
+    fn coded_rows(
+        &self,
+        op: &'static str,
+        (table, out): (Address, Address),
+        ids: &[u32],
+        coding: Coding,
+        (n, width): (usize, usize),
+    ) -> Result<(), OpError> {
+        let mut scratch = self.lock();
+        let driver = &self.shared.driver;
+        let rows = CodedRows {
+            table,
+            format: coding.format,
+            block_n: coding.block_n,
+            block_k: coding.block_k,
+            ids: scratch.ids.holding(driver, "numbers of rows", ids)?,
+            out,
+            n: size(op, "rows of the table", n)?,
+            width: size(op, "width", width)?,
+        };
+        let grid = [size(op, "rows", ids.len())?, 1, 1];
+        rows.run(self.driver(), (op, "fg_embed_coded"), grid, THREADS)
+    }
 }
 
 /// Bytes of a cache: `[pages][layers][2][kv_heads][page_tokens][head_dim]`.
@@ -237,7 +264,7 @@ impl Executor for Cuda {
         bytes: &[u8],
     ) -> Result<Matrix, OpError> {
         const OP: &str = "weights";
-        supported(OP, dtype)?;
+        supported(OP, dtype, k)?;
         let want = dtype.bytes(n, k).unwrap_or(usize::MAX);
         if want != bytes.len() {
             let what = "bytes of a matrix";
@@ -283,12 +310,16 @@ impl Executor for Cuda {
             return Ok(ExpertTable::default());
         };
         let shape =
-            |parts: &ExpertParts<'_>| (parts.gate.n(), parts.gate.k(), parts.gate.dtype());
-        let (inner, hidden, dtype) = shape(first);
+            |parts: &ExpertParts<'_>| (parts.gate.n(), parts.gate.k(), parts.down.dtype());
+        let (inner, hidden, down) = shape(first);
+        let dtypes = [first.gate.dtype(), down];
         let mut here = Vec::with_capacity(3 * experts.len());
-        let parts: [for<'a> fn(&ExpertParts<'a>) -> &'a Matrix; 3] =
-            [|parts| parts.gate, |parts| parts.up, |parts| parts.down];
-        for part in parts {
+        let parts: [(for<'a> fn(&ExpertParts<'a>) -> &'a Matrix, Dtype); 3] = [
+            (|parts| parts.gate, dtypes[0]),
+            (|parts| parts.up, dtypes[0]),
+            (|parts| parts.down, dtypes[1]),
+        ];
+        for (part, dtype) in parts {
             for expert in experts {
                 let w = part(expert);
                 if shape(expert) != shape(first) || w.dtype() != dtype {
@@ -306,7 +337,7 @@ impl Executor for Cuda {
             experts: experts.len(),
             inner,
             hidden,
-            dtype: Some(dtype),
+            dtypes: Some(dtypes),
         })
     }
 
@@ -333,12 +364,22 @@ impl Executor for Cuda {
         const OP: &str = "embed";
         op.check()?;
         let table = self.weight(OP, op.table)?;
-        let symbol = match op.table.dtype() {
-            Dtype::F32 => "fg_embed_f32",
-            _ => "fg_embed_bf16",
-        };
         let out = self.output(OP, "out", op.out)?;
-        self.rows((OP, symbol), (table, out), op.ids, op.table.k())
+        let width = op.table.k();
+        let symbol = match Kind::of(op.table.dtype(), width) {
+            Kind::Plain(_, symbol) => symbol,
+            Kind::Bf16 => "fg_embed_bf16",
+            Kind::Coded(coding) => {
+                return self.coded_rows(
+                    OP,
+                    (table, out),
+                    op.ids,
+                    coding,
+                    (op.table.n(), width),
+                );
+            }
+        };
+        self.rows((OP, symbol), (table, out), op.ids, width)
     }
 
     fn rms_norm(&self, op: RmsNorm<'_, Anywhere>) -> Result<(), OpError> {

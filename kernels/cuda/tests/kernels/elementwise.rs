@@ -144,3 +144,21 @@ fn rows_are_taken_by_index() {
         assert_eq!(call.read::<f32>(out), want);
     }
 }
+
+#[test]
+fn every_half_is_its_number() {
+    let width = 1 << 16;
+    let halves: Vec<u16> = (0..=u16::MAX).collect();
+    let mut call = Call::new("fg_embed_f16");
+    call.memory(&halves);
+    call.memory(&[0_u32]);
+    let out = call.output::<f32>(width);
+    call.value(width as u32).run([1, 1, 1]);
+    for (half, got) in halves.iter().zip(call.read::<f32>(out)) {
+        let want = half::f16::from_bits(*half).to_f32();
+        assert!(
+            got.to_bits() == want.to_bits() || got.is_nan() && want.is_nan(),
+            "{half:#06x}: {got}, want {want}"
+        );
+    }
+}

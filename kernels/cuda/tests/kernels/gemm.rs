@@ -167,3 +167,31 @@ fn float32_weights_are_one_chain_per_output() {
         }
     }
 }
+
+#[test]
+fn float16_weights_are_widened_and_computed_like_float32() {
+    let mut random = Random(54);
+    for (rows, n, k) in [(1, 1, 1), (33, 65, 70), (2, 128, 256)] {
+        let x = random.floats(rows * k);
+        let w: Vec<u16> = random
+            .floats(n * k)
+            .iter()
+            .map(|w| half::f16::from_f32(*w).to_bits())
+            .collect();
+        let mut call = Call::new("fg_gemm_f16");
+        call.memory(&x);
+        call.memory(&w);
+        call.null();
+        let out = call.output::<f32>(rows * n);
+        call.value(rows as u32).value(n as u32).value(k as u32);
+        call.run([n.div_ceil(32) as u32, rows.div_ceil(32) as u32, 1]);
+        let got: Vec<f32> = call.read(out);
+        for (i, got) in got.iter().enumerate() {
+            let (x, w) = (&x[i / n * k..][..k], &w[i % n * k..][..k]);
+            let chain = x.iter().zip(w).fold(0.0_f32, |sum, (x, w)| {
+                x.mul_add(half::f16::from_bits(*w).to_f32(), sum)
+            });
+            assert_eq!(got.to_bits(), chain.to_bits());
+        }
+    }
+}
