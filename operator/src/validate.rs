@@ -280,7 +280,6 @@ pub fn validate(manifest: Manifest) -> Result<ValidatedCluster, Findings> {
         security: security::security(&mut checks, spec.security),
         pods: spec.pods,
     };
-    checks.device(cluster.workers.device, cluster.model.weights);
     checks.coverable(cluster.balancing.cover, cluster.workers.holders());
     for (field, keys) in [
         ("spec.pods.labels", &cluster.pods.labels),

@@ -67,13 +67,15 @@ impl Bench<'_> {
         Ok(Values::F32(values))
     }
 
-    /// Matrices of the last two dimensions of a weight.
+    /// Matrices of the last two dimensions of a weight. Codes are rows of canonical bytes: numbers `NAME.n` and `NAME.k` are the
+    /// sizes of each, `NAME.format` their format.
     fn matrices(&self, name: &str) -> Result<Vec<Matrix>, String> {
         let (shape, values) = self.inputs.get(name)?;
-        let [.., n, k] = *shape else {
+        let [.., mut n, mut k] = *shape else {
             return Err(format!("`{name}` has fewer than two dimensions"));
         };
         let bytes: Vec<u8>;
+        let mut count = shape.iter().rev().skip(2).product::<usize>();
         let (dtype, bytes): (_, &[u8]) = match values {
             Values::F32(values) => {
                 bytes = values
@@ -83,11 +85,42 @@ impl Bench<'_> {
                 (Dtype::F32, &bytes)
             }
             Values::Bf16(bytes) => (Dtype::Bf16, bytes),
+            Values::F16(bytes) => (Dtype::F16, bytes),
+            Values::Codes(bytes) => {
+                count = n;
+                n = self.inputs.number(&format!("{name}.n"))?;
+                k = self.inputs.number(&format!("{name}.k"))?;
+                (self.coded(&format!("{name}.format"))?, bytes)
+            }
             Values::U32(_) => return Err(format!("`{name}` is no weight")),
         };
-        let size = bytes.len() / shape.iter().rev().skip(2).product::<usize>().max(1);
+        let size = bytes.len() / count.max(1);
         let pack = |bytes| self.executor.matrix(dtype, n, k, bytes).map_err(said);
         bytes.chunks_exact(size.max(1)).map(pack).collect()
+    }
+
+    /// A format of codes: `int8`, `int4 GROUP`, `fp8 ROWS COLUMNS` or `mxfp4`.
+    fn coded(&self, name: &str) -> Result<Dtype, String> {
+        let text = self.inputs.text(name).unwrap_or_default();
+        let words: Vec<&str> = text.split(' ').collect();
+        let number = |word: &str| {
+            word.parse::<usize>()
+                .map_err(|_| format!("`{name}` is {text}"))
+        };
+        match words[..] {
+            ["int8"] => Ok(Dtype::Int8),
+            ["int4", group] => Ok(Dtype::Int4 {
+                group: number(group)?,
+            }),
+            ["fp8", rows, columns] => Ok(Dtype::Fp8 {
+                block_n: number(rows)?,
+                block_k: number(columns)?,
+            }),
+            ["mxfp4"] => Ok(Dtype::Mxfp4),
+            _ => Err(format!(
+                "`{name}` is {text:?}: int8, int4 GROUP, fp8 ROWS COLUMNS or mxfp4"
+            )),
+        }
     }
 
     fn matrix(&self, name: &str) -> Result<Matrix, String> {

@@ -1,4 +1,5 @@
-//! Tensors in files of the safetensors format, as far as operations have them: float32, bfloat16 and unsigned integers.
+//! Tensors in files of the safetensors format, as far as operations have them: plain numbers, unsigned
+//! integers, and codes with scales as bytes.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -14,6 +15,10 @@ pub(super) enum Values {
     U32(Vec<u32>),
     /// As they stand in the file.
     Bf16(Vec<u8>),
+    /// As they stand in the file.
+    F16(Vec<u8>),
+    /// Canonical bytes of matrices, whose format and sizes are in the metadata.
+    Codes(Vec<u8>),
 }
 
 /// Tensors by name, and numbers.
@@ -47,9 +52,11 @@ impl Tensors {
                     Values::U32(words.iter().map(|w| u32::from_le_bytes(*w)).collect())
                 }
                 Dtype::BF16 => Values::Bf16(bytes.to_vec()),
+                Dtype::F16 => Values::F16(bytes.to_vec()),
+                Dtype::U8 => Values::Codes(bytes.to_vec()),
                 other => {
                     return Err(of(format!(
-                        "tensor `{name}` is {other:?}: F32, U32 or BF16"
+                        "tensor `{name}` is {other:?}: F32, U32, BF16, F16 or U8"
                     )));
                 }
             };
@@ -89,6 +96,14 @@ impl Tensors {
                 Values::Bf16(bytes) => {
                     data.extend_from_slice(bytes);
                     "BF16"
+                }
+                Values::F16(bytes) => {
+                    data.extend_from_slice(bytes);
+                    "F16"
+                }
+                Values::Codes(bytes) => {
+                    data.extend_from_slice(bytes);
+                    "U8"
                 }
             };
             let entry =

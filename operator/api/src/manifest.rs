@@ -113,8 +113,8 @@ pub struct WorkersSpec {
     /// Number of workers, default 2.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub count: Option<u32>,
-    /// What they compute on: `cpu`. `cuda` is refused, since this version has no kernels for cards. Cards that
-    /// `resources` asks for only decide where pods go. Default `cpu`.
+    /// What they compute on: `cpu`, or `cuda`, where each has a card of its own that its pod asks for in `resources`.
+    /// Default `cpu`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub device: Option<DeviceClass>,
     /// Workers that take requests and hold no experts: the first ones, by rank. Default 0.
@@ -185,7 +185,7 @@ pub enum DeviceClass {
     /// Processors.
     #[default]
     Cpu,
-    /// Cards with CUDA. This version has no kernels for them, and refuses it.
+    /// Cards with CUDA, one for each worker.
     Cuda,
 }
 

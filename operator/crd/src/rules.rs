@@ -176,14 +176,6 @@ const RULES: &[Rule] = &[
         says: Says::Expression("'is ' + self + '; give 64Ki to 16Ti'", "give 64Ki to 16Ti"),
     },
     Rule {
-        at: "spec",
-        rule: "self.workers.device == 'cpu' || (self.model.quantization == 'none' && self.model.dtype != 'float16')",
-        says: Says::Text(
-            "workers on cards compute with bfloat16 or float32: write model.quantization none and model.dtype auto, bfloat16 or \
-             float32, or workers.device cpu",
-        ),
-    },
-    Rule {
         at: "spec.workers.device",
         rule: "self == oldSelf",
         says: Says::Text(

@@ -7,9 +7,7 @@ use foregate_api::limits::{
     KV_MEMORY, Limit, MAX_DOMAIN, MAX_NAME, MAX_SERVED_NAME, MAX_SERVED_NAMES, MAX_TENANT_NAME,
     MAX_URI, PAGE_TOKENS, PRIORITY, QuantityLimit,
 };
-use foregate_api::manifest::DeviceClass;
 use foregate_api::placement::Cover;
-use foregate_api::weights::{PlainFormat, Quantization, WeightSettings};
 
 use crate::quantity::{parse_bytes, parse_milli};
 use crate::validate::{
@@ -96,30 +94,6 @@ impl Checks {
             format!("give {low} to {high}"),
         );
         right
-    }
-
-    /// Kernels of cards take weights as they are.
-    pub(super) fn device(&mut self, device: DeviceClass, weights: WeightSettings) {
-        if device == DeviceClass::Cpu {
-            return;
-        }
-        if weights.quantization != Quantization::None {
-            self.add(
-                "spec.model.quantization",
-                format!(
-                    "is {}, and workers on cards compute with bfloat16 or float32",
-                    weights.quantization
-                ),
-                "write none, or spec.workers.device: cpu",
-            );
-        }
-        if weights.dtype == PlainFormat::Float16 {
-            self.add(
-                "spec.model.dtype",
-                "is float16, and workers on cards compute with bfloat16 or float32".to_owned(),
-                "write bfloat16, or spec.workers.device: cpu",
-            );
-        }
     }
 
     /// Somebody must take requests, somebody must hold experts, and nobody can do without both.
