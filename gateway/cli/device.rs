@@ -2,15 +2,23 @@
 
 use std::sync::Arc;
 
+use foregate_cuda::comm::{FLOOR, Library, StagedComms};
 use foregate_cuda::{Cuda, Staged};
 use foregate_kernels::Cpu;
 use foregate_worker::{Card, Cards};
 
-/// Those that the machine's driver has.
+/// Those that the machine's driver has, and the NCCL that the loader finds.
 pub(crate) fn cards() -> Cards {
-    Cards::new(|number, cpu| {
+    let cards = Cards::new(|number, cpu| {
         let cuda = foregate_cuda::open(number).map_err(|error| error.to_string())?;
         Ok(card(&cuda, cpu))
+    });
+    cards.with_comms(|number| {
+        let library = Library::open(None).map_err(|error| {
+            format!("{error}: the images for cards have it, or put {FLOOR} or newer on the loader's path (LD_LIBRARY_PATH)")
+        })?;
+        tracing::info!(version = %library.version(), path = %library.path().display(), "nccl_opened");
+        Ok(Arc::new(StagedComms::on_card(library, number)))
     })
 }
 

@@ -11,8 +11,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use foregate_api::manifest::DeviceClass;
-use foregate_cuda::comm::{Library, trial};
-use foregate_kernels::{Cpu, Executor, OnHost};
+use foregate_cuda::comm::{Library, StagedComms, trial};
+use foregate_kernels::{Comms, Cpu, Executor, OnHost};
+use foregate_worker::fabric::nccl::trial as fabric;
+use tokio::runtime::Handle;
 
 use crate::error::{CliError, print};
 use tensors::Tensors;
@@ -20,7 +22,8 @@ use tensors::Tensors;
 /// Arguments of `foregate op`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct OpArgs {
-    /// The operation: that of an executor, or `nccl`, which takes no files: a group of one rank on one card.
+    /// The operation: that of an executor; or one that takes no files: `nccl`, a group of one rank on one card, or
+    /// `collective`, what workers of the fabric `nccl` do, between so many ranks on one card.
     name: String,
     /// What to compute on.
     #[arg(long, value_name = "cpu|cuda", default_value = "cpu", value_parser = super::doctor::device)]
@@ -37,6 +40,9 @@ pub(crate) struct OpArgs {
     /// NCCL's library, where the loader does not find it.
     #[arg(long, value_name = "FILE")]
     nccl_library: Option<PathBuf>,
+    /// Ranks of `collective`. More than one want NCCL 2.30 and NCCL_MULTI_RANK_GPU_ENABLE=1.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=8))]
+    ranks: u32,
 }
 
 /// Runs the operation.
@@ -44,8 +50,10 @@ pub(crate) struct OpArgs {
 /// # Errors
 /// An operation or file that is none, inputs that do not fit each other, a device that is not there or fails.
 pub(crate) fn run(args: &OpArgs) -> Result<(), CliError> {
-    if args.name == "nccl" {
-        return nccl(args);
+    match args.name.as_str() {
+        "nccl" => return nccl(args),
+        "collective" => return collective(args),
+        _ => {}
     }
     let (Some(input), Some(output)) = (&args.input, &args.output) else {
         return Err(CliError::Usage("--in and --out name the files".to_owned()));
@@ -83,5 +91,16 @@ fn nccl(args: &OpArgs) -> Result<(), CliError> {
         library.version(),
         library.path().display()
     ));
+    Ok(())
+}
+
+fn collective(args: &OpArgs) -> Result<(), CliError> {
+    let failed = |error: String| CliError::Runtime(format!("collective: {error}"));
+    let library = Library::open(args.nccl_library.as_deref())
+        .map_err(|error| failed(error.to_string()))?;
+    let version = library.version();
+    let comms: Arc<dyn Comms> = Arc::new(StagedComms::on_card(library, args.ordinal));
+    let told = fabric::run(&comms, args.ranks, &Handle::current()).map_err(failed)?;
+    print(&format!("NCCL {version}, {told}"));
     Ok(())
 }

@@ -316,7 +316,7 @@ async fn worker(role: &Role, config: WorkerConfig) -> Result<(), CliError> {
     let keys = keys(&role.node, TlsRole::Worker)?;
     let rpc_listener = listen("rpc_listen", &config.rpc_listen).await?;
     let exchange_listener = match config.fabric {
-        // The worker refuses the latter.
+        // Who is local meets at the hub; ranks of NCCL find each other through the store.
         FabricKind::Local | FabricKind::Nccl => None,
         // The fabric has threads of its own, so its listener is a plain one.
         FabricKind::Tcp => {

@@ -584,9 +584,9 @@ class Kit:
             paths = [os.path.join(wheels, "nccl", "lib"), "/usr/local/nvidia/lib64", self.env.get("LD_LIBRARY_PATH", "")]
             self.env["LD_LIBRARY_PATH"] = ":".join(path for path in paths if path)
 
-    def run(self, *arguments, timeout=300):
+    def run(self, *arguments, timeout=300, env=()):
         command = [self.program, *arguments]
-        return subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=timeout)
+        return subprocess.run(command, env={**self.env, **dict(env)}, capture_output=True, text=True, timeout=timeout)
 
     def op(self, case, tensors=None, device=None):
         """Runs an operation. Gives (outputs, None) or (None, why not)."""
@@ -707,6 +707,14 @@ def check_nccl(kit, report):
     ran = kit.run("op", "nccl", "--device", kit.device, timeout=180)
     wrong = None if ran.returncode == 0 else f"exit code {ran.returncode}: {ran.stderr.strip()[-300:]}"
     report.add("nccl", "one rank: join, reduce, exchange, end, abort", wrong, ran.stdout.strip())
+    # What the fabric of workers does. Several ranks share a card from 2.30 on only, and where the card has room for their blocks.
+    found = re.search(r"NCCL (\d+)\.(\d+)", ran.stdout)
+    shared = found is not None and tuple(map(int, found.groups())) >= (2, 30)
+    for ranks in (1, 2) if shared else (1,):
+        env = {"NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_MAX_CTAS": "4"} if ranks > 1 else {}
+        ran = kit.run("op", "collective", "--device", kit.device, "--ranks", str(ranks), timeout=240, env=env)
+        wrong = None if ran.returncode == 0 else f"exit code {ran.returncode}: {ran.stderr.strip()[-300:]}"
+        report.add("nccl", f"the fabric's collectives, ranks on this card: {ranks}", wrong, ran.stdout.strip())
 
 
 # ---------------------------------------------------------------- kernels by themselves: arguments and times

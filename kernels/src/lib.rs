@@ -18,6 +18,7 @@
 mod buffer;
 mod check;
 mod codes;
+mod comm;
 mod cpu;
 mod dtype;
 mod error;
@@ -31,6 +32,7 @@ mod sample;
 mod slab;
 
 pub use buffer::MappedFile;
+pub use comm::{Comm, CommFault, Comms, Seat};
 pub use cpu::{
     Arithmetic, Cpu, Keep, Path, PathError, ReadThrough, SeatError, Seated, Seats, Share,
     UnknownPath, quantize,

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use foregate_api::cpu::Arithmetic;
 use foregate_api::node::{Device as Class, WorkerConfig};
 use foregate_checkpoint::Checkpoint;
-use foregate_kernels::{Cpu, Executor, KvCache, KvShape, OnHost, OpError, Ops};
+use foregate_kernels::{Comms, Cpu, Executor, KvCache, KvShape, OnHost, OpError, Ops};
 use foregate_models::{Model, ModelError};
 
 use crate::dense::DenseWeights;
@@ -36,18 +36,37 @@ impl fmt::Debug for Card {
     }
 }
 
-/// Opens cards by their numbers. A worker knows no driver: who composes it does.
+/// Opens cards by their numbers, and what carries rows between them. A worker knows no driver: who composes it does.
 #[derive(Clone)]
-pub struct Cards(Arc<OpenCard>);
+pub struct Cards {
+    open: Arc<OpenCard>,
+    comms: Arc<OpenComms>,
+}
 
 type OpenCard = dyn Fn(u32, &Cpu) -> Result<Card, String> + Send + Sync;
+type OpenComms = dyn Fn(u32) -> Result<Arc<dyn Comms>, String> + Send + Sync;
 
 impl Cards {
     /// Those that `open` gives, which gets a processor to sum results with that are here; its error says what helps.
     pub fn new(
         open: impl Fn(u32, &Cpu) -> Result<Card, String> + Send + Sync + 'static,
     ) -> Self {
-        Self(Arc::new(open))
+        Self {
+            open: Arc::new(open),
+            comms: Arc::new(|card| Err(format!("card {card} reaches no other"))),
+        }
+    }
+
+    /// The same, with what carries rows between a card and others; its error says what is missing.
+    #[must_use]
+    pub fn with_comms(
+        self,
+        comms: impl Fn(u32) -> Result<Arc<dyn Comms>, String> + Send + Sync + 'static,
+    ) -> Self {
+        Self {
+            comms: Arc::new(comms),
+            ..self
+        }
     }
 
     /// The card of this number.
@@ -55,7 +74,15 @@ impl Cards {
     /// # Errors
     /// Why there is none, with what helps.
     pub fn open(&self, card: u32, cpu: &Cpu) -> Result<Card, String> {
-        (self.0)(card, cpu)
+        (self.open)(card, cpu)
+    }
+
+    /// What carries rows between the card of this number and others.
+    ///
+    /// # Errors
+    /// Why there is nothing.
+    pub fn comms(&self, card: u32) -> Result<Arc<dyn Comms>, String> {
+        (self.comms)(card)
     }
 
     /// For who has processors only.

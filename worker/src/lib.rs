@@ -28,14 +28,17 @@ use foregate_store::kv::Store;
 use foregate_tls::Keys;
 use foregate_wire::serve as grpc;
 use prometheus::Registry;
+use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::dense::DenseWeights;
-use crate::engine::{EngineHandle, EngineParts, EngineState};
+use crate::engine::{EngineHandle, EngineParts, EngineState, StepExperts};
+use crate::exchange::lockstep::StandIn;
 use crate::exchange::{Endpoint, EndpointParts};
 use crate::fabric::Identity;
 use crate::fabric::local::LocalHub;
+use crate::fabric::nccl::NcclGroups;
 use crate::load::{LoadCounters, WindowHeader};
 use crate::loading::Loading;
 use crate::membership::{CloseWindow, Publisher, PublisherHandle, Wanted};
@@ -152,6 +155,8 @@ struct Worker {
     stop_follower: CancellationToken,
     publisher: JoinHandle<()>,
     stop_publisher: CancellationToken,
+    /// Steps with the others where rows travel in lock-step, also when the engine has ended.
+    stand_in: Option<StandIn>,
 }
 
 impl Worker {
@@ -210,11 +215,23 @@ impl Worker {
             }),
             page_tokens: config.page_tokens,
         };
+        let coord = Coord::new(store, &cluster);
+        let (experts, stand_in): (Box<dyn StepExperts>, _) = match loaded.comms {
+            None => (Box::new(endpoint.exchange()), None),
+            Some(comms) => {
+                let groups = NcclGroups::new(me.rank, coord.clone(), comms, Handle::current());
+                let lock_step = endpoint
+                    .lock_step(Arc::new(groups), loaded.device.callee_ops())
+                    .map_err(io("starting the thread that steps with others"))?;
+                let stand_in = lock_step.stand_in();
+                (Box::new(lock_step), Some(stand_in))
+            }
+        };
         let start = |attention: start::Attention| {
             engine::start(EngineParts {
                 model: attention.model,
                 kv: attention.kv,
-                experts: Box::new(endpoint.exchange()),
+                experts,
                 config: config.clone(),
                 load: Arc::clone(&load),
             })
@@ -223,7 +240,6 @@ impl Worker {
         let engine = engine.map_err(io("starting the engine's thread"))?;
 
         let stop_follower = CancellationToken::new();
-        let coord = Coord::new(store, &cluster);
         let window = CloseWindow::from(window_closer(
             &config,
             Arc::clone(&load),
@@ -286,6 +302,7 @@ impl Worker {
             stop_rpc,
             stop_follower,
             stop_publisher,
+            stand_in,
         })
     }
 
@@ -339,9 +356,16 @@ impl Worker {
         end("gauges", self.gauges).await;
         self.stop_rpc.cancel();
         end("rpc", self.rpc).await;
-        let endpoint = self.endpoint;
+        let (endpoint, stand_in) = (self.endpoint, self.stand_in);
+        let close = move || {
+            if let Some(stand_in) = &stand_in {
+                stand_in.close();
+            }
+            drop(stand_in);
+            endpoint.close();
+        };
         // Joins threads: not on a runtime thread.
-        if let Err(error) = tokio::task::spawn_blocking(move || endpoint.close()).await {
+        if let Err(error) = tokio::task::spawn_blocking(close).await {
             tracing::error!(%error, "exchange_close_failed");
         }
     }

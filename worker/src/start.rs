@@ -5,10 +5,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use foregate_api::cpu::{CpuPath, Pinning, Seat};
-use foregate_api::node::{FabricKind, WorkerConfig};
+use foregate_api::node::{Device as Class, FabricKind, WorkerConfig};
 use foregate_checkpoint::Checkpoint;
 use foregate_kernels::{
-    Cpu, Keep, KvCache, KvShape, Ops as _, PathError, SeatError, Seats, Share,
+    Comms, Cpu, Keep, KvCache, KvShape, Ops as _, PathError, SeatError, Seats, Share,
 };
 use foregate_models::Model;
 use foregate_tls::Keys;
@@ -29,6 +29,8 @@ pub(crate) struct Loaded {
     pub(crate) attention: Option<Attention>,
     /// Bytes of the dense weights in memory.
     pub(crate) dense_bytes: u64,
+    /// What carries rows between cards, where they travel in lock-step.
+    pub(crate) comms: Option<Arc<dyn Comms>>,
 }
 
 /// All weights that are no expert's, and room for keys and values.
@@ -79,7 +81,25 @@ pub(crate) fn check(config: &WorkerConfig) -> Result<(), WorkerError> {
         return Err(refuse("served_name", "must name the model"));
     }
     if config.fabric == FabricKind::Nccl {
-        return Err(no_nccl());
+        lock_step(config)?;
+    }
+    Ok(())
+}
+
+/// What a worker must be to exchange rows over NCCL.
+fn lock_step(config: &WorkerConfig) -> Result<(), WorkerError> {
+    if config.device == Class::Cpu {
+        return Err(refuse(
+            "fabric",
+            "`nccl` carries rows between cards, and `device` is `cpu`: name a card there, or use `tcp`",
+        ));
+    }
+    if !config.duty.holds_experts() {
+        return Err(refuse(
+            "duty",
+            "`attention`, without expert slots, is in no placement, and so in no group of the fabric `nccl`: use `both`, \
+             or the fabric `tcp`",
+        ));
     }
     Ok(())
 }
@@ -108,15 +128,25 @@ pub(crate) fn way(
             reachable("exchange_listen", address)?;
             Ok(Way::Tcp(listener, TcpSettings::default(), keys))
         }
-        FabricKind::Nccl => Err(no_nccl()),
+        // NCCL knows neither keys nor encryption.
+        FabricKind::Nccl if keys.is_some() => Err(refuse(
+            "fabric",
+            "`nccl` would carry rows in the clear, from whoever comes, and the node file has `tls`: use `tcp`, or leave \
+             `tls` out where the network is trusted",
+        )),
+        FabricKind::Nccl => Ok(Way::LockStep),
     }
 }
 
-fn no_nccl() -> WorkerError {
-    refuse(
-        "fabric",
-        "`nccl` carries no rows yet: they are in no memory of a card; use `tcp`",
-    )
+/// What carries rows between cards, where the configuration wants it.
+fn comms(config: &WorkerConfig, cards: &Cards) -> Result<Option<Arc<dyn Comms>>, WorkerError> {
+    let (FabricKind::Nccl, Class::Cuda { card }) = (config.fabric, config.device) else {
+        return Ok(None);
+    };
+    let comms = cards.comms(card);
+    comms
+        .map(Some)
+        .map_err(|why| refuse("fabric", &format!("`nccl`: {why}; or use `tcp`")))
 }
 
 /// The address as peers are told it.
@@ -169,6 +199,7 @@ fn load_now(
     let spec = checkpoint.spec();
     let device = Device::open(config.device, Arc::clone(&cpu), cards)
         .map_err(|error| refuse("device", &error))?;
+    let comms = comms(config, cards)?;
     let shape = match config.duty.runs_attention() {
         true => Some(crate::engine::kv_shape(spec, config)?),
         false => None,
@@ -195,6 +226,7 @@ fn load_now(
         device,
         attention,
         dense_bytes,
+        comms,
     })
 }
 
@@ -281,7 +313,7 @@ mod tests {
             fabric: FabricKind::Tcp,
             duty: Duty::Both,
             slots: 8,
-            device: foregate_api::node::Device::Cpu,
+            device: Class::Cpu,
             threads: 1,
             cpu_path: CpuPath::Auto,
             pinning: Pinning::None,
@@ -329,8 +361,13 @@ mod tests {
     fn numbers_outside_their_range_are_refused_by_name() {
         assert!(check(&config()).is_ok());
         type Change = fn(&mut WorkerConfig);
-        let changes: [(&str, Change); 12] = [
+        let changes: [(&str, Change); 13] = [
             ("fabric", |c| c.fabric = FabricKind::Nccl),
+            ("duty", |c| {
+                c.fabric = FabricKind::Nccl;
+                c.device = Class::Cuda { card: 0 };
+                (c.duty, c.slots) = (Duty::Attention, 0);
+            }),
             ("slots", |c| c.slots = 0),
             ("slots", |c| c.duty = Duty::Attention),
             ("threads", |c| c.threads = u32::MAX),

@@ -1,4 +1,4 @@
-//! The lock-step discipline over threads of this process: the same bits as one process, whatever the placement, the
+//! The lock-step discipline between threads of this process, by hand and by NCCL's host side: the same bits as one process, whatever the placement, the
 //! number of rows and who has any; and when a rank is lost, everybody stops in time and goes on with the next epoch.
 #![allow(
     clippy::unwrap_used,
@@ -9,7 +9,10 @@
 )]
 
 mod exchange_rig;
+#[path = "../../kernels/cuda/tests/peers/mod.rs"]
+mod peers;
 mod random;
+mod ranks;
 mod rig;
 mod threads;
 
@@ -26,15 +29,14 @@ use foregate_worker::engine::{EngineHandle, StepExperts};
 use foregate_worker::exchange::lockstep::LockStep;
 use foregate_worker::exchange::{Endpoint, EndpointParts, Way};
 use foregate_worker::fabric::Identity;
-use foregate_worker::fabric::local::LocalHub;
 use foregate_worker::load::LoadCounters;
 use foregate_worker::metrics::{Collected, WorkerMetrics};
 use foregate_worker::residency::Routing;
 
 use exchange_rig::{PATIENCE, drawn, expert, metrics, ops, spec, wait_for};
 use random::Random;
+use ranks::{Hall, NewHall};
 use rig::{Rig, Sizes, collect, prompt, submit};
-use threads::{Meeting, Seat};
 
 /// For tests in which somebody is waited for in vain.
 const SHORT: Duration = Duration::from_millis(400);
@@ -57,8 +59,7 @@ impl Node {
             spec: Arc::clone(spec),
             ops: ops(),
             callee_ops: ops(),
-            // Nobody calls over it.
-            way: Way::Local(LocalHub::new()),
+            way: Way::LockStep,
             load: Arc::new(LoadCounters::new(spec.moe_layers(), spec.experts)),
             metrics: Arc::clone(&metrics),
             deadline,
@@ -82,12 +83,9 @@ impl Node {
         self.endpoint.gate().switch(Arc::new(routing));
     }
 
-    fn lock_step(&self, meeting: &Arc<Meeting>, rank: u32) -> LockStep {
-        let seat = Seat {
-            meeting: Arc::clone(meeting),
-            rank: Rank(rank),
-        };
-        self.endpoint.lock_step(Arc::new(seat), ops()).unwrap()
+    fn lock_step(&self, hall: &Arc<dyn Hall>, rank: u32) -> LockStep {
+        let groups = hall.groups(Rank(rank));
+        self.endpoint.lock_step(groups, ops()).unwrap()
     }
 }
 
@@ -236,9 +234,9 @@ fn on_each<T: Send>(nodes: &[Node], work: impl Fn(u32, &Node) -> T + Sync) -> Ve
 }
 
 /// A rank that leaves takes the others' steps with it, so all leave together; and nobody waits for a group of those who left.
-fn leave(ended: &std::sync::Barrier, meeting: &Meeting, lock_step: LockStep) {
+fn leave(ended: &std::sync::Barrier, hall: &Arc<dyn Hall>, lock_step: LockStep) {
     ended.wait();
-    meeting.close();
+    hall.close();
     drop(lock_step);
 }
 
@@ -253,8 +251,7 @@ fn nodes(count: u32, deadline: Duration) -> Vec<Node> {
 }
 
 /// Every form of a step, with ranks that have nothing among those that have much.
-#[test]
-fn rows_have_the_bits_of_one_process() {
+fn rows_have_the_bits_of_one_process(new_hall: NewHall) {
     // Rows by rank: one block, several buckets, two rounds, counted.
     let cases: [&[usize]; 6] = [
         &[3],
@@ -269,11 +266,11 @@ fn rows_have_the_bits_of_one_process() {
         let ranks: Vec<u32> = (0..rows.len() as u32).collect();
         let nodes = nodes(rows.len() as u32, PATIENCE);
         let placement = scattered(&mut Random::new(case as u64), 1, &ranks, &spec);
-        let meeting = Arc::new(Meeting::default());
+        let hall = new_hall();
         let ended = std::sync::Barrier::new(rows.len());
         let calls = on_each(&nodes, |rank, node| {
             node.switch(&placement);
-            let mut lock_step = node.lock_step(&meeting, rank);
+            let mut lock_step = node.lock_step(&hall, rank);
             let random = &mut Random::new(1000 * case as u64 + u64::from(rank));
             for _ in 0..2 {
                 let rows = rows[rank as usize];
@@ -286,7 +283,7 @@ fn rows_have_the_bits_of_one_process() {
                     assert!(!step(&mut lock_step, &batches, &spec), "nothing is late");
                 }
             }
-            leave(&ended, &meeting, lock_step);
+            leave(&ended, &hall, lock_step);
             node.metrics.collectives_total(Collected::Rows)
         });
         let most = rows.iter().max().unwrap();
@@ -304,16 +301,15 @@ fn rows_have_the_bits_of_one_process() {
 }
 
 /// An engine that gives up in the middle of a step leaves the others no riddle.
-#[test]
-fn a_step_that_ends_early_is_walked_to_its_end() {
+fn a_step_that_ends_early_is_walked_to_its_end(new_hall: NewHall) {
     let spec = spec();
     let nodes = nodes(2, PATIENCE);
     let placement = scattered(&mut Random::new(3), 1, &[0, 1], &spec);
-    let meeting = Arc::new(Meeting::default());
+    let hall = new_hall();
     let ended = std::sync::Barrier::new(2);
     on_each(&nodes, |rank, node| {
         node.switch(&placement);
-        let mut lock_step = node.lock_step(&meeting, rank);
+        let mut lock_step = node.lock_step(&hall, rank);
         let random = &mut Random::new(u64::from(rank));
         for round in 0..4 {
             let layers = if rank == 1 && round % 2 == 0 {
@@ -337,25 +333,60 @@ fn a_step_that_ends_early_is_walked_to_its_end() {
         lock_step.end_step();
         ended.wait();
         assert_eq!(node.metrics.lost_groups_total(), 0);
-        leave(&ended, &meeting, lock_step);
+        leave(&ended, &hall, lock_step);
     });
+}
+
+/// A worker that drains has no engine any more, and experts that the others need for their last tokens.
+fn who_has_no_engine_any_more_still_steps(new_hall: NewHall) {
+    let spec = spec();
+    let nodes = nodes(2, PATIENCE);
+    let placement = scattered(&mut Random::new(9), 1, &[0, 1], &spec);
+    let hall = new_hall();
+    let ended = std::sync::Barrier::new(2);
+    on_each(&nodes, |rank, node| {
+        node.switch(&placement);
+        let lock_step = node.lock_step(&hall, rank);
+        let stand_in = lock_step.stand_in();
+        if rank == 0 {
+            let calls = node.endpoint.server().calls();
+            drop(lock_step);
+            ended.wait();
+            assert!(
+                node.endpoint.server().calls() > calls,
+                "its drain would not wait"
+            );
+        } else {
+            let mut lock_step = lock_step;
+            let random = &mut Random::new(1);
+            for _ in 0..3 {
+                let batches: Vec<Rows> = (0..spec.moe_layers())
+                    .map(|_| Rows::draw(random, 5, &spec))
+                    .collect();
+                assert!(!step(&mut lock_step, &batches, &spec), "nothing is late");
+            }
+            ended.wait();
+        }
+        stand_in.close();
+        hall.close();
+    });
+    assert!(nodes.iter().all(|node| node.metrics.late_rows_total() == 0));
 }
 
 /// The rank that is lost says nothing any more. The others stop within the deadline, lose only this step, and go on with
 /// the epoch that does without it.
-#[test]
-fn a_lost_rank_costs_a_step_and_not_the_cluster() {
+fn a_lost_rank_costs_a_step_and_not_the_cluster(new_hall: NewHall) {
     let spec = spec();
     let nodes = nodes(3, SHORT);
     let random = &mut Random::new(11);
     let placement = scattered(random, 1, &[0, 1, 2], &spec);
     let next = scattered(random, 2, &[0, 1], &spec);
-    let meeting = Arc::new(Meeting::default());
+    let hall = new_hall();
     let lost = std::sync::Barrier::new(3);
     let ended = std::sync::Barrier::new(2);
     on_each(&nodes, |rank, node| {
         node.switch(&placement);
-        let mut lock_step = node.lock_step(&meeting, rank);
+        let mut lock_step = node.lock_step(&hall, rank);
         let random = &mut Random::new(u64::from(rank));
         let mut draw = || -> Vec<Rows> {
             (0..spec.moe_layers())
@@ -382,7 +413,7 @@ fn a_lost_rank_costs_a_step_and_not_the_cluster() {
         while step(&mut lock_step, &draw(), &spec) {
             assert!(begun.elapsed() < PATIENCE, "no group of the next epoch");
         }
-        leave(&ended, &meeting, lock_step);
+        leave(&ended, &hall, lock_step);
     });
     // A machine that is busy elsewhere may lose more of them.
     assert!(
@@ -393,16 +424,15 @@ fn a_lost_rank_costs_a_step_and_not_the_cluster() {
 }
 
 /// Where all live, a group that was too slow is formed anew in the same epoch.
-#[test]
-fn a_pause_of_a_rank_is_no_end() {
+fn a_pause_of_a_rank_is_no_end(new_hall: NewHall) {
     let spec = spec();
     let nodes = nodes(2, SHORT);
     let placement = scattered(&mut Random::new(5), 1, &[0, 1], &spec);
-    let meeting = Arc::new(Meeting::default());
+    let hall = new_hall();
     let ended = std::sync::Barrier::new(2);
     on_each(&nodes, |rank, node| {
         node.switch(&placement);
-        let mut lock_step = node.lock_step(&meeting, rank);
+        let mut lock_step = node.lock_step(&hall, rank);
         let random = &mut Random::new(u64::from(rank));
         let mut draw = || -> Vec<Rows> {
             (0..spec.moe_layers())
@@ -421,7 +451,7 @@ fn a_pause_of_a_rank_is_no_end() {
             assert!(begun.elapsed() < PATIENCE, "no second group");
             std::thread::park_timeout(Duration::from_millis(1));
         }
-        leave(&ended, &meeting, lock_step);
+        leave(&ended, &hall, lock_step);
     });
     for node in &nodes {
         assert!(node.metrics.lost_groups_total() >= 1);
@@ -430,13 +460,12 @@ fn a_pause_of_a_rank_is_no_end() {
 
 /// Engines over lock-step: token streams are those of one process, while placements change under them, at different
 /// moments at different ranks, over the same ranks and over fewer.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn token_streams_are_those_of_one_process() {
+async fn token_streams_are_those_of_one_process(new_hall: NewHall) {
     for (seed, family) in [(0, Family::Qwen3Moe), (1, Family::Mixtral)] {
         let random = &mut Random::new(seed);
         let rig = Rig::tiny(family);
         let spec = Arc::new(rig.spec().clone());
-        let meeting = Arc::new(Meeting::default());
+        let hall = new_hall();
         let nodes: Vec<Node> = (0..3)
             .map(|rank| Node::new(rank, &spec, PATIENCE))
             .collect();
@@ -450,7 +479,7 @@ async fn token_streams_are_those_of_one_process() {
             .zip(&nodes)
             .map(|(rank, node)| {
                 node.switch(&first);
-                rig.engine(Sizes::default(), Box::new(node.lock_step(&meeting, rank)))
+                rig.engine(Sizes::default(), Box::new(node.lock_step(&hall, rank)))
             })
             .collect();
         let requests: Vec<_> = (0..6)
@@ -506,3 +535,45 @@ async fn token_streams_are_those_of_one_process() {
         });
     }
 }
+
+/// Every test, by every way that ranks meet.
+macro_rules! by {
+    ($way:ident) => {
+        mod $way {
+            use crate::ranks::$way as hall;
+
+            #[test]
+            fn rows_have_the_bits_of_one_process() {
+                super::rows_have_the_bits_of_one_process(hall);
+            }
+
+            #[test]
+            fn a_step_that_ends_early_is_walked_to_its_end() {
+                super::a_step_that_ends_early_is_walked_to_its_end(hall);
+            }
+
+            #[test]
+            fn a_lost_rank_costs_a_step_and_not_the_cluster() {
+                super::a_lost_rank_costs_a_step_and_not_the_cluster(hall);
+            }
+
+            #[test]
+            fn a_pause_of_a_rank_is_no_end() {
+                super::a_pause_of_a_rank_is_no_end(hall);
+            }
+
+            #[test]
+            fn who_has_no_engine_any_more_still_steps() {
+                super::who_has_no_engine_any_more_still_steps(hall);
+            }
+
+            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn token_streams_are_those_of_one_process() {
+                super::token_streams_are_those_of_one_process(hall).await;
+            }
+        }
+    };
+}
+
+by!(by_threads);
+by!(by_nccl);

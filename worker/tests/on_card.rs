@@ -14,6 +14,8 @@ mod cluster;
 mod desk;
 #[path = "../../kernels/cuda/tests/emulated/mod.rs"]
 mod emulated;
+#[path = "../../kernels/cuda/tests/peers/mod.rs"]
+mod peers;
 mod random;
 mod rig;
 
@@ -39,6 +41,7 @@ use tokio_util::sync::CancellationToken;
 
 use cluster::{Cluster, Form};
 use emulated::Emulated;
+use peers::Gone;
 use random::Random;
 use rig::{Answer, prompt};
 
@@ -64,6 +67,7 @@ impl Machine {
                 executor: Arc::new(cuda),
             })
         });
+        let cards = cards.with_comms(|_| Ok(Arc::new(peers::comms(Gone::Told))));
         Self { opened, cards }
     }
 
@@ -162,7 +166,13 @@ async fn tokens_do_not_depend_on_how_many_cards_compute_them() {
     let alone = bits(&answers(dir.path(), &spec, one, &machine.cards).await);
     assert!(alone.iter().all(|bits| bits.len() == 24));
     assert!(machine.launches("fg_combine") > 0);
-    for (workers, fabric) in [(2, FabricKind::Local), (3, FabricKind::Tcp)] {
+    let several = [
+        (2, FabricKind::Local),
+        (3, FabricKind::Tcp),
+        (2, FabricKind::Nccl),
+        (3, FabricKind::Nccl),
+    ];
+    for (workers, fabric) in several {
         let many = form(workers, fabric, weights);
         let found = bits(&answers(dir.path(), &spec, many, &machine.cards).await);
         assert_eq!(found, alone, "{workers} workers, {fabric:?}");
@@ -174,7 +184,7 @@ async fn tokens_do_not_depend_on_how_many_cards_compute_them() {
         .iter()
         .map(|card| card.used())
         .collect();
-    assert_eq!(used, [0; 6], "all memory goes back");
+    assert_eq!(used, [0; 11], "all memory goes back");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -364,4 +374,27 @@ async fn what_cannot_be_had_is_refused_by_name() {
         text,
         "device: there is no card 0 here; spec.workers.device: cpu"
     );
+
+    // What the fabric between cards wants, is told before weights are read.
+    let lock_step = Form {
+        fabric: FabricKind::Nccl,
+        ..form
+    };
+    let processors = Form {
+        cards: false,
+        ..lock_step
+    };
+    let text = refused(dir.path(), &spec, processors, &Cards::none()).await;
+    assert!(
+        text.starts_with("fabric: `nccl` carries rows between cards") && text.contains("`tcp`"),
+        "{text}"
+    );
+    let machine = Machine::new(MEMORY);
+    let old = "libnccl.so.2 is NCCL 2.27.3; 2.28.0 or newer is needed";
+    let cards = machine
+        .cards
+        .clone()
+        .with_comms(move |_| Err(old.to_owned()));
+    let text = refused(dir.path(), &spec, lock_step, &cards).await;
+    assert_eq!(text, format!("fabric: `nccl`: {old}; or use `tcp`"));
 }

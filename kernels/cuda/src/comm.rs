@@ -20,11 +20,13 @@ use std::time::Duration;
 
 pub use error::CommError;
 pub use library::{FLOOR, Library, NAMES, Optional, Version};
+pub use staged::StagedComms;
 
 use library::{Config, RawComm};
 
 mod error;
 mod library;
+mod staged;
 pub mod trial;
 
 /// Bytes of a unique id.
@@ -132,6 +134,19 @@ impl Communicator {
     /// # Errors
     /// What NCCL says, which without a driver or a card is a CUDA failure; or the deadline, when not all ranks came.
     pub fn join(library: &Arc<Library>, join: Join) -> Result<Self, CommError> {
+        Self::join_while(library, join, &|| true)
+    }
+
+    /// As [`Self::join`], as long as `wanted` says that this is the communicator to wait for: its others may have gone on to
+    /// another one.
+    ///
+    /// # Errors
+    /// As [`Self::join`]; or it is not wanted any more.
+    pub fn join_while(
+        library: &Arc<Library>,
+        join: Join,
+        wanted: &dyn Fn() -> bool,
+    ) -> Result<Self, CommError> {
         let mut made = Self {
             library: Arc::clone(library),
             raw: None,
@@ -164,7 +179,7 @@ impl Communicator {
         if made.raw.is_none() {
             return Err(made.refused("ncclCommInitRankConfig", "NCCL gave no communicator"));
         }
-        made.settle_within("ncclCommInitRankConfig", join.deadline)?;
+        made.settle_while("ncclCommInitRankConfig", join.deadline, wanted)?;
         Ok(made)
     }
 
@@ -377,6 +392,15 @@ impl Communicator {
         call: &'static str,
         deadline: Duration,
     ) -> Result<(), CommError> {
+        self.settle_while(call, deadline, &|| true)
+    }
+
+    fn settle_while(
+        &mut self,
+        call: &'static str,
+        deadline: Duration,
+        wanted: &dyn Fn() -> bool,
+    ) -> Result<(), CommError> {
         let clock = Clock::start();
         let mut pause = Duration::from_micros(20);
         loop {
@@ -386,6 +410,11 @@ impl Communicator {
             }
             if clock.passed() >= deadline {
                 return Err(self.late(call, deadline));
+            }
+            if !wanted() {
+                let why = "it is not wanted any more";
+                self.failed = Some(why.to_owned());
+                return Err(self.refused(call, why));
             }
             std::thread::park_timeout(pause);
             pause = (pause * 2).min(Duration::from_millis(2));

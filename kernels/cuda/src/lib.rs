@@ -13,6 +13,7 @@ mod driver;
 mod executor;
 mod fatbins;
 mod kernel;
+mod lane;
 pub mod probe;
 mod real;
 mod region;
@@ -23,7 +24,8 @@ use std::sync::Arc;
 pub use driver::{ALIGN, Arg, Driver, DriverError, Launch, MemoryInfo, NO_MEMORY};
 pub use executor::{Cuda, cache_bytes};
 pub use fatbins::{FATBINS, Fatbin};
-pub use real::{Card, NoDevice};
+pub use lane::Lane;
+pub use real::{Card, CardLane, NoDevice};
 pub use staged::Staged;
 
 /// The card with this number, to walk on.

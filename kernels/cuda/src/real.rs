@@ -5,6 +5,7 @@
 //!
 //! A failed kernel leaves the context unusable: every later call returns its error.
 
+mod lane;
 mod staging;
 
 use std::collections::BTreeMap;
@@ -17,6 +18,7 @@ use std::time::Duration;
 
 use cudarc::driver::sys::{self, CUdevice_attribute_enum as Attribute, CUresult};
 
+pub use self::lane::CardLane;
 use self::staging::Staging;
 use crate::driver::{Driver, DriverError, Launch, MemoryInfo, NO_MEMORY};
 use crate::fatbins::FATBINS;

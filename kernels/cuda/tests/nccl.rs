@@ -8,6 +8,8 @@
     reason = "part of a test; the environment says whether a missing library is a failure"
 )]
 
+mod peers;
+
 use std::ffi::c_int;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -16,8 +18,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use foregate_cuda::comm::{
-    Buffers, CommError, Communicator, Element, FLOOR, Join, Library, UniqueId, Version,
+    Buffers, CommError, Communicator, Element, FLOOR, Join, Library, StagedComms, UniqueId,
+    Version,
 };
+use foregate_kernels::{Comms as _, Seat};
 use libloading::Library as Opened;
 use tempfile::TempDir;
 
@@ -192,6 +196,87 @@ fn the_real_library_refuses_to_join_without_a_driver() {
         let line = error.to_string();
         assert!(line.contains("epoch 42") && !line.contains('\n'), "{line}");
     }
+}
+
+/// The same for groups whose rows are staged: the library's words where it is asked first, the driver's where it is.
+#[test]
+fn staged_groups_over_the_real_library_say_that_there_is_no_driver() {
+    let Some(path) = real() else { return };
+    if foregate_cuda::driver_present() {
+        println!("skipped: there is a driver here");
+        return;
+    }
+    let library = Library::open(Some(&path)).unwrap();
+    let lanes: [(StagedComms, &str); 2] = [
+        (
+            StagedComms::new(Arc::clone(&library), || {
+                Ok(Box::new(peers::EmulatedLane::default()))
+            }),
+            "on rank 1 of epoch 42",
+        ),
+        (StagedComms::on_card(library, 0), "no NVIDIA driver"),
+    ];
+    for (comms, words) in lanes {
+        let id = comms.new_id().unwrap();
+        assert_eq!(id.len(), 128);
+        let begun = Instant::now();
+        let fault = comms
+            .join(Seat {
+                id: &id,
+                ranks: 2,
+                rank: 1,
+                epoch: EPOCH,
+                deadline: begun + LONG,
+                wanted: &|| true,
+            })
+            .unwrap_err();
+        assert_eq!(fault.call, "ncclCommInitRankConfig");
+        assert!(fault.why.contains(words), "{fault}");
+        assert!(begun.elapsed() < LONG / 2, "{:?}", begun.elapsed());
+    }
+}
+
+/// A call that does not fit the group costs that rank its place, and not the process.
+#[test]
+fn staged_groups_refuse_what_does_not_fit() {
+    let comms = peers::comms(peers::Gone::Silent);
+    let id = comms.new_id().unwrap();
+    let soon = Instant::now() + LONG;
+    let seat = || Seat {
+        id: &id,
+        ranks: 1,
+        rank: 0,
+        epoch: EPOCH,
+        deadline: soon,
+        wanted: &|| true,
+    };
+    let mut alone = comms.join(seat()).unwrap();
+    alone
+        .all_to_all(&[1, 2], &mut [0; 2], 2, soon)
+        .expect("alone it sends to itself");
+    let fault = alone.all_to_all(&[1, 2], &mut [0; 2], 3, soon).unwrap_err();
+    assert!(fault.why.contains("not 3"), "{fault}");
+    let fault = alone.counted(&[vec![1]], &mut [vec![0]], soon).unwrap_err();
+    assert!(fault.why.contains("failed before"), "{fault}");
+    assert!(alone.finish(soon).is_err());
+    drop(alone);
+    let id = comms.new_id().unwrap();
+    let fault = comms
+        .join(Seat {
+            id: &id,
+            rank: 1,
+            ..seat()
+        })
+        .unwrap_err();
+    assert!(fault.why.contains("not below"), "{fault}");
+    let given_up = comms.join(Seat {
+        id: &id,
+        ranks: 2,
+        wanted: &|| false,
+        ..seat()
+    });
+    let fault = given_up.unwrap_err();
+    assert!(fault.why.contains("not wanted any more"), "{fault}");
 }
 
 #[test]

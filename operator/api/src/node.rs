@@ -146,7 +146,7 @@ pub enum FabricKind {
     Local,
     /// Frames over TCP.
     Tcp,
-    /// NCCL, all ranks in lock-step. Workers refuse it: no rows are carried by it yet.
+    /// NCCL between cards, all ranks in lock-step. Workers on processors refuse it, and where the node file has `tls`.
     Nccl,
 }
 

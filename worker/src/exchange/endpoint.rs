@@ -20,6 +20,7 @@ use super::{Exchange, ExchangeParts};
 use crate::fabric::local::LocalHub;
 use crate::fabric::lockstep::Groups;
 use crate::fabric::tcp::{TcpFabric, TcpParts, TcpSettings};
+use crate::fabric::uncalled::Uncalled;
 use crate::fabric::{CallHandler, Fabric, Identity, Inbox, PeerAddress};
 use crate::load::LoadCounters;
 use crate::metrics::WorkerMetrics;
@@ -35,6 +36,8 @@ pub enum Way {
     Local(Arc<LocalHub>),
     /// Frames over TCP; the listener is bound. With keys both sides of a connection prove themselves.
     Tcp(TcpListener, TcpSettings, Option<Keys>),
+    /// None: rows travel in lock-step only ([`Endpoint::lock_step`]).
+    LockStep,
 }
 
 /// What an endpoint is opened with.
@@ -127,6 +130,7 @@ impl Endpoint {
                 settings,
                 keys,
             })?),
+            Way::LockStep => Arc::new(Uncalled { rank }),
         };
         Ok(Self {
             parts: Shared {

@@ -78,13 +78,45 @@ impl fmt::Debug for LockStepParts {
     }
 }
 
-/// The experts of a cluster that steps as one. Dropping it aborts the group: the other ranks lose their step.
+/// The experts of a cluster that steps as one, for the engine's thread. When it and every [`StandIn`] are dropped the
+/// group is aborted: the other ranks lose their step.
 #[derive(Debug)]
 pub struct LockStep {
     shared: Arc<Shared>,
-    idler: Option<JoinHandle<()>>,
     step: Option<Step>,
     inbox: Arc<Inbox>,
+    idler: Arc<Idler>,
+}
+
+/// Keeps this rank in the steps of the others, also where it has no engine, or no longer: its experts are still wanted.
+#[derive(Debug, Clone)]
+pub struct StandIn {
+    idler: Arc<Idler>,
+}
+
+impl StandIn {
+    /// Ends what waits for a group. Dropping it then waits at most for the call that it is in.
+    pub fn close(&self) {
+        self.idler.shared.parts.groups.close();
+    }
+}
+
+/// The thread that steps with the others; the last to drop it ends it.
+#[derive(Debug)]
+struct Idler {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Drop for Idler {
+    fn drop(&mut self) {
+        self.shared.parts.groups.close();
+        self.shared.close();
+        if let Some(thread) = self.thread.take() {
+            // It ends by the deadline of what it is in. A panic there has been reported by its thread.
+            drop(thread.join());
+        }
+    }
 }
 
 /// The running step of this rank's engine.
@@ -137,15 +169,26 @@ impl LockStep {
             turned: Condvar::new(),
         });
         let idle = Arc::clone(&shared);
-        let idler = std::thread::Builder::new()
+        let thread = std::thread::Builder::new()
             .name("lockstep".into())
             .spawn(move || idle.idle())?;
         Ok(Self {
+            idler: Arc::new(Idler {
+                shared: Arc::clone(&shared),
+                thread: Some(thread),
+            }),
             shared,
-            idler: Some(idler),
             step: None,
             inbox: Arc::default(),
         })
+    }
+
+    /// What keeps this rank in the steps of the others after the engine has dropped `self`.
+    #[must_use]
+    pub fn stand_in(&self) -> StandIn {
+        StandIn {
+            idler: Arc::clone(&self.idler),
+        }
     }
 
     /// Runs one layer, and the agreement before the first.
@@ -274,11 +317,6 @@ impl StepExperts for LockStep {
 impl Drop for LockStep {
     fn drop(&mut self) {
         self.end_step();
-        self.shared.close();
-        if let Some(idler) = self.idler.take() {
-            // It ends by the deadline of what it is in. A panic there has been reported by its thread.
-            drop(idler.join());
-        }
     }
 }
 

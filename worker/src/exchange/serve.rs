@@ -173,7 +173,12 @@ impl Server {
         self.inner.serve(ops, None, desk).map(drop)
     }
 
-    /// Calls that peers made since start, refused ones included.
+    /// Counts rows of a step in lock-step as a call: somebody still needs this worker.
+    pub(super) fn called(&self) {
+        self.inner.calls.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Calls that peers made since start, refused ones included; in lock-step, layers with rows for this worker.
     #[must_use]
     pub fn calls(&self) -> u64 {
         self.inner.calls.load(Ordering::Relaxed)

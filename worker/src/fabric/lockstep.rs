@@ -16,7 +16,8 @@
 //!   another round, and beyond a few rounds blocks are counted. No row is left out.
 //! - A collective that fails is lost for all. Who sees it aborts the group, and takes no part in it again.
 //!
-//! [`Collective`] is all that the discipline asks of a library. Who computes is `exchange/lockstep.rs`.
+//! [`Collective`] is all that the discipline asks of a library; [`super::nccl`] has it of NCCL. Who computes is
+//! `exchange/lockstep.rs`.
 
 use std::fmt;
 use std::time::Instant;
@@ -68,7 +69,8 @@ pub trait Collective: Send + fmt::Debug {
     /// Sends `send[i]` to rank `i` and receives rank `i`'s into `recv[i]`, whose length is what that rank sends.
     ///
     /// # Errors
-    /// As [`Self::all_to_all`], or the lengths of a pair differ.
+    /// As [`Self::all_to_all`]. Lengths of a pair that differ are an error where the library notices, by the deadline at the
+    /// latest.
     fn counted(
         &mut self,
         send: &[Vec<u8>],
@@ -89,7 +91,7 @@ pub trait Collective: Send + fmt::Debug {
     /// As [`Self::all_to_all`]; the group is over all the same.
     fn finish(&mut self, deadline: Instant) -> Result<(), Lost>;
 
-    /// Ends the group now, for all ranks that are still in it.
+    /// Ends the group now, for all ranks that are still in it: they learn of it by the deadlines of what they call.
     fn abort(&mut self);
 }
 
@@ -115,4 +117,7 @@ pub trait Groups: Send + Sync + fmt::Debug {
         after: Option<u32>,
         deadline: Instant,
     ) -> Result<Joined, Lost>;
+
+    /// This rank joins no group any more, and does not wait for one either. Groups that stand are not touched.
+    fn close(&self);
 }

@@ -30,8 +30,10 @@ pub use inbox::{Completion, Inbox, Outcome};
 mod inbox;
 pub mod local;
 pub mod lockstep;
+pub mod nccl;
 mod pending;
 pub mod tcp;
+pub(crate) mod uncalled;
 
 /// Where a peer is, and which of its lives is meant.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -8,6 +8,7 @@
 )]
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Instant;
 
@@ -60,8 +61,19 @@ struct State {
 /// One rank's way to the meeting.
 #[derive(Debug)]
 pub struct Seat {
-    pub meeting: Arc<Meeting>,
-    pub rank: Rank,
+    meeting: Arc<Meeting>,
+    rank: Rank,
+    closed: AtomicBool,
+}
+
+impl Seat {
+    pub fn new(meeting: Arc<Meeting>, rank: Rank) -> Self {
+        Self {
+            meeting,
+            rank,
+            closed: AtomicBool::new(false),
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -85,7 +97,7 @@ impl Groups for Seat {
             call: "join",
             why: "the meeting is closed".to_owned(),
         };
-        if rooms.closed {
+        if rooms.closed || self.closed.load(Ordering::SeqCst) {
             return Err(closed);
         }
         let groups = rooms.groups.entry(epoch).or_default();
@@ -116,6 +128,10 @@ impl Groups for Seat {
             if state.lost.is_some() {
                 return Err(closed);
             }
+            if self.closed.load(Ordering::SeqCst) {
+                state.joined -= 1;
+                return Err(closed);
+            }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 state.joined -= 1;
@@ -128,6 +144,16 @@ impl Groups for Seat {
             collective: Box::new(Member { room, place }),
             generation,
         })
+    }
+
+    fn close(&self) {
+        self.closed.store(true, Ordering::SeqCst);
+        let rooms = self.meeting.state.lock().unwrap();
+        for room in rooms.groups.values().flatten() {
+            // Who is about to wait has this lock, or sees the flag.
+            drop(room.state.lock().unwrap());
+            room.changed.notify_all();
+        }
     }
 }
 

@@ -98,6 +98,18 @@ impl CommError {
         }
     }
 
+    /// The function that failed or was not called; that of opening a library, before there is any other.
+    #[must_use]
+    pub const fn call(&self) -> &'static str {
+        match self {
+            Self::Library { .. } | Self::Old { .. } | Self::Symbol { .. } => "dlopen",
+            Self::Early { call, .. }
+            | Self::Call { call, .. }
+            | Self::Deadline { call, .. }
+            | Self::Refused { call, .. } => call,
+        }
+    }
+
     /// Whether a new communicator, of a later epoch, may do better. What the library or the machine lacks stays.
     #[must_use]
     pub const fn is_retryable(&self) -> bool {

@@ -499,6 +499,7 @@ impl Layer<'_, '_> {
         if run.is_empty() {
             return Ok(computed);
         }
+        self.parts.server.called();
         every.rows.clear();
         every
             .rows
