@@ -5,6 +5,10 @@
     reason = "the library reads and writes memory by its address"
 )]
 #![allow(dead_code, unreachable_pub, reason = "each test target uses its part")]
+#![allow(
+    clippy::expect_used,
+    reason = "part of a test: it says what it expects by failing"
+)]
 
 use std::ffi::c_int;
 use std::process::Command;
