@@ -154,19 +154,21 @@ fn bytes_come_where_they_belong(new_hall: NewHall) {
 fn one_lost_is_lost_for_all(new_hall: NewHall) {
     for says_so in [true, false] {
         let hall = new_hall();
-        let all_lost = Barrier::new(3);
+        let together = Barrier::new(3);
         on_each(&hall, 3, |member| {
             let Joined {
                 mut collective,
                 generation,
             } = member.join(None);
             equal(&mut *collective, 0, 100);
+            // Who leaves takes nobody's last bytes with it.
+            together.wait();
             if member.place == 1 {
                 match says_so {
                     true => collective.abort(),
                     // Until the others have given it up.
                     false => {
-                        all_lost.wait();
+                        together.wait();
                     }
                 }
             } else {
@@ -184,7 +186,7 @@ fn one_lost_is_lost_for_all(new_hall: NewHall) {
                 collective.abort();
             }
             if says_so || member.place != 1 {
-                all_lost.wait();
+                together.wait();
             }
             drop(collective);
             let mut anew = member.join(Some(generation));
@@ -197,9 +199,11 @@ fn one_lost_is_lost_for_all(new_hall: NewHall) {
 
 /// A rank that dies in the middle of what it calls, with all that it had.
 fn a_rank_that_dies_costs_the_others_a_deadline(new_hall: NewHall) {
+    let gathered = Barrier::new(3);
     on_each(&new_hall(), 3, |member| {
         let Joined { mut collective, .. } = member.join(None);
         gather(&mut *collective, 0);
+        gathered.wait();
         if member.place == 0 {
             return;
         }
